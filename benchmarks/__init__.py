@@ -1,0 +1,1 @@
+"""How to measure: blocks, statistics, the report."""

@@ -1,0 +1,235 @@
+"""Programs: the one form in which a model passes between the stages (``torch.export``, a ``.pt2`` file)."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from edgekd.errors import DataError, ModelFileError
+from edgekd.protocols import Arrays
+from edgekd.types import TensorSpec
+
+__all__ = [
+    "at_batch",
+    "bind_inputs",
+    "count_macs",
+    "count_parameters",
+    "example_inputs",
+    "export_program",
+    "input_specs",
+    "load_program",
+    "output_specs",
+    "program_bytes",
+    "run_program",
+]
+
+
+def export_program(module: nn.Module, inputs: Sequence[Tensor], *, dynamic_batch: bool = True) -> ExportedProgram:
+    """Export a module in evaluation mode.
+
+    Args:
+        module: Returns a tensor, a tuple or a dict of tensors.
+        inputs: One example each, batch first.
+        dynamic_batch: Keep the batch axis dynamic where the model allows it; where it does not, the batch is fixed
+            at one.
+
+    Raises:
+        ModelFileError: ``torch.export`` cannot trace the module; the message is its first line.
+    """
+    module = module.eval()
+    args = tuple(inputs)
+    if dynamic_batch:
+        pairs = tuple(torch.cat([x, x]) for x in args)
+        try:
+            batch = Dim("batch")
+            return torch.export.export(module, pairs, dynamic_shapes=tuple({0: batch} for _ in pairs), strict=False)
+        except Exception:  # noqa: BLE001 - torch.export raises many types; the static export below decides
+            pass
+    try:
+        return torch.export.export(module, tuple(x[:1] for x in args), strict=False)
+    except Exception as error:
+        raise ModelFileError(f"torch.export cannot trace {type(module).__name__}: {_first_line(error)}") from error
+
+
+def program_bytes(program: ExportedProgram) -> bytes:
+    """The content of a ``.pt2`` file; the same program gives the same bytes."""
+    buffer = io.BytesIO()  # a buffer, since torch writes the file's own name into the archive
+    torch.export.save(program, buffer)
+    return buffer.getvalue()
+
+
+def load_program(path: Path) -> ExportedProgram:
+    """Load a ``.pt2`` file written by ``torch.export.save``, without ever running code from it.
+
+    Raises:
+        ModelFileError: It is missing, truncated, of another format, or holds pickled objects.
+    """
+    if not path.is_file():
+        raise ModelFileError(f"no model file at {path}")
+    if not zipfile.is_zipfile(path):
+        raise ModelFileError(f"{path} is not a .pt2 file (torch.export.save writes one), or it is truncated")
+    try:
+        _refuse_pickle(path)
+        return torch.export.load(io.BytesIO(path.read_bytes()))
+    except ModelFileError:
+        raise
+    except Exception as error:
+        raise ModelFileError(f"{path} cannot be read as a .pt2 file: {_first_line(error)}") from error
+
+
+def _refuse_pickle(path: Path) -> None:
+    """``torch.export.load`` unpickles what it does not know (2.13: ``pt2_archive/_package.py``); look first."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            base = name.rsplit("/", 1)[-1]
+            if base.startswith(("custom_obj_", "opaque_obj_")):
+                raise ModelFileError(f"{path} holds a pickled object ({base}), which is never loaded")
+            if base.endswith(("_weights_config.json", "_constants_config.json")):
+                entries = json.loads(archive.read(name))["config"]
+                pickled = [key for key, entry in entries.items() if entry.get("use_pickle")]
+                if pickled:
+                    raise ModelFileError(f"{path} holds pickled tensors ({pickled[0]}), which are never loaded")
+            elif name.endswith(".pt"):
+                try:
+                    torch.load(io.BytesIO(archive.read(name)), weights_only=True)
+                except Exception as error:
+                    raise ModelFileError(f"{path} holds a pickle ({base}), which is never loaded") from error
+
+
+def input_specs(program: ExportedProgram) -> tuple[TensorSpec, ...]:
+    """User inputs by name, shape (-1 where dynamic) and dtype."""
+    wanted = set(program.graph_signature.user_inputs)
+    return tuple(
+        _spec(node.name, node.meta["val"])
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in wanted and isinstance(node.meta.get("val"), Tensor)
+    )
+
+
+def output_specs(program: ExportedProgram) -> tuple[TensorSpec, ...]:
+    """User outputs by name, shape (-1 where dynamic) and dtype."""
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    return tuple(_spec(str(name), values[str(name)]) for name in program.graph_signature.user_outputs)
+
+
+def _spec(name: str, value: Tensor) -> TensorSpec:
+    shape = tuple(size if isinstance(size, int) else -1 for size in value.shape)
+    return TensorSpec(name=name, shape=shape, dtype=str(value.dtype).removeprefix("torch."))
+
+
+def at_batch(program: ExportedProgram, batch: int = 1) -> ExportedProgram:
+    """The same program with its batch axis fixed, as phones run it; one that is fixed already is returned as it is.
+
+    Raises:
+        ModelFileError: An axis other than the first is dynamic: no size can be guessed for it.
+    """
+    specs = input_specs(program)
+    if all(-1 not in spec.shape for spec in specs):
+        return program
+    for spec in specs:
+        if -1 in spec.shape[1:]:
+            raise ModelFileError(
+                f"input {spec.name!r} {spec.shape} has a dynamic axis besides the batch; export it fixed"
+            )
+    return torch.export.export(program.module(), example_inputs(program, batch), strict=False)
+
+
+def example_inputs(program: ExportedProgram, batch: int = 1) -> tuple[Tensor, ...]:
+    """Zeros in the shapes of the program, with the given batch where it is dynamic."""
+    return tuple(
+        torch.zeros([batch if size == -1 else size for size in spec.shape], dtype=getattr(torch, spec.dtype))
+        for spec in input_specs(program)
+    )
+
+
+def bind_inputs(specs: Sequence[TensorSpec], arrays: Arrays) -> dict[str, np.ndarray]:
+    """Arrays under the names of the specs: by name where the names fit, else by order (``arr_0`` …).
+
+    Raises:
+        DataError: The number of arrays, the shapes or the kinds of dtype do not fit.
+    """
+    if set(arrays) >= {spec.name for spec in specs}:
+        bound = {spec.name: np.asarray(arrays[spec.name]) for spec in specs}
+    elif len(arrays) == len(specs):
+        bound = {spec.name: np.asarray(array) for spec, array in zip(specs, arrays.values(), strict=True)}
+    else:
+        raise DataError(
+            f"the model takes {', '.join(spec.name for spec in specs)}; the data has {', '.join(arrays) or 'nothing'}"
+        )
+    for spec in specs:
+        array = bound[spec.name]
+        if array.ndim != len(spec.shape) or any(
+            w not in (-1, g) for w, g in zip(spec.shape[1:], array.shape[1:], strict=True)
+        ):
+            want = ("samples", *spec.shape[1:])
+            raise DataError(f"input {spec.name!r} takes ({', '.join(map(str, want))}); the data is {array.shape}")
+        if np.issubdtype(array.dtype, np.floating) != spec.dtype.startswith(("float", "bfloat")):
+            raise DataError(f"input {spec.name!r} takes {spec.dtype}; the data is {array.dtype}")
+        bound[spec.name] = array.astype(spec.dtype, copy=False)
+    return bound
+
+
+def run_program(program: ExportedProgram, arrays: Arrays, batch: int = 256) -> dict[str, np.ndarray]:
+    """All samples through a program, in batches where its batch axis is dynamic, else in steps of its fixed batch.
+
+    Returns:
+        Outputs by name, samples on the first axis.
+
+    Raises:
+        DataError: The arrays do not fit the inputs.
+    """
+    specs = input_specs(program)
+    bound = bind_inputs(specs, arrays)
+    step = batch if any(spec.shape and spec.shape[0] == -1 for spec in specs) else specs[0].shape[0]
+    names = [spec.name for spec in output_specs(program)]
+    module = program.module()
+    count = len(bound[specs[0].name])
+    if count == 0 or (step != batch and count % step):
+        raise DataError(f"the model takes {step} samples at a time; the data has {count}")
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    with torch.no_grad():
+        for start in range(0, count, step):
+            args = [torch.from_numpy(np.ascontiguousarray(bound[s.name][start : start + step])) for s in specs]
+            for name, output in zip(names, flatten_outputs(module(*args)), strict=True):
+                parts[name].append(output.numpy())
+    return {name: np.concatenate(arrays_) for name, arrays_ in parts.items()}
+
+
+def flatten_outputs(output: Any) -> list[Tensor]:
+    """Tensors of whatever a module returns (tensor, tuple, dict, transformers' ModelOutput), in its order."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        return [tensor for value in output.values() for tensor in flatten_outputs(value)]
+    if isinstance(output, list | tuple):
+        return [tensor for value in output for tensor in flatten_outputs(value)]
+    return []
+
+
+def count_parameters(module: nn.Module | ExportedProgram) -> int:
+    """Numbers that training set; shared ones count once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def count_macs(program: ExportedProgram) -> int:
+    """Multiply-accumulates of one sample: those of convolutions and matrix products (torch's FLOP counter, halved)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    args = example_inputs(program, 1)
+    batch = max(1, args[0].shape[0]) if args and args[0].ndim else 1
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        program.module()(*args)
+    return int(counter.get_total_flops()) // 2 // batch
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,137 @@
+"""Name to plugin. Nothing is imported until it is asked for, so a missing toolchain hurts only its own target.
+
+The core never imports ``edgekd.exporters``, ``edgekd.devices`` or ``edgekd.benchmarks`` by a statement: this is the
+door.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from importlib.metadata import entry_points
+from importlib.resources import files
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+from edgekd.errors import MissingToolchainError, UsageError
+from edgekd.protocols import Device, Exporter
+
+__all__ = ["device_names", "exporter_names", "load_device", "load_exporter", "load_function", "load_module", "missing"]
+
+
+def exporter_names() -> tuple[str, ...]:
+    """Names of all targets: the built-in ones by file name, others by entry point."""
+    return _names("edgekd.exporters")
+
+
+def device_names() -> tuple[str, ...]:
+    """Names of all kinds of device."""
+    return _names("edgekd.devices")
+
+
+def load_exporter(name: str) -> Exporter:
+    """The exporter of that name; its toolchain need not be installed.
+
+    Raises:
+        UsageError: No exporter has that name; the message has those that exist.
+    """
+    return cast(Exporter, _load("edgekd.exporters", name, "EXPORTER", "exporter"))
+
+
+def load_device(kind: str) -> Device:
+    """The kind of device of that name.
+
+    Raises:
+        UsageError: There is no such kind; the message has those that exist.
+    """
+    return cast(Device, _load("edgekd.devices", kind, "DEVICE", "kind of device"))
+
+
+def missing(requires: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the modules that are not installed; imports none of them."""
+    return tuple(module for module in requires if importlib.util.find_spec(module) is None)
+
+
+def require(name: str, exporter: Exporter) -> None:
+    """Check that the toolchain of an exporter is installed.
+
+    Raises:
+        MissingToolchainError: With the line that installs it.
+    """
+    absent = missing(exporter.requires)
+    if absent:
+        raise MissingToolchainError(f"target {name!r}", ", ".join(absent), exporter.extra)
+
+
+def load_module(name: str) -> ModuleType:
+    """A module of ``edgekd.benchmarks`` or another mapped folder, by full name."""
+    return importlib.import_module(name)
+
+
+def load_function(reference: str, folder: Path) -> Any:
+    """``module:function`` of the user's own code; the module is looked up beside the recipe first.
+
+    The code is run: a recipe is trusted like a Makefile.
+
+    Raises:
+        UsageError: The module or the function is not there; the message has the near names.
+    """
+    module_name, _, attribute = reference.partition(":")
+    path = folder.joinpath(*module_name.split(".")).with_suffix(".py")
+    if path.is_file():
+        module = _import_file(path, folder)
+    else:
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not module_name.startswith(error.name):
+                raise  # a module that the user's own code lacks: its traceback is the user's
+            raise UsageError(
+                f"{reference!r}: no module {module_name!r} beside the recipe ({path}) or installed"
+            ) from None
+    if not hasattr(module, attribute):
+        near = difflib.get_close_matches(attribute, [name for name in vars(module) if not name.startswith("_")], n=3)
+        hint = f"; near names: {', '.join(near)}" if near else ""
+        raise UsageError(f"{reference!r}: {module_name} has no {attribute!r}{hint}")
+    return getattr(module, attribute)
+
+
+def _import_file(path: Path, folder: Path) -> ModuleType:
+    """Import a file once per process under a name of its own, with its folder importable for its siblings."""
+    name = f"edgekd_user_{abs(hash(path.resolve()))}_{path.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _names(package: str) -> tuple[str, ...]:
+    builtin = {
+        Path(entry.name).stem
+        for entry in files(package).iterdir()
+        if entry.name.endswith(".py") and not entry.name.startswith("_") and entry.name != "agent.py"
+    }
+    return tuple(sorted(builtin | {point.name for point in entry_points(group=package)}))
+
+
+def _load(package: str, name: str, attribute: str, what: str) -> Any:
+    names = _names(package)
+    if name not in names:
+        raise UsageError(f"no {what} called {name!r}; there are {', '.join(names)}")
+    for point in entry_points(group=package, name=name):
+        return point.load()
+    return getattr(importlib.import_module(f"{package}.{name}"), attribute)

@@ -1,0 +1,128 @@
+"""Every seam of edgekd on one screen. What a plugin must offer, and nothing about how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+import numpy as np
+
+from edgekd.types import Artifact, Block, DeviceStatus, Plan, Precision, Student, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+__all__ = ["Arrays", "Augmentation", "Device", "Exporter", "Loss", "Progress", "Runner", "Step"]
+
+Arrays: TypeAlias = Mapping[str, np.ndarray]
+"""Arrays by input or output name, samples on the first axis."""
+
+
+class Runner(Protocol):
+    """A loaded file that can be called: one batch in, one batch out."""
+
+    @property
+    def runtime(self) -> str:
+        """Name and version of what runs the file."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """As the file declares them, in the order of the program's inputs."""
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """As the file declares them, in the order of the program's outputs."""
+
+    def __call__(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        """Run once. ``inputs`` go by the file's names and in its shapes; integer types are cast to the file's."""
+
+
+class Exporter(Protocol):
+    """A target: ``exporters/<target>.py`` with ``EXPORTER``, or an entry point in group ``edgekd.exporters``.
+
+    Attributes:
+        suffix: Of the file: ``.onnx``.
+        requires: Modules that must be importable.
+        extra: Name of the extra that installs them.
+        precisions: What it can write. ``w8`` and ``w8a8`` arrive as programs that already hold quantize/dequantize
+            nodes and are translated number for number; ``fp16`` and ``w8d8`` are made by the exporter from ``fp32``.
+    """
+
+    suffix: str
+    requires: tuple[str, ...]
+    extra: str
+    precisions: tuple[Precision, ...]
+
+    def write(self, student: Student, path: Path, precision: Precision) -> None:
+        """Write the file (or package folder) for a batch of one; the same program gives the same bytes.
+
+        The file keeps the program's input and output names, and float inputs and outputs.
+
+        Raises:
+            ExportError: The converter refuses; the message names the operator.
+        """
+
+    def load(self, path: Path) -> Runner:
+        """Load the file in its own runtime.
+
+        Raises:
+            ModelFileError: The file is damaged or of another format.
+        """
+
+
+class Device(Protocol):
+    """A kind of device: ``devices/<kind>.py`` with ``DEVICE``, or an entry point in group ``edgekd.devices``."""
+
+    def probe(self) -> DeviceStatus:
+        """Look, without changing anything."""
+
+    def run(
+        self, artifact: Artifact, folder: Path, inputs: Arrays, plan: Plan
+    ) -> tuple[tuple[Block, ...], dict[str, np.ndarray]]:
+        """Measure, then compute the outputs of all ``inputs`` in the same session.
+
+        Args:
+            artifact: What to run; its file lies in ``folder``.
+            inputs: By the file's names, samples on the first axis; the first sample is the one that is timed.
+            plan: How long and how often.
+
+        Returns:
+            The blocks, and the outputs by the file's names.
+
+        Raises:
+            DeviceError: The device went away or its runtime failed.
+        """
+
+
+class Loss(Protocol):
+    """Student against teacher: batch mean, explicit T²."""
+
+    def __call__(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """Logits of both, (batch, classes); returns a scalar. No gradient flows into the teacher."""
+
+
+class Step(Protocol):
+    """Compression: a student in, the same type out, so steps compose."""
+
+    def __call__(self, student: Student, calibration: Arrays | None) -> Student: ...
+
+
+class Augmentation(Protocol):
+    """One sample to one view of it. All randomness comes from ``generator``: a view is replayed from its seed."""
+
+    def __call__(self, sample: Mapping[str, Tensor], generator: Generator) -> Mapping[str, Tensor]: ...
+
+
+class Progress(Protocol):
+    """How long work speaks: the CLI draws a bar on a terminal and prints plain lines elsewhere."""
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        """Begin a piece of work of ``total`` steps, ``done`` of which were done before."""
+
+    def advance(self, steps: int = 1, note: str = "") -> None: ...
+
+    def finish(self) -> None: ...
+
+    def say(self, line: str) -> None:
+        """One line for the user, outside any piece of work."""

@@ -1,0 +1,302 @@
+"""The values that pass from one stage to the next: frozen, plain, and readable as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+__all__ = [
+    "PRECISIONS",
+    "Artifact",
+    "Block",
+    "Calibration",
+    "Card",
+    "DeviceStatus",
+    "Json",
+    "Measurement",
+    "OutputParity",
+    "Parity",
+    "Plan",
+    "Precision",
+    "Student",
+    "TensorSpec",
+]
+
+Json: TypeAlias = dict[str, Any]
+
+Precision = Literal["fp32", "fp16", "w8", "w8d8", "w8a8"]
+"""Spelled by bits: w = weights, d = activations quantized as they come, a = activations with static scales."""
+
+PRECISIONS: tuple[Precision, ...] = typing.get_args(Precision)
+
+
+class JsonMixin:
+    """Dataclass to JSON and back; unknown keys are refused, so a newer file is not read wrongly."""
+
+    def to_json(self) -> Json:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Rebuild a value.
+
+        Raises:
+            TypeError: A key is missing or unknown.
+        """
+        hints = typing.get_type_hints(cls)
+        return cls(**{key: _restore(hints[key], value) if key in hints else value for key, value in data.items()})
+
+
+def _restore(hint: Any, value: Any) -> Any:
+    """Turn JSON lists and dicts back into the tuples and dataclasses that the type hint names."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = [a for a in args if a is not type(None)]
+        return None if value is None else _restore(options[0], value) if len(options) == 1 else value
+    if isinstance(hint, type) and issubclass(hint, JsonMixin):
+        return hint.from_json(value)
+    if origin is tuple:
+        return tuple(_restore(args[0], item) for item in value)
+    return value
+
+
+@dataclass(frozen=True)
+class TensorSpec(JsonMixin):
+    """One input or output of a program or file.
+
+    Attributes:
+        name: As the program or file calls it.
+        shape: Sizes with the batch first; -1 where any size is taken.
+        dtype: NumPy's name: ``float32``, ``int64`` …
+        meaning: For people and apps: ``image``, ``token ids``, ``logits`` …
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    meaning: str = ""
+
+
+@dataclass(frozen=True)
+class Calibration(JsonMixin):
+    """What the static scales of a quantized program were taken from.
+
+    Attributes:
+        data: Fingerprint of the samples, in order.
+        samples: How many samples were shown.
+        observer: ``minmax`` …
+    """
+
+    data: str
+    samples: int
+    observer: str
+
+
+@dataclass(frozen=True)
+class Card(JsonMixin):
+    """What a program is, for people and for apps; stands beside every ``.pt2`` and inside every manifest.
+
+    Attributes:
+        name: Of the model.
+        inputs, outputs: With the batch axis first.
+        labels: Class names in the order of the last output axis; empty when there are none.
+        preprocessing: What the app does before the model, as plain data (see ``edgekd.data``).
+        precision: Of the program itself: ``fp32``, ``w8`` or ``w8a8``.
+        parameters: Count of trained numbers.
+        macs: Multiply-accumulates for one sample, counted, not estimated; None when not counted.
+        lineage: From the teacher to this program, oldest first, each ``stage: fingerprint``.
+        calibration: Only for ``w8a8``.
+        assets: Files that belong to the model (a tokenizer), by name, in the same folder.
+    """
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    labels: tuple[str, ...] = ()
+    preprocessing: Json = field(default_factory=dict)
+    precision: Precision = "fp32"
+    parameters: int = 0
+    macs: int | None = None
+    lineage: tuple[str, ...] = ()
+    calibration: Calibration | None = None
+    assets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Student:
+    """A program and its card: what every stage after distillation takes and gives.
+
+    Attributes:
+        program: Inference only, float inputs and outputs, batch axis first; the batch is dynamic where the model
+            allows it (``edgekd.models.at_batch`` fixes it).
+        card: What it is.
+    """
+
+    program: ExportedProgram
+    card: Card
+
+
+@dataclass(frozen=True)
+class OutputParity(JsonMixin):
+    """One output of a file against the same output of its program."""
+
+    name: str
+    max_abs: float
+    cosine: float
+    agreement: float | None
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Parity(JsonMixin):
+    """A file against the program it came from, over held-out samples.
+
+    Attributes:
+        status: ``passed``, ``failed`` or ``not_run``; nothing else.
+        reason: Why it failed or was not run; empty when passed.
+        runtime: What ran the file, with its version.
+        max_abs: Largest difference over all outputs.
+        cosine: Smallest mean cosine over the outputs.
+        agreement: Share of samples with the same top class; None without classes.
+        samples: How many were compared.
+        outputs: Output by output.
+    """
+
+    status: Literal["passed", "failed", "not_run"]
+    reason: str = ""
+    runtime: str = ""
+    max_abs: float | None = None
+    cosine: float | None = None
+    agreement: float | None = None
+    samples: int = 0
+    outputs: tuple[OutputParity, ...] = ()
+
+
+@dataclass(frozen=True)
+class Artifact(JsonMixin):
+    """An exported file and everything that is claimed of it: the content of ``manifest.json``.
+
+    Attributes:
+        target: Name of the exporter.
+        precision: As written into the file.
+        path: Of the model file or package, relative to the manifest.
+        sha256: Of the file; of a package: over its sorted relative names and contents.
+        size_bytes: Of the file or of everything in the package.
+        inputs, outputs: As the file itself declares them.
+        toolchain: Package versions that wrote and proved it.
+        source: sha256 of the program it was written from.
+        parity: Against that program.
+        accuracy: Share of right classes on the test split; None when the data has no labels.
+        teacher_agreement: Share of samples with the teacher's top class; None without a teacher.
+        notes: What a user should know: why ``int8`` became this precision, a file larger than its parent …
+    """
+
+    target: str
+    precision: Precision
+    path: str
+    sha256: str
+    size_bytes: int
+    card: Card
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    toolchain: dict[str, str]
+    source: str
+    parity: Parity
+    accuracy: float | None = None
+    teacher_agreement: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan(JsonMixin):
+    """How one side is measured. A block is one fresh process; the defaults are those of a gate (docs/measuring.md).
+
+    Warm-up: at least ``warmup_runs`` and ``warmup_s``, then until the medians of the last two windows of 10 differ by
+    less than 2 %, at most 200 runs or 5 s. Timed: at least ``min_runs`` and ``min_s``, at most ``max_s``.
+    """
+
+    threads: int = 1
+    blocks: int = 5
+    warmup_runs: int = 10
+    warmup_s: float = 0.5
+    min_runs: int = 100
+    min_s: float = 1.0
+    max_s: float = 10.0
+
+
+@dataclass(frozen=True)
+class Block(JsonMixin):
+    """One fresh process: all raw samples, nothing dropped.
+
+    Attributes:
+        runtime_load_ms: Importing and starting the runtime.
+        model_load_ms: Reading and compiling the model.
+        first_inference_ms: The first call.
+        warmup_ms, latency_ms: One value per inference, in order.
+        peak_memory_bytes: Of the process, resident.
+        converged: Whether warm-up settled before its cap.
+        conditions: Clock, governor, temperature, versions: what was readable, as text.
+    """
+
+    runtime_load_ms: float
+    model_load_ms: float
+    first_inference_ms: float
+    warmup_ms: tuple[float, ...]
+    latency_ms: tuple[float, ...]
+    peak_memory_bytes: int | None
+    converged: bool
+    conditions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measurement(JsonMixin):
+    """One artifact on one device. Statistics are derived by ``edgekd.benchmarks.stats``, never stored instead.
+
+    Attributes:
+        artifact_sha256: What was measured.
+        target, precision: Of the artifact.
+        device: Name of the device, and where that is (never a phone's name for a number taken on the host).
+        status: ``measured`` or ``not_run`` with its reason.
+        blocks: In the order they ran.
+        size_bytes: Of the artifact.
+        accuracy, teacher_agreement: From the same session and inputs; None without labels or teacher.
+        samples: How many inputs accuracy and agreement speak of.
+        flags: What forbids a claim: ``not_converged``, ``unpinned`` …
+    """
+
+    artifact_sha256: str
+    target: str
+    precision: Precision
+    device: str
+    status: Literal["measured", "not_run"]
+    reason: str = ""
+    plan: Plan = field(default_factory=Plan)
+    blocks: tuple[Block, ...] = ()
+    size_bytes: int = 0
+    accuracy: float | None = None
+    teacher_agreement: float | None = None
+    samples: int = 0
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DeviceStatus(JsonMixin):
+    """Whether a device can be used now, and for which targets.
+
+    Attributes:
+        reason: Why not, with what mends it; empty when reachable.
+        facts: Model, processor, memory, operating system: what was readable, as text.
+        targets: Names of exporters whose files it runs.
+    """
+
+    reachable: bool
+    reason: str = ""
+    facts: dict[str, str] = field(default_factory=dict)
+    targets: tuple[str, ...] = ()
