@@ -218,8 +218,9 @@ class Artifact(JsonMixin):
 class Plan(JsonMixin):
     """How one side is measured. A block is one fresh process; the defaults are those of a gate (docs/measuring.md).
 
-    Warm-up: at least ``warmup_runs`` and ``warmup_s``, then until the medians of the last two windows of 10 differ by
-    less than 2 %, at most 200 runs or 5 s. Timed: at least ``min_runs`` and ``min_s``, at most ``max_s``.
+    Warm-up, after the first inference: at least ``warmup_runs`` and ``warmup_s``, then until the medians of the last two
+    windows of 10 differ by less than 2 %, for at most 200 more runs or 5 s more. Timed: at least ``min_runs`` and
+    ``min_s``, but never longer than ``max_s``.
     """
 
     threads: int = 1
@@ -294,9 +295,11 @@ class DeviceStatus(JsonMixin):
         reason: Why not, with what mends it; empty when reachable.
         facts: Model, processor, memory, operating system: what was readable, as text.
         targets: Names of exporters whose files it runs.
+        not_run: Targets that it does not run, each with the reason and what would run them.
     """
 
     reachable: bool
     reason: str = ""
     facts: dict[str, str] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
+    not_run: dict[str, str] = field(default_factory=dict)
