@@ -1,0 +1,224 @@
+"""One sitting at a device: all artifacts, block by block in turn, and accuracy from the same session."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from edgekd.errors import DataError, DeviceError, UsageError
+from edgekd.models import bind_inputs
+from edgekd.protocols import Arrays, Device, Progress
+from edgekd.types import Artifact, Block, Measurement, Plan
+
+__all__ = ["FLAGS", "measure", "measure_many"]
+
+FLAGS: Mapping[str, str] = {
+    "few_blocks": "fewer than 6 fresh processes: no interval can be given",
+    "few_runs": "a block met its time cap before its number of runs",
+    "not_converged": "warm-up met its cap before the latency settled",
+    "unpinned": "the processor's clock is not held fixed, or cannot be read",
+    "virtual_machine": "measured in a virtual machine: neighbours share the processor",
+    "busy": "other work was running: the load average beyond the measured threads was above half the cores",
+    "batched_timing": "the clock is coarse: each sample is the mean of several inferences",
+    "non_finite_outputs": "some outputs are NaN or infinite; they count as wrong",
+}
+"""What forbids a claim, in words."""
+
+FEWEST_BLOCKS = 6  # below it the exact signed-rank interval does not exist
+
+
+@dataclass
+class _Collected:
+    """What has been collected of one artifact so far."""
+
+    artifact: Artifact
+    folder: Path
+    inputs: dict[str, np.ndarray]
+    blocks: list[Block] = field(default_factory=list)
+    outputs: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def measure(
+    artifact: Artifact,
+    folder: Path,
+    device_name: str,
+    device: Device,
+    inputs: Arrays,
+    labels: np.ndarray | None,
+    teacher_top: np.ndarray | None,
+    plan: Plan,
+    progress: Progress | None = None,
+) -> Measurement:
+    """One artifact on its own. See ``measure_many``, which is what a comparison needs."""
+    found = measure_many([(artifact, folder)], device_name, device, inputs, labels, teacher_top, plan, progress)
+    return found[0]
+
+
+def measure_many(
+    artifacts: Sequence[tuple[Artifact, Path]],
+    device_name: str,
+    device: Device,
+    inputs: Arrays,
+    labels: np.ndarray | None,
+    teacher_top: np.ndarray | None,
+    plan: Plan,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> tuple[Measurement, ...]:
+    """Measure several artifacts in one sitting, block by block in turn, each round in an order of its own.
+
+    One after the other would give each artifact another state of the device: what runs last meets the warmest chip.
+    Block ``i`` of every measurement belongs to round ``i``, so blocks can be compared pair by pair.
+
+    Args:
+        artifacts: Each with the folder that its path is relative to.
+        device_name: As the user calls the device; what it is is added from its facts.
+        inputs: By the programs' names or in their order, samples on the first axis; the first is the one timed.
+        labels: Right classes, (samples,); None when there are none.
+        teacher_top: The teacher's top classes, (samples,); None without a teacher.
+        seed: Of the order in each round.
+
+    Returns:
+        One measurement for each artifact, in the order given; ``not_run`` with the reason where the device does not
+        run the target.
+
+    Raises:
+        DeviceError: The device cannot be reached, or a runtime fails.
+        DataError: Inputs, labels and outputs do not fit.
+    """
+    if plan.blocks < 1:
+        raise UsageError(f"a plan needs at least 1 block; this one has {plan.blocks}")
+    status = device.probe()
+    if not status.reachable:
+        raise DeviceError(f"{device_name}: {status.reason}")
+    where = _where(device_name, status.facts)
+    collected = [
+        _Collected(artifact, folder, bind_inputs(artifact.inputs, inputs))
+        if artifact.target in status.targets
+        else None
+        for artifact, folder in artifacts
+    ]
+    _run_interleaved([one for one in collected if one is not None], device, plan, seed, where, progress)
+    return tuple(
+        _not_run(artifact, where, plan, status.not_run, status.targets)
+        if one is None
+        else _measured(one, where, plan, labels, teacher_top)
+        for one, (artifact, _) in zip(collected, artifacts, strict=True)
+    )
+
+
+def _run_interleaved(
+    collected: Sequence[_Collected], device: Device, plan: Plan, seed: int, where: str, progress: Progress | None
+) -> None:
+    """Rounds of one block each; only the last round is given all inputs, for the outputs of the same session."""
+    order = random.Random(seed)
+    single = dataclasses.replace(plan, blocks=1)
+    if progress and collected:
+        progress.start(f"measuring on {where}", total=plan.blocks * len(collected))
+    for turn in range(plan.blocks):
+        for one in order.sample(collected, len(collected)):
+            batch = max(1, one.artifact.inputs[0].shape[0])
+            shown = {name: array if turn == plan.blocks - 1 else array[:batch] for name, array in one.inputs.items()}
+            blocks, one.outputs = device.run(one.artifact, one.folder, shown, single)
+            one.blocks.extend(blocks)
+            if progress:
+                progress.advance(note=f"{one.artifact.target} {one.artifact.precision}")
+    if progress and collected:
+        progress.finish()
+
+
+def _measured(
+    one: _Collected, where: str, plan: Plan, labels: np.ndarray | None, teacher_top: np.ndarray | None
+) -> Measurement:
+    flags = _flags(one.blocks, plan)
+    scored = labels is not None or teacher_top is not None
+    accuracy = agreement = None
+    if scored:
+        top = _top_classes(one)
+        accuracy, agreement = _share(top, labels, "labels"), _share(top, teacher_top, "top classes of the teacher")
+    if not all(np.all(np.isfinite(output)) for output in one.outputs.values()):
+        flags.append("non_finite_outputs")
+    return Measurement(
+        artifact_sha256=one.artifact.sha256,
+        target=one.artifact.target,
+        precision=one.artifact.precision,
+        device=where,
+        status="measured",
+        plan=plan,
+        blocks=tuple(one.blocks),
+        size_bytes=one.artifact.size_bytes,
+        accuracy=accuracy,
+        teacher_agreement=agreement,
+        samples=len(top) if scored else 0,
+        flags=tuple(flags),
+    )
+
+
+def _not_run(
+    artifact: Artifact, where: str, plan: Plan, reasons: Mapping[str, str], targets: Sequence[str]
+) -> Measurement:
+    reason = reasons.get(artifact.target, f"{where} runs {', '.join(targets) or 'nothing'}; not {artifact.target}")
+    return Measurement(
+        artifact_sha256=artifact.sha256,
+        target=artifact.target,
+        precision=artifact.precision,
+        device=where,
+        status="not_run",
+        reason=reason,
+        plan=plan,
+        size_bytes=artifact.size_bytes,
+    )
+
+
+def _top_classes(one: _Collected) -> np.ndarray:
+    """Top class of each sample, (samples,), from the output that means logits, else the first; -1 where not finite.
+
+    Raises:
+        DataError: That output is not (samples, classes).
+    """
+    names = [spec.name for spec in one.artifact.outputs]
+    logits_names = [spec.name for spec in one.artifact.outputs if spec.meaning == "logits"]
+    name = (logits_names or names)[0]
+    logits = one.outputs[name]
+    if logits.ndim != 2:
+        raise DataError(
+            f"{one.artifact.path}: accuracy needs an output of (samples, classes); {name!r} is {logits.shape}"
+        )
+    return np.where(np.isfinite(logits).all(axis=1), logits.argmax(axis=1), -1)
+
+
+def _share(top: np.ndarray, wanted: np.ndarray | None, what: str) -> float | None:
+    if wanted is None:
+        return None
+    if wanted.shape != top.shape:
+        raise DataError(f"{len(top)} samples were run; the {what} have shape {wanted.shape}")
+    return float(np.mean(top == wanted))
+
+
+def _flags(blocks: Sequence[Block], plan: Plan) -> list[str]:
+    """Names in ``FLAGS``, in its order."""
+    conditions = [block.conditions for block in blocks]
+    raised = {
+        "few_blocks": len(blocks) < FEWEST_BLOCKS,
+        "few_runs": any(len(block.latency_ms) < plan.min_runs for block in blocks),
+        "not_converged": not all(block.converged for block in blocks),
+        "unpinned": any(seen.get("governor") != "performance" for seen in conditions),
+        "virtual_machine": any(seen.get("virtual_machine") == "yes" for seen in conditions),
+        "busy": any(
+            float(seen.get("load_average_before", 0)) - plan.threads > int(seen.get("cores", 1)) / 2
+            for seen in conditions
+        ),
+        "batched_timing": any(seen.get("inferences_per_sample", "1") != "1" for seen in conditions),
+    }
+    return [name for name, is_raised in raised.items() if is_raised]
+
+
+def _where(device_name: str, facts: Mapping[str, str]) -> str:
+    """The name and what stands behind it, so that no number can pass for one of another device."""
+    described = ", ".join(facts[key] for key in ("model", "processor", "system") if facts.get(key))
+    return f"{device_name} ({described})" if described else device_name

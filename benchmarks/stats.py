@@ -1,0 +1,200 @@
+"""Statistics of measurements: pure functions from samples to numbers. Why these: docs/measuring.md.
+
+The unit of replication is the block (one fresh process), not the inference: inferences of one process agree with each
+other far better than processes do, so an interval or a test over pooled inferences claims too much.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgekd.types import JsonMixin, Measurement
+
+__all__ = [
+    "PERCENTILE_SAMPLES",
+    "Ratio",
+    "Summary",
+    "block_medians",
+    "latency_ms",
+    "outliers",
+    "percentile",
+    "ratio",
+    "signed_rank_cut",
+    "spread",
+    "summarize",
+]
+
+PERCENTILE_SAMPLES = {50: 1, 90: 64, 95: 130, 99: 662}
+"""Fewest samples by percentile: those of MLPerf LoadGen's early stopping at 99 % confidence. With fewer, the largest
+samples decide, and the percentile is not reported."""
+
+TUKEY_FENCE = 1.5  # interquartile ranges beyond the quartiles
+
+
+@dataclass(frozen=True)
+class Summary(JsonMixin):
+    """What is reported of one measurement; all of it can be taken again from the raw samples.
+
+    Attributes:
+        p50_ms: Median of the block medians: the latency that is compared and shown.
+        p90_ms, p95_ms, p99_ms: Over the samples of all blocks; None with too few (``PERCENTILE_SAMPLES``).
+        spread: Between the blocks: see ``spread``; None with one block.
+        runtime_load_ms, model_load_ms, first_inference_ms: Median over the blocks.
+        peak_memory_bytes: Largest of the blocks; None when unreadable.
+        samples: All timed samples.
+        outliers: Those beyond Tukey's fences of their own block; counted, never dropped.
+        blocks: How many fresh processes.
+    """
+
+    p50_ms: float
+    p90_ms: float | None
+    p95_ms: float | None
+    p99_ms: float | None
+    spread: float | None
+    runtime_load_ms: float
+    model_load_ms: float
+    first_inference_ms: float
+    peak_memory_bytes: int | None
+    samples: int
+    outliers: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Ratio(JsonMixin):
+    """One latency as a multiple of another.
+
+    Attributes:
+        estimate: Above 1 when the second is slower.
+        low, high: Ends of the interval; None with too few pairs for one.
+        confidence: Of the interval, two-sided.
+        pairs: How many.
+    """
+
+    estimate: float
+    low: float | None
+    high: float | None
+    confidence: float
+    pairs: int
+
+
+def percentile(samples: Sequence[float], percent: int) -> float | None:
+    """Smallest sample with at least ``percent`` of all samples at or below it; the median for 50.
+
+    Args:
+        percent: 50, 90, 95 or 99.
+
+    Returns:
+        None when there are fewer samples than the percentile needs.
+
+    Raises:
+        KeyError: Another percentile.
+    """
+    count = len(samples)
+    if count < PERCENTILE_SAMPLES[percent]:
+        return None
+    if percent == 50:
+        return float(np.median(samples))
+    return float(np.sort(samples)[-(-count * percent // 100) - 1])  # integers: 0.9 * 70 is more than 63 in floats
+
+
+def block_medians(measurement: Measurement) -> tuple[float, ...]:
+    """Median latency of each block in milliseconds, in the order they ran."""
+    return tuple(float(np.median(block.latency_ms)) for block in measurement.blocks)
+
+
+def latency_ms(measurement: Measurement) -> float | None:
+    """Median of the block medians in milliseconds; None when nothing was measured."""
+    medians = block_medians(measurement)
+    return float(np.median(medians)) if medians else None
+
+
+def spread(medians: Sequence[float]) -> float | None:
+    """Largest minus smallest block median, as a share of their median; None with one block.
+
+    A difference between two artifacts that is smaller than this is not one.
+    """
+    if len(medians) < 2:
+        return None
+    return (max(medians) - min(medians)) / float(np.median(medians))
+
+
+def outliers(samples: Sequence[float]) -> int:
+    """How many lie more than 1.5 interquartile ranges beyond the quartiles (Tukey 1977)."""
+    values = np.asarray(samples, dtype=float)
+    first, third = np.quantile(values, [0.25, 0.75])
+    reach = TUKEY_FENCE * (third - first)
+    return int(np.sum((values < first - reach) | (values > third + reach)))
+
+
+def summarize(measurement: Measurement) -> Summary | None:
+    """All statistics of a measurement; None when it was not run."""
+    blocks = measurement.blocks
+    p50 = latency_ms(measurement)
+    if p50 is None:
+        return None
+    samples = [value for block in blocks for value in block.latency_ms]
+    peaks = [block.peak_memory_bytes for block in blocks if block.peak_memory_bytes is not None]
+    return Summary(
+        p50_ms=p50,
+        p90_ms=percentile(samples, 90),
+        p95_ms=percentile(samples, 95),
+        p99_ms=percentile(samples, 99),
+        spread=spread(block_medians(measurement)),
+        runtime_load_ms=float(np.median([block.runtime_load_ms for block in blocks])),
+        model_load_ms=float(np.median([block.model_load_ms for block in blocks])),
+        first_inference_ms=float(np.median([block.first_inference_ms for block in blocks])),
+        peak_memory_bytes=max(peaks, default=None),
+        samples=len(samples),
+        outliers=sum(outliers(block.latency_ms) for block in blocks),
+        blocks=len(blocks),
+    )
+
+
+def ratio(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> Ratio:
+    """How many times as slow the second is, over pairs of blocks that ran side by side.
+
+    The Hodges–Lehmann estimate of the logarithm of the ratio (median of the Walsh averages) with the exact interval
+    of Wilcoxon's signed-rank test.
+
+    Args:
+        first, second: Block medians, pair by pair, from one interleaved session.
+        confidence: Of the two-sided interval.
+
+    Raises:
+        ValueError: The lengths differ, or there is no pair, or a latency is not above zero.
+    """
+    if len(first) != len(second) or not first:
+        raise ValueError(f"a ratio needs pairs; there are {len(first)} and {len(second)} blocks")
+    if min(*first, *second) <= 0:
+        raise ValueError("a latency is above zero")
+    logs = np.log(np.asarray(second, dtype=float) / np.asarray(first, dtype=float))
+    rows, columns = np.triu_indices(len(logs))
+    walsh = np.sort((logs[rows] + logs[columns]) / 2)
+    cut = signed_rank_cut(len(logs), 1 - confidence)
+    low, high = (None, None) if cut == 0 else (math.exp(walsh[cut - 1]), math.exp(walsh[-cut]))
+    return Ratio(math.exp(float(np.median(walsh))), low, high, confidence, len(logs))
+
+
+def signed_rank_cut(pairs: int, alpha: float) -> int:
+    """How many values T of the signed-rank statistic have P(T⁺ ≤ T) ≤ alpha / 2; 0 when there is no such interval.
+
+    The interval then goes from the cut-th smallest to the cut-th largest Walsh average.
+    """
+    ways = [1]  # ways[t]: subsets of the ranks 1 … n with the sum t
+    for rank in range(1, pairs + 1):
+        longer = ways + [0] * rank
+        for total, count in enumerate(ways):
+            longer[total + rank] += count
+        ways = longer
+    cut, tail = 0, 0
+    for count in ways:
+        tail += count
+        if tail > alpha / 2 * 2**pairs + 1e-9:
+            break
+        cut += 1
+    return cut

@@ -1,0 +1,495 @@
+"""Measure one model file in this process: ``python agent.py job.json``. One block is one run of this file.
+
+It stands alone (standard library, NumPy and the runtime of the job's target), so that it can be copied to a board and
+run there. What is timed and why: docs/measuring.md.
+
+The job is a JSON object, the result another; ``KEYS`` names the job's fields. Paths are relative to the working
+directory. Exit code 0 when the result was written; 1 with one line on stderr when it failed; 2 when the job is wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import math
+import os
+import platform
+import signal
+import statistics
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+KEYS = {
+    "target": "onnx or tflite",
+    "model": "the model file",
+    "input_names": "names of the file's inputs",
+    "output_names": "names of the file's outputs",
+    "sample": ".npz with the input that is timed, by the file's names",
+    "inputs": ".npz with all inputs whose outputs are wanted, samples on the first axis; null for none",
+    "outputs": ".npz to write these outputs to; null for none",
+    "result": "JSON file to write the block to",
+    "plan": "threads, warmup_runs, warmup_s, min_runs, min_s, max_s: see edgekd.types.Plan",
+}
+
+WINDOW = 10  # inferences in each of the two windows whose medians are compared
+SETTLED = 0.02  # their largest relative difference
+SETTLING_RUNS = 200  # caps of the settling, counted after the minimum warm-up
+SETTLING_S = 5.0
+TIMER_SHARE = 0.02  # largest share of one sample that the step of the clock may be
+
+
+class AgentError(Exception):
+    """Told to the caller as one line."""
+
+
+class Runtime(Protocol):
+    """A loaded model. A call hands the arrays over and gives the outputs back as arrays of its own."""
+
+    name: str
+    batch: int
+
+    def prepare(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        """Arrays in the dtypes of the file."""
+
+    def __call__(self, arrays: dict[str, Any]) -> list[Any]: ...
+
+
+class OnnxRuntime:
+    """ONNX Runtime on the CPU."""
+
+    def __init__(self, module: Any, job: dict[str, Any]) -> None:
+        options = module.SessionOptions()
+        options.intra_op_num_threads = job["plan"]["threads"]
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        self.name = f"onnxruntime {module.__version__}"
+        self._session = module.InferenceSession(job["model"], options, providers=["CPUExecutionProvider"])
+        self._outputs = job["output_names"]
+        inputs = {value.name: value for value in self._session.get_inputs()}
+        _check_names("input", job["input_names"], list(inputs))
+        _check_names("output", job["output_names"], [value.name for value in self._session.get_outputs()])
+        first = inputs[job["input_names"][0]].shape
+        self.batch = first[0] if first and isinstance(first[0], int) else 1
+        self._types = {name: _onnx_dtype(value.type) for name, value in inputs.items()}
+
+    def prepare(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        return _cast(arrays, self._types)
+
+    def __call__(self, arrays: dict[str, Any]) -> list[Any]:
+        outputs: list[Any] = self._session.run(self._outputs, arrays)
+        return outputs
+
+
+class LiteRt:
+    """LiteRT's interpreter on the CPU (with XNNPACK, its default)."""
+
+    def __init__(self, module: Any, job: dict[str, Any]) -> None:
+        self.name = f"ai-edge-litert {_version('ai-edge-litert')}"
+        self._interpreter = module.Interpreter(model_path=job["model"], num_threads=job["plan"]["threads"])
+        inputs, outputs = self._tensors(job)
+        self._inputs = {name: inputs[name]["index"] for name in job["input_names"]}
+        self._outputs = [outputs[name]["index"] for name in job["output_names"]]
+        self._types = {name: inputs[name]["dtype"] for name in self._inputs}
+        self.batch = int(inputs[job["input_names"][0]]["shape"][0])
+        self._interpreter.allocate_tensors()
+
+    def _tensors(self, job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Tensors by the names of a signature where the job uses these, else by the tensors' own names."""
+        for key in self._interpreter.get_signature_list():
+            signature = self._interpreter.get_signature_runner(key)
+            inputs, outputs = signature.get_input_details(), signature.get_output_details()
+            if set(job["input_names"]) == set(inputs) and set(job["output_names"]) <= set(outputs):
+                return inputs, outputs
+        inputs = {tensor["name"]: tensor for tensor in self._interpreter.get_input_details()}
+        outputs = {tensor["name"]: tensor for tensor in self._interpreter.get_output_details()}
+        _check_names("input", job["input_names"], list(inputs))
+        _check_names("output", job["output_names"], list(outputs))
+        return inputs, outputs
+
+    def prepare(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        return _cast(arrays, self._types)
+
+    def __call__(self, arrays: dict[str, Any]) -> list[Any]:
+        for name, index in self._inputs.items():
+            self._interpreter.set_tensor(index, arrays[name])
+        self._interpreter.invoke()
+        return [self._interpreter.get_tensor(index) for index in self._outputs]
+
+
+RUNTIMES: dict[str, tuple[str, Callable[[Any, dict[str, Any]], Runtime]]] = {
+    "onnx": ("onnxruntime", OnnxRuntime),
+    "tflite": ("ai_edge_litert.interpreter", LiteRt),
+}
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """One block: load, first inference, warm-up, timed inferences; then the outputs, if they are wanted.
+
+    Returns:
+        The fields of edgekd.types.Block.
+
+    Raises:
+        AgentError: The runtime is missing, or the file or the inputs do not fit it.
+    """
+    plan = job["plan"]
+    pin_threads(plan["threads"])
+    import numpy as np  # after the pinning: its thread pool is sized on import
+
+    conditions = describe_machine()
+    conditions |= {f"{key}_before": value for key, value in read_state().items()}
+    module_name, start = RUNTIMES[job["target"]]
+    began = time.perf_counter_ns()
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise AgentError(f"target {job['target']!r} needs {module_name.partition('.')[0]}: {error}") from error
+    imported = time.perf_counter_ns()
+    if not Path(job["model"]).is_file():
+        raise AgentError(f"no model file at {job['model']}")
+    resident = _status_field("VmRSS")
+    loading = time.perf_counter_ns()
+    try:
+        runtime = start(module, job)
+    except AgentError:
+        raise
+    except Exception as error:
+        raise AgentError(f"{module_name} cannot load {job['model']}: {_first_line(error)}") from error
+    loaded = time.perf_counter_ns()
+
+    sample = runtime.prepare(_first(_load(job["sample"], job["input_names"]), runtime.batch))
+    step_ns = timer_step_ns()
+    try:
+        first_ms = _time(runtime, sample, 1)
+        warmup_ms, converged = warm_up(runtime, sample, plan)
+        group = inferences_per_sample(step_ns, statistics.median(warmup_ms[-WINDOW:] or [first_ms]))
+        switched = _status_field("nonvoluntary_ctxt_switches")
+        cpu_ns, wall_ns = time.process_time_ns(), time.perf_counter_ns()
+        latency_ms = time_inferences(runtime, sample, plan, group)
+        cpu_ns, wall_ns = time.process_time_ns() - cpu_ns, time.perf_counter_ns() - wall_ns
+    except Exception as error:
+        raise AgentError(f"{runtime.name} cannot run {job['model']}: {_first_line(error)}") from error
+    peak = peak_memory_bytes()  # before the inputs of the outputs are loaded: they are not the model's
+    conditions |= {f"{key}_after": value for key, value in read_state().items()}
+    conditions |= {
+        "runtime": runtime.name,
+        "numpy": np.__version__,
+        "threads": str(plan["threads"]),
+        "threads_alive": _status_field("Threads"),
+        "timer_step_ns": str(step_ns),
+        "inferences_per_sample": str(group),
+        "resident_before_model": resident,
+        "involuntary_switches": str(int(_status_field("nonvoluntary_ctxt_switches")) - int(switched))
+        if switched
+        else "",
+        "cpu_share": f"{cpu_ns / wall_ns:.2f}",
+    }
+    if job["outputs"] is not None:
+        write_outputs(runtime, job)
+    return {
+        "runtime_load_ms": (imported - began) / 1e6,
+        "model_load_ms": (loaded - loading) / 1e6,
+        "first_inference_ms": first_ms,
+        "warmup_ms": warmup_ms,
+        "latency_ms": latency_ms,
+        "peak_memory_bytes": peak,
+        "converged": converged,
+        "conditions": {key: value for key, value in conditions.items() if value},
+    }
+
+
+def pin_threads(threads: int) -> None:
+    """Size the pools that look at the environment; the runtimes themselves are told when they start."""
+    for name in ("OMP_NUM", "OPENBLAS_NUM", "MKL_NUM", "BLIS_NUM", "VECLIB_MAXIMUM"):
+        os.environ[f"{name}_THREADS"] = str(threads)
+
+
+def warm_up(
+    runtime: Runtime, sample: dict[str, Any], plan: dict[str, Any], time_ms: Callable[..., float] | None = None
+) -> tuple[list[float], bool]:
+    """The rule of edgekd.types.Plan: the minimum, then until two windows agree or a cap is met.
+
+    Returns:
+        Milliseconds per inference, in order, and whether the windows agreed.
+    """
+    time_ms = time_ms or _time
+    latency_ms: list[float] = []
+    spent_ms = 0.0
+    while len(latency_ms) < plan["warmup_runs"] or spent_ms < plan["warmup_s"] * 1e3:
+        latency_ms.append(time_ms(runtime, sample, 1))
+        spent_ms += latency_ms[-1]
+    least, least_ms = len(latency_ms), spent_ms
+    while not settled(latency_ms):
+        if len(latency_ms) - least >= SETTLING_RUNS or spent_ms - least_ms >= SETTLING_S * 1e3:
+            return latency_ms, False
+        latency_ms.append(time_ms(runtime, sample, 1))
+        spent_ms += latency_ms[-1]
+    return latency_ms, True
+
+
+def settled(latency_ms: list[float]) -> bool:
+    """Whether the medians of the last two windows differ by less than 2 %."""
+    if len(latency_ms) < 2 * WINDOW:
+        return False
+    before = statistics.median(latency_ms[-2 * WINDOW : -WINDOW])
+    return abs(statistics.median(latency_ms[-WINDOW:]) - before) < SETTLED * before
+
+
+def time_inferences(runtime: Runtime, sample: dict[str, Any], plan: dict[str, Any], group: int) -> list[float]:
+    """Timed samples with the garbage collector off; each is the mean of ``group`` inferences (1 on a fine clock)."""
+    latency_ms: list[float] = []
+    spent_ms = 0.0
+    gc.collect()
+    gc.disable()
+    try:
+        while len(latency_ms) < plan["min_runs"] or spent_ms < plan["min_s"] * 1e3:
+            latency_ms.append(_time(runtime, sample, group))
+            spent_ms += latency_ms[-1] * group
+            if spent_ms >= plan["max_s"] * 1e3:
+                break
+    finally:
+        gc.enable()
+    return latency_ms
+
+
+def _time(runtime: Runtime, sample: dict[str, Any], group: int) -> float:
+    """Milliseconds of one inference: input handed over, computed, outputs back as arrays."""
+    if group == 1:
+        began = time.perf_counter_ns()
+        runtime(sample)
+        return (time.perf_counter_ns() - began) / 1e6
+    began = time.perf_counter_ns()
+    for _ in range(group):
+        runtime(sample)
+    return (time.perf_counter_ns() - began) / 1e6 / group
+
+
+def timer_step_ns(looks: int = 2000) -> int:
+    """Smallest step that the monotonic clock was seen to make: its resolution and the cost of reading it."""
+    steps = []
+    for _ in range(looks):
+        before = time.perf_counter_ns()
+        after = time.perf_counter_ns()
+        if after > before:
+            steps.append(after - before)
+    return min(steps, default=math.ceil(time.get_clock_info("perf_counter").resolution * 1e9))
+
+
+def inferences_per_sample(step_ns: int, median_ms: float) -> int:
+    """How many inferences one sample must span so that a step of the clock is at most 2 % of it."""
+    return max(1, math.ceil(step_ns / (TIMER_SHARE * median_ms * 1e6)))
+
+
+def write_outputs(runtime: Runtime, job: dict[str, Any]) -> None:
+    """Outputs of all inputs, by the file's names, samples on the first axis.
+
+    Raises:
+        AgentError: The inputs do not fit the file.
+    """
+    import numpy as np
+
+    arrays = runtime.prepare(_load(job["inputs"], job["input_names"]))
+    count, batch = len(arrays[job["input_names"][0]]), runtime.batch
+    if count == 0 or count % batch:
+        raise AgentError(f"{job['model']} takes {batch} samples at a time; {job['inputs']} has {count}")
+    parts: list[list[Any]] = [[] for _ in job["output_names"]]
+    for begin in range(0, count, batch):
+        try:
+            outputs = runtime({name: array[begin : begin + batch] for name, array in arrays.items()})
+        except Exception as error:
+            raise AgentError(f"{runtime.name} fails on sample {begin}: {_first_line(error)}") from error
+        for part, output in zip(parts, outputs, strict=True):
+            part.append(output)
+    with _Replaced(Path(job["outputs"])) as path, path.open("wb") as file:
+        np.savez(file, **{name: np.concatenate(part) for name, part in zip(job["output_names"], parts, strict=True)})
+
+
+def _load(path: str, names: list[str]) -> dict[str, Any]:
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            _check_names("input", names, file.files)
+            return {name: np.ascontiguousarray(file[name]) for name in names}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise AgentError(f"{path} cannot be read as .npz: {_first_line(error)}") from error
+
+
+def _first(arrays: dict[str, Any], batch: int) -> dict[str, Any]:
+    for name, array in arrays.items():
+        if len(array) < batch:
+            raise AgentError(f"the file takes {batch} samples at a time; input {name!r} has {len(array)}")
+    return {name: array[:batch] for name, array in arrays.items()}
+
+
+def _cast(arrays: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
+    """Whole numbers to the file's whole numbers, floats to its floats; never one to the other."""
+    import numpy as np
+
+    for name, array in arrays.items():
+        if np.issubdtype(array.dtype, np.floating) != np.issubdtype(types[name], np.floating):
+            raise AgentError(f"input {name!r} takes {np.dtype(types[name]).name}; it got {array.dtype}")
+    return {name: np.ascontiguousarray(array, dtype=types[name]) for name, array in arrays.items()}
+
+
+def _onnx_dtype(name: str) -> Any:
+    import numpy as np
+
+    inner = name.removeprefix("tensor(").removesuffix(")")
+    try:
+        return np.dtype({"float": "float32", "double": "float64"}.get(inner, inner))
+    except TypeError:
+        raise AgentError(f"NumPy has no type for an input of {name}") from None
+
+
+def _check_names(what: str, wanted: list[str], found: list[str]) -> None:
+    lacking = [name for name in wanted if name not in found]
+    if lacking:
+        raise AgentError(f"no {what} called {lacking[0]!r}; there are {', '.join(found) or 'none'}")
+
+
+def describe_machine() -> dict[str, str]:
+    """What does not change while a block runs: processor, cores, system, versions. Unreadable is left out."""
+    info = _read("/proc/cpuinfo")
+    return {
+        "processor": processor_name(info),
+        "cores": str(os.cpu_count() or ""),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "virtual_machine": "yes" if " hypervisor" in info else "",
+    }
+
+
+def processor_name(info: str) -> str:
+    """Of x86 from /proc/cpuinfo, of a board from its device tree, else what Python knows."""
+    for line in info.splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return _read("/proc/device-tree/model").rstrip("\0") or platform.processor() or platform.machine()
+
+
+def read_state() -> dict[str, str]:
+    """What changes while a block runs: clock, temperature, load. Unreadable is left out."""
+    khz = _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
+    hottest = max(
+        (int(value) for zone in Path("/sys/class/thermal").glob("thermal_zone*/temp") if (value := _read(str(zone)))),
+        default=None,
+    )
+    return {
+        "clock_mhz": str(int(khz) // 1000) if khz else "",
+        "temperature_c": f"{hottest / 1000:.1f}" if hottest is not None else "",
+        "load_average": f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "",
+    }
+
+
+def peak_memory_bytes() -> int | None:
+    """Resident peak of this process.
+
+    From /proc where there is one: on Linux ``ru_maxrss`` starts at the size of the process that started this one.
+    """
+    if high := _status_field("VmHWM"):
+        return int(high.split()[0]) * 1024
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return None
+
+
+def _status_field(name: str) -> str:
+    for line in _read("/proc/self/status").splitlines():
+        if line.startswith(f"{name}:"):
+            return line.partition(":")[2].strip()
+    return ""
+
+
+def _read(path: str) -> str:
+    """A file of the kernel; empty where it is missing or not ours to read."""
+    try:
+        return Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "of unknown version"
+
+
+class _Replaced:
+    """A path to write to, which takes the place of the wanted one only when all was written."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._partial = path, path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+    def __enter__(self) -> Path:
+        return self._partial
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._partial.replace(self._path)
+        else:
+            self._partial.unlink(missing_ok=True)
+
+
+def read_job(path: Path) -> dict[str, Any]:
+    """The job, checked.
+
+    Raises:
+        ValueError: It is not JSON, lacks a key, or names an unknown target.
+    """
+    job = json.loads(path.read_text(encoding="utf-8"))
+    lacking = [f"{key} ({meaning})" for key, meaning in KEYS.items() if key not in job]
+    if lacking:
+        raise ValueError(f"the job lacks {', '.join(lacking)}")
+    if job["target"] not in RUNTIMES:
+        raise ValueError(f"no runtime for target {job['target']!r}; there are {', '.join(RUNTIMES)}")
+    if not job["input_names"] or job["plan"]["threads"] < 1 or job["plan"]["min_runs"] < 1:
+        raise ValueError("a job needs an input, a thread and a timed run")
+    if (job["inputs"] is None) != (job["outputs"] is None):
+        raise ValueError("inputs and outputs are both paths or both null")
+    return job
+
+
+def _die_with_parent() -> None:
+    """Linux: end when whoever started this ends, however it ends; nothing would read the result."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the job of the one argument; the exit code says how it went."""
+    _die_with_parent()
+    if len(arguments) != 1:
+        sys.stderr.write("usage: python agent.py job.json\n")
+        return 2
+    try:
+        job = read_job(Path(arguments[0]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.stderr.write(f"{arguments[0]}: {_first_line(error)}\n")
+        return 2
+    try:
+        block = measure(job)
+        with _Replaced(Path(job["result"])) as path:
+            path.write_text(json.dumps(block), encoding="utf-8")
+    except (AgentError, OSError, MemoryError) as error:
+        sys.stderr.write(f"{_first_line(error)}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
