@@ -21,6 +21,7 @@ from edgekd.types import TensorSpec
 __all__ = [
     "at_batch",
     "bind_inputs",
+    "call_arguments",
     "count_macs",
     "count_parameters",
     "example_inputs",
@@ -29,6 +30,8 @@ __all__ = [
     "load_program",
     "output_specs",
     "program_bytes",
+    "rename_outputs",
+    "retrace",
     "run_program",
 ]
 
@@ -51,13 +54,22 @@ def export_program(module: nn.Module, inputs: Sequence[Tensor], *, dynamic_batch
         pairs = tuple(torch.cat([x, x]) for x in args)
         try:
             batch = Dim("batch")
-            return torch.export.export(module, pairs, dynamic_shapes=tuple({0: batch} for _ in pairs), strict=False)
+            shapes = tuple({0: batch} for _ in pairs)
+            return _without_origin(torch.export.export(module, pairs, dynamic_shapes=shapes, strict=False))
         except Exception:  # noqa: BLE001 - torch.export raises many types; the static export below decides
             pass
     try:
-        return torch.export.export(module, tuple(x[:1] for x in args), strict=False)
+        return _without_origin(torch.export.export(module, tuple(x[:1] for x in args), strict=False))
     except Exception as error:
         raise ModelFileError(f"torch.export cannot trace {type(module).__name__}: {_first_line(error)}") from error
+
+
+def _without_origin(program: ExportedProgram) -> ExportedProgram:
+    """Drop where each operator comes from, in place: paths of this machine, and addresses that differ in every run."""
+    for node in program.graph.nodes:
+        for key in ("from_node", "stack_trace"):
+            node.meta.pop(key, None)
+    return program
 
 
 def program_bytes(program: ExportedProgram) -> bytes:
@@ -77,6 +89,8 @@ def load_program(path: Path) -> ExportedProgram:
         raise ModelFileError(f"no model file at {path}")
     if not zipfile.is_zipfile(path):
         raise ModelFileError(f"{path} is not a .pt2 file (torch.export.save writes one), or it is truncated")
+    from torch.ao.quantization.fx import _decomposed  # noqa: F401 - registers the operators of compressed programs
+
     try:
         _refuse_pickle(path)
         return torch.export.load(io.BytesIO(path.read_bytes()))
@@ -132,15 +146,78 @@ def at_batch(program: ExportedProgram, batch: int = 1) -> ExportedProgram:
     Raises:
         ModelFileError: An axis other than the first is dynamic: no size can be guessed for it.
     """
-    specs = input_specs(program)
-    if all(-1 not in spec.shape for spec in specs):
+    if all(-1 not in spec.shape for spec in input_specs(program)):
         return program
-    for spec in specs:
+    return retrace(program.module(), program, batch)
+
+
+def retrace(module: nn.Module, program: ExportedProgram, batch: int | None = None) -> ExportedProgram:
+    """Export a rewritten module of a program again: names of inputs and outputs stay, however the module computes them.
+
+    Args:
+        module: Takes and returns what ``program.module()`` does.
+        program: What the module was made from.
+        batch: Fixes a dynamic batch; None keeps it dynamic where it was.
+
+    Raises:
+        ModelFileError: ``torch.export`` cannot trace the module; the message is its first line. Or an axis other
+            than the first is dynamic.
+    """
+    tensors = example_inputs(program, batch or 2)
+    shapes = torch.export.ShapesCollection()
+    size = Dim("batch")
+    for spec, tensor in zip(input_specs(program), tensors, strict=True):
         if -1 in spec.shape[1:]:
             raise ModelFileError(
                 f"input {spec.name!r} {spec.shape} has a dynamic axis besides the batch; export it fixed"
             )
-    return torch.export.export(program.module(), example_inputs(program, batch), strict=False)
+        if batch is None and -1 in spec.shape:
+            shapes[tensor] = {0: size}
+    args, kwargs = call_arguments(program, tensors)
+    dynamic = shapes if len(shapes) else None
+    try:
+        traced = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
+    except Exception as error:
+        raise ModelFileError(f"torch.export cannot trace the rewritten program: {_first_line(error)}") from error
+    return rename_outputs(_without_origin(traced), [str(name) for name in program.graph_signature.user_outputs])
+
+
+def call_arguments(program: ExportedProgram, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Input tensors as the positional and keyword arguments that the program was exported with."""
+    from torch.export.graph_signature import ConstantArgument, InputKind
+    from torch.utils import _pytree as pytree
+
+    left = iter(tensors)
+    leaves = [
+        spec.arg.value if isinstance(spec.arg, ConstantArgument) else next(left)
+        for spec in program.graph_signature.input_specs
+        if spec.kind == InputKind.USER_INPUT
+    ]
+    args, kwargs = pytree.tree_unflatten(leaves, program.call_spec.in_spec)
+    return args, kwargs
+
+
+def rename_outputs(program: ExportedProgram, names: Sequence[str]) -> ExportedProgram:
+    """Give the user outputs of a fresh program these names, in place; torch names them after their last operator."""
+    from torch.export.graph_signature import OutputKind
+
+    nodes = {node.name: node for node in program.graph.nodes}
+    specs = [spec for spec in program.graph_signature.output_specs if spec.kind == OutputKind.USER_OUTPUT]
+    wanted: dict[str, str] = {}  # present name to wanted; an input that is passed through keeps its own
+    for spec, name in zip(specs, names, strict=True):
+        if nodes[spec.arg.name].op == "call_function":
+            wanted.setdefault(spec.arg.name, name)
+    for taken in set(wanted.values()) - set(wanted):
+        if taken in nodes:
+            fresh = f"{taken}_inner"
+            while fresh in nodes:
+                fresh += "_"
+            nodes[taken].name = fresh
+    for present, name in wanted.items():
+        nodes[present].name = name
+    for spec in specs:
+        spec.arg.name = wanted.get(spec.arg.name, spec.arg.name)
+    return program
 
 
 def example_inputs(program: ExportedProgram, batch: int = 1) -> tuple[Tensor, ...]:
@@ -199,7 +276,8 @@ def run_program(program: ExportedProgram, arrays: Arrays, batch: int = 256) -> d
     with torch.no_grad():
         for start in range(0, count, step):
             args = [torch.from_numpy(np.ascontiguousarray(bound[s.name][start : start + step])) for s in specs]
-            for name, output in zip(names, flatten_outputs(module(*args)), strict=True):
+            positional, keyword = call_arguments(program, args)
+            for name, output in zip(names, flatten_outputs(module(*positional, **keyword)), strict=True):
                 parts[name].append(output.numpy())
     return {name: np.concatenate(arrays_) for name, arrays_ in parts.items()}
 
@@ -226,8 +304,9 @@ def count_macs(program: ExportedProgram) -> int:
 
     args = example_inputs(program, 1)
     batch = max(1, args[0].shape[0]) if args and args[0].ndim else 1
+    positional, keyword = call_arguments(program, args)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        program.module()(*args)
+        program.module()(*positional, **keyword)
     return int(counter.get_total_flops()) // 2 // batch
 
 
