@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = [
+    "UNKNOWN",
     "ClassRow",
     "Ledger",
     "Row",
@@ -27,7 +28,7 @@ __all__ = [
 
 Stage = Literal["teacher", "control", "student", "compressed", "artifact"]
 
-UNKNOWN = "–"  # noqa: RUF001 - the sign that is meant
+UNKNOWN = "–"
 """How a value that nobody measured is shown; a zero is a measured zero."""
 
 

@@ -145,13 +145,20 @@ class Student:
 
 @dataclass(frozen=True)
 class OutputParity(JsonMixin):
-    """One output of a file against the same output of its program."""
+    """One output of a file against the same output of its program.
+
+    Attributes:
+        max_abs: Largest difference; None when the two cannot be subtracted, which ``problem`` explains.
+        cosine: Mean over the samples.
+        agreement: Share of samples with the same top class; None when the output is not (samples, classes).
+    """
 
     name: str
-    max_abs: float
+    max_abs: float | None
     cosine: float
     agreement: float | None
     passed: bool
+    problem: str = ""
 
 
 @dataclass(frozen=True)

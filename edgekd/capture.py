@@ -1,0 +1,271 @@
+"""TeacherCache: the teacher's outputs, paid once, replayed by every student.
+
+Format 1, a folder: ``manifest.json``, ``ids.bin`` (uint64 per sample) and shards of fixed-size records, memory-mapped.
+Record number = view · samples + position, so a look-up is one offset. A record is the view's seed (u32) and the logits
+minus their largest (f16: shifting changes no softmax and is exact where it matters, at the head).
+
+A capture works in ``<folder>.part``: each shard is written whole, then listed. Killed at any moment, it goes on after
+the last listed shard; the finished folder takes its place only when it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekd.data import Split
+from edgekd.errors import CacheError, ModelFileError, NumericalError
+from edgekd.protocols import Augmentation, Progress
+from edgekd.sources import Teacher
+from edgekd.store import atomic_write, hash_path, read_json, write_json
+from edgekd.types import Json
+from edgekd.views import view_batch, view_seeds
+
+__all__ = ["CaptureKey", "TeacherCache", "Verification", "capture", "open_cache", "verify_cache"]
+
+FORMAT = 1
+RECORDS_PER_SHARD = 16_384
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class CaptureKey:
+    """What a cache depends on; another key means another cache.
+
+    Attributes:
+        teacher: Fingerprint of its weights.
+        data: Fingerprint of the split.
+        augmentation: Fingerprint of its source; empty for none.
+        views: Augmented views of each sample.
+        seed: Of all views.
+    """
+
+    teacher: str
+    data: str
+    augmentation: str
+    views: int
+    seed: int
+
+    def to_json(self) -> Json:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class TeacherCache:
+    """An open cache.
+
+    Attributes:
+        ids: Sample ids in the order of the records, uint64 (samples,).
+        views, classes: As captured.
+        manifest: As on disk.
+    """
+
+    ids: np.ndarray
+    views: int
+    classes: int
+    manifest: Json
+    _shards: tuple[np.ndarray, ...]
+    _order: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """Row of each sample id.
+
+        Raises:
+            CacheError: An id was never captured.
+        """
+        if len(self.ids) == 0:
+            raise CacheError("the cache is empty; run: edgekd capture")
+        found = np.searchsorted(self.ids, ids, sorter=self._order)
+        rows = self._order[np.minimum(found, len(self.ids) - 1)]
+        missing = np.flatnonzero(self.ids[rows] != ids)
+        if len(missing):
+            raise CacheError(
+                f"{len(missing)} samples are not in the cache, first id {ids[missing[0]]}; run: edgekd capture"
+            )
+        return rows
+
+    def read(self, rows: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Seeds, uint32 (records,), and logits less their largest, float32 (records, classes)."""
+        numbers = views.astype(np.int64) * len(self.ids) + rows
+        shard, offset = np.divmod(numbers, RECORDS_PER_SHARD)
+        seeds = np.empty(len(numbers), np.uint32)
+        logits = np.empty((len(numbers), self.classes), np.float32)
+        for index in np.unique(shard):
+            chosen = shard == index
+            records = self._shards[index][offset[chosen]]
+            seeds[chosen] = records["seed"]
+            logits[chosen] = records["logits"]
+        return seeds, logits
+
+    def logits(self, ids: np.ndarray, view: int = 0) -> np.ndarray:
+        """Logits of samples in one view, float32 (samples, classes)."""
+        return self.read(self.rows(ids), np.full(len(ids), view))[1]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Teacher run again against its cache.
+
+    Attributes:
+        records: How many were compared.
+        top1_differs: Share whose top class differs.
+        max_abs: Largest difference of a shifted logit.
+    """
+
+    records: int
+    top1_differs: float
+    max_abs: float
+
+
+def capture(
+    folder: Path, split: Split, teacher: Teacher, key: CaptureKey, augment: Augmentation | None, progress: Progress
+) -> TeacherCache:
+    """Run the teacher over every (sample, view) that is not captured yet.
+
+    Raises:
+        NumericalError: The teacher gives NaN or infinity; the message names the sample.
+        StorageError: The disk is full; finished shards stay.
+    """
+    part = folder.with_name(folder.name + ".part")
+    manifest = _resume(part, key)
+    samples, total = len(split), len(split) * key.views
+    shards = manifest["shards"]
+    done = min(len(shards) * RECORDS_PER_SHARD, total)
+    progress.start(f"capture {folder.name}", total, done)
+    while done < total:
+        numbers = np.arange(done, min(done + RECORDS_PER_SHARD, total))
+        blocks = []
+        for start in range(0, len(numbers), BATCH):
+            views, positions = np.divmod(numbers[start : start + BATCH], samples)
+            seeds = view_seeds(split.ids[positions], views, key.seed)
+            inputs = view_batch(split, positions, seeds, augment)
+            logits = teacher.logits(dict(zip(split.inputs, (x.numpy() for x in inputs), strict=True)))
+            blocks.append(_records(seeds, logits, split.ids[positions]))
+            progress.advance(len(positions))
+        name = f"shard-{len(shards):05d}.bin"
+        content = np.concatenate(blocks)
+        atomic_write(part / name, content.tobytes())
+        shards.append({"file": name, "records": len(content), "sha256": hashlib.sha256(content.tobytes()).hexdigest()})
+        manifest["classes"] = int(content.dtype["logits"].shape[0])
+        write_json(part / "manifest.json", manifest)
+        done += len(numbers)
+    progress.finish()
+    atomic_write(part / "ids.bin", split.ids.astype("<u8").tobytes())
+    manifest |= {"samples": samples, "ids_sha256": hash_path(part / "ids.bin"), "complete": True}
+    write_json(part / "manifest.json", manifest)
+    if folder.exists():
+        shutil.rmtree(folder)
+    part.rename(folder)
+    return open_cache(folder)
+
+
+def open_cache(folder: Path, key: CaptureKey | None = None) -> TeacherCache:
+    """Open a finished cache and check every shard's hash.
+
+    Raises:
+        CacheError: It is missing, incomplete, damaged, or was captured for another key.
+    """
+    if not (folder / "manifest.json").is_file():
+        raise CacheError(f"no teacher cache at {folder}; run: edgekd capture")
+    try:
+        manifest = read_json(folder / "manifest.json")
+        if manifest["format"] != FORMAT:
+            raise CacheError(f"{folder} has cache format {manifest['format']}; this version reads {FORMAT}")
+        if key is not None and manifest["key"] != key.to_json():
+            changed = [name for name, value in key.to_json().items() if manifest["key"].get(name) != value]
+            raise CacheError(f"{folder} was captured with another {', '.join(changed)}; run: edgekd capture")
+        record = _record_type(manifest["classes"])
+        ids = np.fromfile(folder / "ids.bin", "<u8")
+        if hash_path(folder / "ids.bin") != manifest["ids_sha256"]:
+            raise CacheError(f"{folder / 'ids.bin'} is damaged; remove {folder} and run: edgekd capture")
+        shards = []
+        for entry in manifest["shards"]:
+            path = folder / entry["file"]
+            if not path.is_file() or hash_path(path) != entry["sha256"]:
+                raise CacheError(f"{path} is damaged or missing; remove {folder} and run: edgekd capture")
+            shards.append(np.memmap(path, record, mode="r"))
+        views = int(manifest["key"]["views"])
+    except (KeyError, TypeError, ModelFileError) as error:
+        raise CacheError(
+            f"{folder / 'manifest.json'} is damaged ({error}); remove {folder} and run: edgekd capture"
+        ) from None
+    order = np.argsort(ids, kind="stable")
+    return TeacherCache(ids, views, manifest["classes"], manifest, tuple(shards), order)
+
+
+def verify_cache(
+    cache: TeacherCache, split: Split, teacher: Teacher, augment: Augmentation | None, share: float = 0.001
+) -> Verification:
+    """Run the teacher again on a random share of the records (at least 64) and compare.
+
+    The same kernels on the same machine differ by no more than the rounding to f16.
+    """
+    total = len(cache) * cache.views
+    count = min(total, max(64, int(total * share)))
+    numbers = np.sort(np.random.default_rng(0).choice(total, count, replace=False))
+    views, rows = np.divmod(numbers, len(cache))
+    seeds, stored = cache.read(rows, views)
+    position_of = {int(sample): position for position, sample in enumerate(split.ids)}
+    try:
+        positions = np.asarray([position_of[int(sample)] for sample in cache.ids[rows]])
+    except KeyError as error:
+        raise CacheError(f"sample {error} of the cache is not in the data any more; run: edgekd capture") from None
+    fresh = []
+    for start in range(0, count, BATCH):
+        chosen = slice(start, start + BATCH)
+        inputs = view_batch(split, positions[chosen], seeds[chosen], augment)
+        logits = teacher.logits(dict(zip(split.inputs, (x.numpy() for x in inputs), strict=True)))
+        fresh.append(logits - logits.max(axis=1, keepdims=True))
+    again = np.concatenate(fresh)
+    differs = float((again.argmax(1) != stored.argmax(1)).mean())
+    return Verification(count, differs, float(np.abs(again - stored).max()))
+
+
+def _resume(part: Path, key: CaptureKey) -> Json:
+    """The manifest of an interrupted capture of the same key, or a new one."""
+    fresh: dict[str, Any] = {
+        "format": FORMAT,
+        "key": key.to_json(),
+        "codec": "dense-f16",
+        "shards": [],
+        "complete": False,
+    }
+    path = part / "manifest.json"
+    if path.is_file():
+        try:
+            manifest = read_json(path)
+        except ModelFileError:
+            manifest = {}
+        if manifest.get("key") == fresh["key"] and manifest.get("format") == FORMAT:
+            intact = []
+            for entry in manifest["shards"]:
+                if entry["records"] != RECORDS_PER_SHARD or not (part / entry["file"]).is_file():
+                    break
+                if hash_path(part / entry["file"]) != entry["sha256"]:
+                    break
+                intact.append(entry)
+            return {**manifest, "shards": intact, "complete": False}
+    shutil.rmtree(part, ignore_errors=True)
+    return fresh
+
+
+def _record_type(classes: int) -> np.dtype[np.void]:
+    return np.dtype([("seed", "<u4"), ("logits", "<f2", (classes,))])
+
+
+def _records(seeds: np.ndarray, logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if len(bad):
+        raise NumericalError(f"the teacher gives NaN or infinity for {len(bad)} samples, first id {ids[bad[0]]}")
+    records = np.empty(len(seeds), _record_type(logits.shape[1]))
+    records["seed"] = seeds
+    records["logits"] = np.maximum(logits - logits.max(axis=1, keepdims=True), np.finfo(np.float16).min)
+    return records

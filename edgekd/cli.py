@@ -1,0 +1,400 @@
+"""The command line: one small function per subcommand. Results go to stdout, talk and progress to stderr.
+
+Exit codes: 0 good, 1 it failed, 2 you asked wrongly, 3 inconclusive (``edgekd.errors``).
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgekd.errors import EdgekdError, RecipeError, UsageError
+
+if TYPE_CHECKING:
+    from edgekd.workspace import Workspace
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="edgekd",
+    help="Distill a teacher into a student, export it, prove every file, measure it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeOption = Annotated[
+    Path | None,
+    typer.Option("--recipe", "-r", help="edgekd.toml; by default the one here or in the nearest folder above."),
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Do it again even if nothing changed.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+TargetOption = Annotated[
+    list[str] | None,
+    typer.Option("--target", "-t", help="onnx, coreml, tflite …; repeat it, or 'all' for every installed one."),
+]
+PrecisionOption = Annotated[
+    list[str] | None,
+    typer.Option("--precision", "-p", help="fp32, fp16, w8, w8d8, w8a8, or int8 (chosen by rule); repeat it."),
+]
+
+
+def main() -> None:
+    """Run the command line; every foreseen error is one line on stderr and its documented exit code."""
+    import errno
+
+    try:
+        app()
+    except RecipeError as error:
+        for fault in error.faults:
+            _fail(fault)
+        raise SystemExit(error.exit_code) from None
+    except EdgekdError as error:
+        _fail(str(error))
+        raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _fail(f"the disk is full: {error.filename or 'a file'} was not written; what was there before is unchanged")
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on from here")
+        raise SystemExit(130) from None
+
+
+@app.command()
+def init(
+    template: Annotated[str, typer.Option("--template", help="image or text.")] = "image",
+    folder: Annotated[Path, typer.Argument(help="Where; created if need be.")] = Path(),
+) -> None:
+    """Write a recipe that runs, with a comment at every knob."""
+    from edgekd.templates import write_template
+
+    for path in write_template(template, folder):
+        _out(f"wrote {path}")
+    _out(
+        f"next: cd {folder} && edgekd check && edgekd run" if str(folder) != "." else "next: edgekd check && edgekd run"
+    )
+
+
+@app.command()
+def check(recipe: RecipeOption = None, json: JsonOption = False) -> None:
+    """Check the recipe, the data, and that teacher and student fit, before hours are spent."""
+    from edgekd.check import check_workspace
+
+    facts = check_workspace(_workspace(recipe))
+    if json:
+        _json(facts)
+        return
+    for key, value in facts.items():
+        _out(f"{key:<22} {value}")
+    _out("good")
+
+
+@app.command()
+def capture(recipe: RecipeOption = None, force: ForceOption = False) -> None:
+    """Run the teacher once over every sample and view, and keep what it says."""
+    from edgekd.pipeline import capture_stage
+
+    capture_stage(_workspace(recipe), _progress(), force)
+
+
+@app.command()
+def distill(recipe: RecipeOption = None, force: ForceOption = False) -> None:
+    """Train the students and, always, the control without a teacher."""
+    from edgekd.pipeline import distill_stage
+
+    for result in distill_stage(_workspace(recipe), _progress(), force):
+        _out(
+            f"{result.arm:<12} seed {result.seed}  validation {result.validation.accuracy:.2%}  "
+            f"test {result.test.accuracy:.2%}  agrees with the teacher {result.test.teacher_agreement:.2%}"
+        )
+
+
+@app.command()
+def compress(recipe: RecipeOption = None, precision: PrecisionOption = None, force: ForceOption = False) -> None:
+    """Quantize the chosen student, once for all targets (w8, w8a8)."""
+    from edgekd.export import PORTABLE
+    from edgekd.pipeline import compress_stage
+
+    wrong = [word for word in precision or [] if word not in PORTABLE]
+    if wrong:
+        raise UsageError(
+            f"compress has no precision {wrong[0]!r}; it has {', '.join(PORTABLE)}; exporters make the others"
+        )
+    compress_stage(_workspace(recipe), _progress(), [p for p in PORTABLE if p in (precision or [])], force)
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="model.pt2 or hf:folder; by default the student of the recipe.", show_default=False),
+    ] = None,
+    target: TargetOption = None,
+    precision: PrecisionOption = None,
+    calibration: Annotated[Path | None, typer.Option(help="data.npz that w8a8 takes its scales from.")] = None,
+    samples: Annotated[Path | None, typer.Option(help="data.npz to prove the files with.")] = None,
+    observer: Annotated[str, typer.Option(help="How w8a8 takes a range: minmax or percentile.")] = "minmax",
+    max_length: Annotated[int, typer.Option(help="Tokens, for a text model from hf:folder.", min=1)] = 128,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the artifacts of a model file.")] = Path(
+        "artifacts"
+    ),
+    recipe: RecipeOption = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Write the model for each target and prove each file against the program it came from."""
+    from edgekd.store import load_artifact
+
+    targets = _targets(target)
+    if model is not None:
+        from edgekd.external import export_external
+
+        if not targets:
+            raise UsageError("which target? --target onnx, coreml, tflite, or all")
+        made = export_external(
+            model,
+            targets,
+            precision or ["fp32"],
+            out,
+            _progress(),
+            calibration=calibration,
+            samples=samples,
+            observer=observer,
+            max_length=max_length,
+        )
+        folders = [out / f"{artifact.target}-{artifact.precision}" for artifact in made]
+    else:
+        from edgekd.pipeline import export_stage
+
+        folders = export_stage(_workspace(recipe), _progress(), targets, precision or (), force)
+    artifacts = [(load_artifact(folder), folder) for folder in folders]
+    if json:
+        _json([_artifact_json(artifact, folder) for artifact, folder in artifacts])
+        return
+    for artifact, folder in artifacts:
+        parity = artifact.parity
+        same = "" if parity.agreement is None else f", same top class {parity.agreement:.2%}"
+        _out(
+            f"{folder / artifact.path}  {artifact.size_bytes:,} bytes  parity {parity.status} on {parity.samples} "
+            f"samples: max error {parity.max_abs:.3g}, cosine {parity.cosine:.6f}{same}"
+        )
+        for note in artifact.notes:
+            _say(f"  {note}")
+
+
+@app.command()
+def verify(
+    cache: Annotated[
+        bool, typer.Option("--cache", help="The teacher caches: run the teacher again on a sample.")
+    ] = False,
+    recipe: RecipeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Prove again what is on disk: every artifact, or with --cache the teacher's outputs."""
+    from edgekd.pipeline import verify_artifacts, verify_caches
+
+    work = _workspace(recipe)
+    if cache:
+        verify_caches(work, _progress())
+        _out("good")
+        return
+    artifacts = verify_artifacts(work, _progress())
+    if json:
+        _json([_artifact_json(a, work.folder.artifact(a.target, a.precision)) for a in artifacts])
+    else:
+        _out(f"good: {len(artifacts)} files")
+
+
+@app.command()
+def bench(
+    device: Annotated[list[str] | None, typer.Option("--device", "-d", help="Name of a device; repeat it.")] = None,
+    recipe: RecipeOption = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Measure every artifact on a device: latency, memory, accuracy and agreement in one session."""
+    from edgekd import plugins
+    from edgekd.pipeline import bench_stage
+
+    measured = bench_stage(_workspace(recipe), _progress(), device or (), force)
+    if json:
+        _json([measurement.to_json() for measurement in measured])
+        return
+    stats = plugins.load_module("edgekd.benchmarks.stats")
+    for item in measured:
+        what = f"{item.target} {item.precision}"
+        if item.status == "not_run":
+            _out(f"{what:<14} not run: {item.reason}")
+        else:
+            flags = f"  [{', '.join(item.flags)}]" if item.flags else ""
+            _out(f"{what:<14} p50 {stats.summarize(item).p50_ms:.3f} ms on {item.device}{flags}")
+
+
+@app.command()
+def report(recipe: RecipeOption = None, json: JsonOption = False) -> None:
+    """Tell what was found: the table here, report.json and report.html in the run folder."""
+    _report(_workspace(recipe), json)
+
+
+@app.command()
+def run(recipe: RecipeOption = None, force: ForceOption = False, json: JsonOption = False) -> None:
+    """Do all stages in order; what is unchanged is not done again, and a killed run goes on where it was."""
+    from edgekd import pipeline
+
+    work, progress = _workspace(recipe), _progress()
+    pipeline.capture_stage(work, progress, force)
+    pipeline.distill_stage(work, progress, force)
+    pipeline.compress_stage(work, progress, force=force)
+    pipeline.export_stage(work, progress, force=force)
+    pipeline.bench_stage(work, progress, force=force)
+    _report(work, json)
+
+
+@app.command()
+def targets(json: JsonOption = False) -> None:
+    """List the targets, and whether their toolchains are installed."""
+    from edgekd.doctor import target_facts
+
+    facts = target_facts()
+    if json:
+        _json(facts)
+        return
+    for fact in facts:
+        state = "ready" if fact["ready"] else fact["reason"]
+        _out(f"{fact['target']:<10} {', '.join(fact['precisions']):<30} {state}")
+
+
+@app.command()
+def devices(json: JsonOption = False) -> None:
+    """List the devices that are reachable now, and why the others are not."""
+    from edgekd.doctor import device_facts
+
+    facts = device_facts()
+    if json:
+        _json(facts)
+        return
+    for fact in facts:
+        state = f"runs {', '.join(fact['targets'])}" if fact["reachable"] else fact["reason"]
+        _out(f"{fact['device']:<10} {state}")
+        for target, reason in fact["not_run"].items():
+            _out(f"{'':<10} not {target}: {reason}")
+
+
+@app.command()
+def doctor(json: JsonOption = False) -> None:
+    """Say what this machine can do, what it cannot, and the line that mends it."""
+    from edgekd.doctor import diagnose
+
+    findings = diagnose()
+    if json:
+        _json(findings)
+        return
+    for finding in findings:
+        _out(f"{finding['state']:<5} {finding['what']}: {finding['found']}")
+        if finding["mend"]:
+            _out(f"      {finding['mend']}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of edgekd.toml, for editors."""
+    from edgekd.recipe import json_schema
+
+    _json(json_schema())
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        import edgekd
+
+        _out(edgekd.__version__)
+        raise typer.Exit
+
+
+def _workspace(recipe: Path | None) -> Workspace:
+    from edgekd.recipe import find_recipe, load_recipe
+    from edgekd.workspace import Workspace
+
+    return Workspace(load_recipe(recipe or find_recipe(Path.cwd())))
+
+
+def _targets(names: list[str] | None) -> list[str]:
+    """``all`` is every target whose toolchain is installed."""
+    from edgekd import plugins
+
+    if names and "all" in names:
+        return [n for n in plugins.exporter_names() if not plugins.missing(plugins.load_exporter(n).requires)]
+    return list(dict.fromkeys(names or []))
+
+
+def _artifact_json(artifact: Any, folder: Path) -> dict[str, Any]:
+    parity = artifact.parity
+    return {
+        "target": artifact.target,
+        "precision": artifact.precision,
+        "path": str(folder / artifact.path),
+        "sha256": artifact.sha256,
+        "size_bytes": artifact.size_bytes,
+        "parity": {
+            "status": parity.status,
+            "max_abs": parity.max_abs,
+            "cosine": parity.cosine,
+            "agreement": parity.agreement,
+            "samples": parity.samples,
+        },
+        "accuracy": artifact.accuracy,
+        "notes": list(artifact.notes),
+    }
+
+
+def _report(work: Workspace, json: bool) -> None:
+    from edgekd.ledger import table
+    from edgekd.store import read_json
+    from edgekd.summary import write_report
+
+    ledger = write_report(work)
+    if json:
+        _json(read_json(work.folder.report_json))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(table(ledger))
+    for sentence in ledger.sentences:
+        console.print(f"• {sentence}", markup=False)
+    console.print(f"report: {work.folder.report_html}", markup=False, soft_wrap=True)
+
+
+def _progress() -> Any:
+    from edgekd.console import progress_for
+
+    return progress_for()
+
+
+def _out(line: str) -> None:
+    typer.echo(line)
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _fail(line: str) -> None:
+    typer.echo(f"edgekd: {line}", err=True)
+
+
+def _json(value: Any) -> None:
+    typer.echo(jsonlib.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,406 @@
+"""Samples: from the user's function, an .npz or local files, to arrays with labels and stable ids.
+
+A split's inputs are columns: NumPy arrays, or images that are decoded when they are indexed. A sample is known by its
+id, which depends on its content (or file name) and never on its position, so a teacher cache survives a reordering.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from edgekd import plugins
+from edgekd.errors import DataError, MissingToolchainError, NumericalError
+from edgekd.types import Json
+
+if TYPE_CHECKING:
+    from edgekd.recipe import Data, ImageData, Recipe, TextData
+
+__all__ = ["Column", "Split", "Splits", "load_arrays", "load_splits", "split_from_arrays"]
+
+
+class Column(Protocol):
+    """What indexing needs of an input: a NumPy array is one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Split:
+    """Samples of one purpose.
+
+    Attributes:
+        inputs: Columns by input name, in the order of the model's ``forward``; samples on the first axis.
+        labels: Class of each sample, int64 (samples,); None when unlabeled.
+        ids: One per sample, uint64, unique.
+        fingerprint: Of contents, labels and order.
+    """
+
+    inputs: Mapping[str, Column]
+    labels: np.ndarray | None
+    ids: np.ndarray
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, indices: np.ndarray) -> Split:
+        """Some of the samples, in that order."""
+        inputs: dict[str, Column] = {
+            name: column.take(indices) if isinstance(column, _ImageFiles) else np.asarray(column[indices])
+            for name, column in self.inputs.items()
+        }
+        labels = None if self.labels is None else self.labels[indices]
+        digest = hashlib.sha256(self.fingerprint.encode() + np.asarray(indices, np.int64).tobytes()).hexdigest()[:16]
+        return Split(inputs, labels, self.ids[indices], digest)
+
+    def arrays(self, indices: np.ndarray | slice = slice(None)) -> dict[str, np.ndarray]:
+        """Inputs of some samples as arrays, decoded if need be."""
+        return {name: np.asarray(column[indices]) for name, column in self.inputs.items()}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """All data of a recipe.
+
+    Attributes:
+        train: What students learn from.
+        validation: Held out from training; choices are made on it.
+        test: Seen by no choice; reports are made on it.
+        labels: Class names.
+        preprocessing: What an app does before the model, as plain data.
+        assets: Files that belong beside the model, by name (a tokenizer).
+    """
+
+    train: Split
+    validation: Split
+    test: Split
+    labels: tuple[str, ...]
+    preprocessing: Json
+    assets: Mapping[str, bytes]
+
+
+def load_splits(recipe: Recipe) -> Splits:
+    """Load everything that a recipe names.
+
+    Raises:
+        DataError: Shapes, labels or splits that do not fit; the message names the split.
+        MissingToolchainError: A file format whose loader is not installed.
+        NumericalError: NaN or infinity in the inputs.
+    """
+    data, folder = recipe.data, recipe.folder
+    raw = {"train": _read(data.train, data, folder), "test": _read(data.test, data, folder)}
+    if data.validation is not None:
+        raw["validation"] = _read(data.validation, data, folder)
+    names = recipe.labels or _label_names(raw)
+    splits = {key: _split(inputs, label, ids, key, names) for key, (inputs, label, ids) in raw.items()}
+    train, test = splits["train"], splits["test"]
+    if list(train.inputs) != list(test.inputs):
+        raise DataError(f"train has the inputs {', '.join(train.inputs)}; test has {', '.join(test.inputs)}")
+    for key in ("train", "test"):
+        if splits[key].labels is None:
+            raise DataError(
+                f"{key} has no labels; a 'label' array (or [data.*] label_column) gives the class of each sample"
+            )
+    if "validation" in splits:
+        validation = splits["validation"]
+    else:
+        train, validation = _hold_out(train, data.validation_share)
+    overlap = np.isin(test.ids, train.ids).sum()
+    if overlap == len(test):
+        raise DataError("all test samples are in train; hold some out")
+    return Splits(train, validation, test, names, _preprocessing(data), _assets(data, folder))
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Arrays of an .npz file, samples on the first axis.
+
+    Raises:
+        DataError: It is missing, damaged, pickled, empty, or its arrays differ in length.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise DataError(f"no data file at {path}") from None
+    except Exception as error:
+        raise DataError(f"{path} cannot be read as .npz (numpy.savez writes one): {error}") from error
+    if not arrays:
+        raise DataError(f"{path} holds no arrays")
+    lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise DataError(f"{path}: arrays must have the same samples on the first axis; found {lengths}")
+    return arrays
+
+
+def split_from_arrays(arrays: Mapping[str, np.ndarray], name: str = "data", labels: Sequence[str] = ()) -> Split:
+    """A split from arrays in hand: inputs by name, optionally ``label`` and ``id``.
+
+    Raises:
+        DataError: Lengths, labels or ids that do not fit.
+        NumericalError: NaN or infinity in an input.
+    """
+    inputs, label, ids = _parts(arrays)
+    return _split(inputs, label, ids, name, tuple(labels))
+
+
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_Raw = tuple[dict[str, Column], "np.ndarray | None", "np.ndarray | None"]
+
+
+def _read(reference: str, data: Data, folder: Path) -> _Raw:
+    prefix, _, rest = reference.partition(":")
+    if prefix in ("imagefolder", "csv", "jsonl", "parquet"):
+        return _read_files(prefix, folder / rest, data, folder)
+    if reference.endswith(".npz"):
+        return _parts(load_arrays(folder / reference))
+    arrays = plugins.load_function(reference, folder)()
+    if not isinstance(arrays, Mapping) or not arrays:
+        raise DataError(
+            f"{reference} returned {type(arrays).__name__}; a dict of arrays by input name, with 'label', works"
+        )
+    return _parts({name: np.asarray(array) for name, array in arrays.items()})
+
+
+def _parts(arrays: Mapping[str, np.ndarray]) -> _Raw:
+    inputs: dict[str, Column] = {k: v for k, v in arrays.items() if k not in ("label", "id")}
+    return inputs, arrays.get("label"), arrays.get("id")
+
+
+def _read_files(kind: str, path: Path, data: Data, folder: Path) -> _Raw:
+    """Local files through Hugging Face ``datasets``; nothing is fetched."""
+    absent = plugins.missing(("datasets",))
+    if absent:
+        raise MissingToolchainError(f"data from {kind}:", "datasets", "hf")
+    import datasets
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    loader = "json" if kind == "jsonl" else kind
+    where: dict[str, Any] = {"data_dir": str(path)} if kind == "imagefolder" else {"data_files": str(path)}
+    try:
+        table = datasets.load_dataset(loader, split="train", **where)
+    except Exception as error:
+        raise DataError(f"{kind}:{path.name} cannot be read: {str(error).splitlines()[0]}") from error
+    spec = data.text or data.image
+    assert spec is not None  # the recipe's check
+    for column in (spec.column, spec.label_column):
+        if column not in table.column_names:
+            raise DataError(f"{kind}:{path.name} has no column {column!r}; there are {', '.join(table.column_names)}")
+    labels = table[spec.label_column]
+    feature = table.features[spec.label_column]
+    if isinstance(feature, datasets.ClassLabel):
+        labels = [feature.names[index] for index in labels]
+    if data.text is not None:
+        return _tokenize(list(table[spec.column]), data.text, folder), np.asarray(list(labels)), None
+    assert data.image is not None
+    column_data = table.cast_column(spec.column, datasets.Image(decode=False)).with_format(None)[spec.column]
+    images = _ImageFiles(list(column_data), data.image)
+    return {spec.column: images}, np.asarray(list(labels)), images.ids()
+
+
+def _tokenize(texts: list[Any], spec: TextData, folder: Path) -> dict[str, Column]:
+    absent = plugins.missing(("tokenizers",))
+    if absent:
+        raise MissingToolchainError("text data", "tokenizers", "hf")
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / spec.tokenizer))
+    tokenizer.enable_truncation(spec.max_length)
+    tokenizer.enable_padding(length=spec.max_length)
+    encoded = tokenizer.encode_batch([str(text or "") for text in texts])
+    return {
+        "input_ids": np.asarray([item.ids for item in encoded], np.int32),
+        "attention_mask": np.asarray([item.attention_mask for item in encoded], np.int32),
+    }
+
+
+class _ImageFiles:
+    """A column of encoded images, decoded when indexed; float32 (samples, channels, size, size)."""
+
+    def __init__(self, files: list[Any], spec: ImageData) -> None:
+        self._files, self._spec = files, spec
+        self._mean = np.asarray(spec.mean, np.float32).reshape(-1, 1, 1)
+        self._std = np.asarray(spec.std, np.float32).reshape(-1, 1, 1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self._files), self._spec.channels, self._spec.size, self._spec.size)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        positions = np.arange(len(self))[index]
+        images = [self._decode(self._files[i]) for i in np.atleast_1d(positions)]
+        return images[0] if positions.ndim == 0 else np.stack(images)
+
+    def take(self, indices: np.ndarray) -> _ImageFiles:
+        return _ImageFiles([self._files[i] for i in indices], self._spec)
+
+    def ids(self) -> np.ndarray:
+        """By content where the bytes are at hand, else by folder, name and size."""
+        return _unique_ids([self._identity(file) for file in self._files])
+
+    @staticmethod
+    def _identity(file: Any) -> bytes:
+        if file["bytes"] is not None:
+            return bytes(file["bytes"])
+        path = Path(file["path"])
+        return f"{path.parent.name}/{path.name}:{path.stat().st_size}".encode()
+
+    def _decode(self, file: Any) -> np.ndarray:
+        import io
+
+        from PIL import Image, ImageOps
+
+        size = self._spec.size
+        source = io.BytesIO(file["bytes"]) if file["bytes"] is not None else file["path"]
+        try:
+            with Image.open(source) as image:
+                image = image.convert("L" if self._spec.channels == 1 else "RGB")
+                fitted = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+        except OSError as error:
+            raise DataError(f"{file['path'] or 'an image'} cannot be decoded: {error}") from None
+        pixels = np.asarray(fitted, np.float32).reshape(size, size, -1).transpose(2, 0, 1) / 255.0
+        return ((pixels - self._mean) / self._std).astype(np.float32)
+
+
+# ── checking ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _split(
+    inputs: Mapping[str, Column], label: np.ndarray | None, ids: np.ndarray | None, name: str, names: tuple[str, ...]
+) -> Split:
+    if not inputs:
+        raise DataError(f"{name} has no inputs; arrays besides 'label' and 'id' are the inputs")
+    lengths = {key: len(column) for key, column in inputs.items()}
+    if label is not None:
+        lengths["label"] = len(label)
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise DataError(f"{name}: all arrays need the same samples on the first axis; found {lengths}")
+    for key, column in inputs.items():
+        if isinstance(column, np.ndarray) and column.dtype.kind == "f" and not np.isfinite(column).all():
+            bad = int(np.flatnonzero(~np.isfinite(column).reshape(len(column), -1).all(axis=1))[0])
+            raise NumericalError(f"{name}: input {key!r} has NaN or infinity, first in sample {bad}")
+    inputs = {key: _tidy(column) for key, column in inputs.items()}
+    labels = None if label is None else _labels(np.asarray(label), name, names)
+    if ids is None:
+        ids = _unique_ids(_contents(inputs))
+    elif ids.dtype.kind not in "ui":
+        ids = _unique_ids([str(item).encode() for item in ids])
+    ids = ids.astype(np.uint64)
+    if len(np.unique(ids)) != len(ids):
+        raise DataError(f"{name}: 'id' has the same value twice; ids tell samples apart")
+    digest = hashlib.sha256(ids.tobytes())
+    for key, column in inputs.items():
+        digest.update(f"{key}{column.shape}".encode())
+        if isinstance(column, np.ndarray):
+            digest.update(np.ascontiguousarray(column).tobytes())
+    digest.update(b"" if labels is None else labels.tobytes())
+    return Split(inputs, labels, ids, digest.hexdigest()[:16])
+
+
+def _tidy(column: Column) -> Column:
+    """float64 to float32 and int64 to int32: what phones take."""
+    if isinstance(column, np.ndarray):
+        wanted = {"f": np.float32, "i": np.int32, "u": np.int32, "b": np.int32}.get(column.dtype.kind)
+        if wanted is None:
+            raise DataError(f"an input of dtype {column.dtype} cannot be fed to a model; numbers work")
+        return column.astype(wanted, copy=False)
+    return column
+
+
+def _labels(label: np.ndarray, name: str, names: tuple[str, ...]) -> np.ndarray:
+    if label.ndim != 1:
+        raise DataError(f"{name}: 'label' has shape {label.shape}; one class per sample, (samples,), is needed")
+    if label.dtype.kind in "US":
+        unknown = sorted(set(label.tolist()) - set(names))
+        if unknown:
+            raise DataError(f"{name}: label {unknown[0]!r} is not among the labels {', '.join(names)}")
+        index = {value: position for position, value in enumerate(names)}
+        return np.asarray([index[value] for value in label.tolist()], np.int64)
+    if label.dtype.kind not in "iub":
+        raise DataError(f"{name}: 'label' has dtype {label.dtype}; class numbers or names are needed")
+    label = label.astype(np.int64)
+    if names and (label.min() < 0 or label.max() >= len(names)):
+        bad = int(label.min()) if label.min() < 0 else int(label.max())
+        raise DataError(f"{name}: label {bad} is out of range; there are {len(names)} labels, 0 to {len(names) - 1}")
+    return label
+
+
+def _label_names(raw: Mapping[str, _Raw]) -> tuple[str, ...]:
+    """Class names when the recipe gives none: those found in train, or the numbers up to the largest."""
+    label = raw["train"][1]
+    if label is None:
+        return ()
+    if label.dtype.kind in "US":
+        return tuple(sorted(set(label.tolist())))
+    return tuple(str(number) for number in range(int(label.max()) + 1))
+
+
+def _contents(inputs: Mapping[str, Column]) -> list[bytes]:
+    arrays = [np.ascontiguousarray(column[:]) for column in inputs.values()]
+    return [b"".join(array[i].tobytes() for array in arrays) for i in range(len(arrays[0]))]
+
+
+def _unique_ids(contents: Sequence[bytes]) -> np.ndarray:
+    """64-bit hashes; the second copy of the same content gets the hash of itself and its number."""
+    seen: dict[bytes, int] = {}
+    ids = np.empty(len(contents), np.uint64)
+    for position, content in enumerate(contents):
+        digest = hashlib.blake2b(content, digest_size=8).digest()
+        copy = seen.get(digest, 0)
+        seen[digest] = copy + 1
+        if copy:
+            digest = hashlib.blake2b(digest + copy.to_bytes(8, "little"), digest_size=8).digest()
+        ids[position] = int.from_bytes(digest, "little")
+    return ids
+
+
+def _hold_out(train: Split, share: float) -> tuple[Split, Split]:
+    """Validation by id, so that a sample stays on its side when others are added."""
+    if share == 0:
+        raise DataError("data.validation_share is 0 and data.validation is not given; choices need held-out samples")
+    held = (train.ids >> np.uint64(11)).astype(np.float64) / 2.0**53 < share
+    if not held.any() or held.all():
+        raise DataError(f"{len(train)} training samples are too few to hold out a share of {share}")
+    return train.take(np.flatnonzero(~held)), train.take(np.flatnonzero(held))
+
+
+def _preprocessing(data: Data) -> Json:
+    if data.image is not None:
+        spec = data.image
+        return {
+            "kind": "image",
+            "size": [spec.size, spec.size],
+            "channels": "grey" if spec.channels == 1 else "RGB",
+            "fit": "shorter side resized bilinearly, centre cropped",
+            "scale": 1 / 255,
+            "mean": list(spec.mean),
+            "std": list(spec.std),
+            "layout": "NCHW",
+            **data.preprocessing,
+        }
+    if data.text is not None:
+        tokenizer = Path(data.text.tokenizer).name
+        return {"kind": "text", "tokenizer": tokenizer, "max_length": data.text.max_length, **data.preprocessing}
+    return dict(data.preprocessing)
+
+
+def _assets(data: Data, folder: Path) -> dict[str, bytes]:
+    if data.text is None:
+        return {}
+    path = folder / data.text.tokenizer
+    return {path.name: path.read_bytes()}

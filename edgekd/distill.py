@@ -1,0 +1,220 @@
+"""Teacher cache to trained student: every arm, its control, and what each is worth."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgekd.capture import TeacherCache
+from edgekd.data import Split, Splits
+from edgekd.errors import DataError
+from edgekd.losses import LOSSES, mixed
+from edgekd.metrics import Quality, quality
+from edgekd.models import (
+    count_macs,
+    count_parameters,
+    export_program,
+    input_specs,
+    output_specs,
+    rename_outputs,
+    run_program,
+)
+from edgekd.plugins import load_function
+from edgekd.protocols import Augmentation, Loss, Progress
+from edgekd.recipe import Recipe
+from edgekd.sources import load_student_module
+from edgekd.store import RunFolder, fingerprint, read_json, save_student
+from edgekd.train import Objective, TrainingPlan, train
+from edgekd.types import Card, Json, Student
+
+__all__ = ["CONTROL", "ArmResult", "arm_inputs", "arms_of", "choose_arm", "evaluate", "load_result", "train_arm"]
+
+CONTROL = "control"
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One trained student.
+
+    Attributes:
+        arm: ``control``, or the name of the loss.
+        validation: For choices.
+        test: For reports; no choice looks at it.
+    """
+
+    arm: str
+    seed: int
+    validation: Quality
+    test: Quality
+
+
+def arms_of(recipe: Recipe) -> tuple[str, ...]:
+    """All arms to train; the control is one of them whether it is listed or not."""
+    return (CONTROL, *(arm for arm in dict.fromkeys(recipe.distill.arms) if arm != CONTROL))
+
+
+def arm_inputs(recipe: Recipe, arm: str, seed: int, code: str, data: Json) -> Json:
+    """Everything a trained student depends on: its fingerprint says whether it must be trained again."""
+    distill = recipe.distill
+    temperature, label_weight = (None, 1.0) if arm == CONTROL else distill.options(arm)
+    return {
+        "arm": arm,
+        "seed": seed,
+        "student": code,
+        "data": data,
+        "temperature": temperature,
+        "label_weight": label_weight,
+        "epochs": distill.epochs,
+        "batch_size": distill.batch_size,
+        "learning_rate": distill.learning_rate,
+        "weight_decay": distill.weight_decay,
+        "warmup_share": distill.warmup_share,
+        "threads": threads_of(recipe),
+        "torch": torch.__version__,
+    }
+
+
+def threads_of(recipe: Recipe) -> int:
+    """Threads that train; another number adds up in another order, so it belongs to the fingerprint."""
+    return recipe.distill.threads or os.cpu_count() or 1
+
+
+def train_arm(
+    recipe: Recipe,
+    splits: Splits,
+    caches: Mapping[str, TeacherCache],
+    augment: Augmentation | None,
+    arm: str,
+    seed: int,
+    inputs: Json,
+    progress: Progress,
+) -> ArmResult:
+    """Train one arm with one seed, strip it of all that served training, and save it.
+
+    Args:
+        caches: Of ``train``, ``validation`` and ``test``.
+        inputs: From ``arm_inputs``; a checkpoint of other inputs is not continued.
+
+    Raises:
+        DataError: The student's outputs do not fit the teacher's.
+        NumericalError: The loss became NaN.
+        ModelFileError: The student cannot be exported.
+    """
+    torch.set_num_threads(threads_of(recipe))
+    folder = RunFolder(recipe.run_folder)
+    example = [torch.from_numpy(a) for a in splits.train.arrays(np.arange(min(2, len(splits.train)))).values()]
+    module = load_student_module(recipe.student.model, recipe.folder, tuple(splits.train.inputs), seed)
+    check_outputs(module.eval()(*example), caches["train"].classes, len(splits.labels))
+    plan = TrainingPlan(
+        epochs=recipe.distill.epochs,
+        batch_size=recipe.distill.batch_size,
+        learning_rate=recipe.distill.learning_rate,
+        weight_decay=recipe.distill.weight_decay,
+        warmup_share=recipe.distill.warmup_share,
+        seed=seed,
+    )
+    name = f"{arm}, seed {seed}"
+    checkpoint = folder.checkpoint(f"{arm}-{fingerprint(inputs)}", seed)
+    objective = _objective(recipe, arm)
+    history = train(module, splits.train, caches["train"], augment, objective, plan, checkpoint, progress, name)
+    module.eval().requires_grad_(False)
+    program = rename_outputs(export_program(module, example), ["logits"])
+    keys = caches["train"].manifest["key"]
+    card = Card(
+        name=recipe.name,
+        inputs=input_specs(program),
+        outputs=tuple(replace(spec, meaning="logits") for spec in output_specs(program)),
+        labels=splits.labels,
+        preprocessing=splits.preprocessing,
+        parameters=count_parameters(module),
+        macs=count_macs(program),
+        lineage=(f"teacher: {keys['teacher']}", f"data: {keys['data']}", f"distill {name}: {fingerprint(inputs)}"),
+        assets=tuple(splits.assets),
+    )
+    student = Student(program, card)
+    result = ArmResult(
+        arm,
+        seed,
+        evaluate(student, splits.validation, caches["validation"]),
+        evaluate(student, splits.test, caches["test"]),
+    )
+    record = {
+        "arm": arm,
+        "seed": seed,
+        "validation": result.validation.to_json(),
+        "test": result.test.to_json(),
+        "history": history,
+    }
+    save_student(folder.arm(arm, seed), student, splits.assets, record)
+    checkpoint.unlink(missing_ok=True)
+    return result
+
+
+def evaluate(student: Student, split: Split, cache: TeacherCache) -> Quality:
+    """A program on labelled samples, beside the teacher."""
+    assert split.labels is not None
+    outputs = run_program(student.program, split.arrays())
+    return quality(next(iter(outputs.values())), split.labels, cache.logits(split.ids))
+
+
+def load_result(recipe: Recipe, arm: str, seed: int) -> ArmResult:
+    """What ``train_arm`` saved.
+
+    Raises:
+        UsageError: That arm has not been trained yet.
+    """
+    folder = RunFolder(recipe.run_folder)
+    record = read_json(folder.require(folder.arm(arm, seed) / "result.json", "distill"))
+    return ArmResult(arm, seed, Quality.from_json(record["validation"]), Quality.from_json(record["test"]))
+
+
+def choose_arm(results: list[ArmResult], ship: str = "best") -> ArmResult:
+    """The student to ship, by validation only: the best arm over its seeds, then the best seed of it.
+
+    Args:
+        ship: ``best`` among the distilled arms (all arms when only the control was trained), or the name of an arm.
+    """
+    arms = {r.arm for r in results if r.arm != CONTROL} or {CONTROL}
+    if ship != "best":
+        arms = {ship}
+    mean = {arm: statistics.fmean(r.validation.accuracy for r in results if r.arm == arm) for arm in sorted(arms)}
+    best = max(mean, key=lambda arm: mean[arm])
+    return max((r for r in results if r.arm == best), key=lambda r: (r.validation.accuracy, -r.seed))
+
+
+def check_outputs(output: object, teacher_classes: int, labels: int) -> None:
+    """Whether student, teacher and labels speak of the same classes.
+
+    Raises:
+        DataError: They do not; the message has all three numbers.
+    """
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise DataError(f"the student returns {found}; logits of shape (batch, classes) are needed")
+    if not output.shape[1] == teacher_classes == labels:
+        raise DataError(
+            f"the student gives {output.shape[1]} classes, the teacher {teacher_classes}, "
+            f"and there are {labels} labels; all three must be equal"
+        )
+
+
+def _objective(recipe: Recipe, arm: str) -> Objective:
+    if arm == CONTROL:
+
+        def labels_only(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
+            return torch.nn.functional.cross_entropy(student, labels), {}
+
+        return labels_only
+    loss: Loss = LOSSES[arm] if arm in LOSSES else load_function(arm, recipe.folder)
+    temperature, label_weight = recipe.distill.options(arm)
+
+    def objective(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
+        return mixed(student, teacher, labels, loss, temperature, label_weight)
+
+    return objective

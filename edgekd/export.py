@@ -1,0 +1,189 @@
+"""Program to proven file. The exporter translates; here the file is hashed, run, compared and described.
+
+An export is unfinished until the file was loaded by its own runtime and compared with the program it came from.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+import edgekd
+from edgekd import plugins
+from edgekd.compress import choose_int8
+from edgekd.errors import ParityError, UsageError
+from edgekd.metrics import accuracy, agreement
+from edgekd.models import bind_inputs, example_inputs, input_specs, program_bytes, run_program
+from edgekd.parity import TOLERANCES, compare, run_file
+from edgekd.protocols import Arrays, Exporter
+from edgekd.store import MANIFEST, hash_path, load_artifact, replace_folder, size_of, staging_folder, write_json
+from edgekd.types import PRECISIONS, Artifact, Precision, Student, TensorSpec
+
+__all__ = [
+    "PORTABLE",
+    "Proof",
+    "export_student",
+    "resolve_precision",
+    "synthetic_samples",
+    "toolchain",
+    "verify_artifact",
+]
+
+PORTABLE: tuple[Precision, ...] = ("w8", "w8a8")
+"""Precisions that are programs (``edgekd.compress``); the others are made by the exporter from fp32."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a file is held against.
+
+    Attributes:
+        samples: Held-out inputs for parity, by name, samples on the first axis.
+        task: Inputs of the task's test split; None when there is none.
+        labels: Classes of ``task``, (samples,).
+        teacher: The teacher's logits of ``task``, (samples, classes); None without a teacher.
+        note: What limits the proof, for the manifest.
+    """
+
+    samples: Arrays
+    task: Arrays | None = None
+    labels: np.ndarray | None = None
+    teacher: np.ndarray | None = None
+    note: str = ""
+
+
+def resolve_precision(word: str, target: str, exporter: Exporter, student: Student) -> tuple[Precision, str]:
+    """A precision of this target from what the user wrote; ``int8`` is chosen by rule.
+
+    Returns:
+        The precision, and why ``int8`` became it (else empty).
+
+    Raises:
+        UsageError: The target lacks it; the message has those it has.
+    """
+    if word == "int8":
+        return choose_int8(student.program, exporter.precisions)
+    if word not in exporter.precisions:
+        raise UsageError(f"{target} has no precision {word!r}; it has {', '.join(exporter.precisions)}, and int8")
+    return next(p for p in PRECISIONS if p == word), ""
+
+
+def export_student(
+    student: Student,
+    assets: Mapping[str, bytes],
+    target: str,
+    precision: Precision,
+    folder: Path,
+    proof: Proof,
+    notes: Sequence[str] = (),
+) -> Artifact:
+    """Write, run, compare, describe; ``folder`` then holds the model and its manifest, or is untouched.
+
+    Args:
+        student: Its program already has ``precision`` where that is portable, else fp32.
+        assets: Files that belong beside the model.
+        folder: Of the artifact; replaced as a whole.
+
+    Raises:
+        ParityError: The file computes something else; it is kept in ``<folder>.failed`` with its manifest.
+        ExportError: The converter refused.
+        MissingToolchainError: The target's toolchain is not installed.
+    """
+    exporter = plugins.load_exporter(target)
+    plugins.require(target, exporter)
+    name = "model" + exporter.suffix
+    failed = folder.with_name(folder.name + ".failed")
+    with staging_folder(folder) as part:
+        exporter.write(student, part / name, precision)
+        runner = exporter.load(part / name)
+        reference = list(run_program(student.program, proof.samples).values())
+        parity = compare(
+            student.card.outputs, reference, run_file(runner, proof.samples), TOLERANCES[precision], runner.runtime
+        )
+        task = run_file(runner, proof.task)[0] if proof.task is not None and parity.status == "passed" else None
+        artifact = Artifact(
+            target=target,
+            precision=precision,
+            path=name,
+            sha256=hash_path(part / name),
+            size_bytes=size_of(part / name),
+            card=replace(student.card, precision=precision),
+            inputs=_described(runner.inputs, student.card.inputs),
+            outputs=_described(runner.outputs, student.card.outputs),
+            toolchain=toolchain(exporter),
+            source=program_hash(student),
+            parity=parity,
+            accuracy=accuracy(task, proof.labels) if task is not None and proof.labels is not None else None,
+            teacher_agreement=agreement(task, proof.teacher)
+            if task is not None and proof.teacher is not None
+            else None,
+            notes=tuple(note for note in (*notes, proof.note) if note),
+        )
+        for asset, content in assets.items():
+            (part / asset).write_bytes(content)
+        write_json(part / MANIFEST, artifact.to_json())
+        replace_folder(part, folder if parity.status == "passed" else failed)
+    if parity.status != "passed":
+        raise ParityError(f"{target} {precision} failed its proof and is kept in {failed}: {parity.reason}")
+    shutil.rmtree(failed, ignore_errors=True)
+    return artifact
+
+
+def verify_artifact(folder: Path, student: Student, proof: Proof) -> Artifact:
+    """Prove a finished artifact again: the file's hash, then its parity with the program.
+
+    Raises:
+        ParityError: The file is not the one that the manifest describes, or computes something else.
+    """
+    artifact = load_artifact(folder)
+    exporter = plugins.load_exporter(artifact.target)
+    plugins.require(artifact.target, exporter)
+    path = folder / artifact.path
+    if hash_path(path) != artifact.sha256:
+        raise ParityError(f"{path} is not the file that its manifest describes: its sha256 differs")
+    if program_hash(student) != artifact.source:
+        raise ParityError(f"{path} was exported from another program than the one at hand; run: edgekd export")
+    runner = exporter.load(path)
+    reference = list(run_program(student.program, proof.samples).values())
+    file = run_file(runner, proof.samples)
+    parity = compare(student.card.outputs, reference, file, TOLERANCES[artifact.precision], runner.runtime)
+    if parity.status != "passed":
+        raise ParityError(f"{path} failed its proof: {parity.reason}")
+    return replace(artifact, parity=parity)
+
+
+def toolchain(exporter: Exporter) -> dict[str, str]:
+    """Versions of the packages that write and prove the files of a target."""
+    owners = importlib.metadata.packages_distributions()
+    names = {owners[module][0] for module in exporter.requires if module in owners} | {"torch", "torchao", "numpy"}
+    versions = {name: importlib.metadata.version(name) for name in sorted(names)}
+    return {"edgekd": edgekd.__version__, **versions}
+
+
+def program_hash(student: Student) -> str:
+    """sha256 of a program, as its ``.pt2`` file would have it."""
+    import hashlib
+
+    return hashlib.sha256(program_bytes(student.program)).hexdigest()
+
+
+def synthetic_samples(student: Student, count: int) -> dict[str, np.ndarray]:
+    """Random inputs for a program without data: floats normal, integers 0 or 1 (safe as ids, masks and types)."""
+    generator = np.random.default_rng(0)
+    samples = {}
+    for spec, example in zip(input_specs(student.program), example_inputs(student.program), strict=True):
+        shape = (count * max(1, example.shape[0]), *example.shape[1:])
+        floating = spec.dtype.startswith(("float", "bfloat"))
+        values = generator.standard_normal(shape) if floating else generator.integers(0, 2, shape)
+        samples[spec.name] = values.astype(spec.dtype)
+    return bind_inputs(input_specs(student.program), samples)
+
+
+def _described(file: Sequence[TensorSpec], card: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """What the file declares, with the meaning that the card knows."""
+    return tuple(replace(f, meaning=c.meaning) for f, c in zip(file, card, strict=True))

@@ -1,0 +1,138 @@
+"""Export of a program that edgekd did not make: a ``.pt2`` file, a student's folder, or a transformers folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from edgekd import plugins
+from edgekd.compress import compress
+from edgekd.data import load_arrays
+from edgekd.errors import ModelFileError, UsageError
+from edgekd.export import PORTABLE, Proof, export_student, resolve_precision, synthetic_samples
+from edgekd.models import bind_inputs, count_macs, count_parameters, export_program, input_specs, output_specs
+from edgekd.protocols import Arrays, Progress
+from edgekd.sources import hugging_face_example, hugging_face_module
+from edgekd.store import fingerprint, hash_path, load_student, read_json
+from edgekd.types import Artifact, Card, Precision, Student
+
+__all__ = ["export_external", "load_external"]
+
+SYNTHETIC_SAMPLES = 16
+HELD_OUT_SHARE = 0.25
+
+
+def export_external(
+    reference: str,
+    targets: Sequence[str],
+    precisions: Sequence[str],
+    out: Path,
+    progress: Progress,
+    *,
+    calibration: Path | None = None,
+    samples: Path | None = None,
+    observer: str = "minmax",
+    max_length: int = 128,
+) -> list[Artifact]:
+    """Export a model by reference; see ``export_student`` for what is proven.
+
+    Args:
+        reference: ``model.pt2``, ``pt2:file``, a student's folder, or ``hf:folder``.
+        targets: Names of exporters.
+        precisions: Of each, or ``int8``.
+        out: Gets one folder for each target and precision.
+        calibration: ``.npz`` by input name or ``arr_0`` …, samples on the first axis; the scales of ``w8a8``.
+        samples: ``.npz`` to prove with; without it, the last quarter of ``calibration`` is held out; without either,
+            the samples are random and the manifest says so.
+        max_length: Tokens, for a text model from a folder.
+
+    Raises:
+        UsageError: A target lacks a precision, or ``w8a8`` has no calibration.
+    """
+    exporters = {target: plugins.load_exporter(target) for target in targets}
+    for target, exporter in exporters.items():
+        plugins.require(target, exporter)
+    student, assets = load_external(reference, max_length)
+    calibrating, proof = _samples(student, calibration, samples)
+    exports: dict[tuple[str, Precision], str] = {}
+    for target, exporter in exporters.items():
+        for word in precisions:
+            precision, why = resolve_precision(word, target, exporter, student)
+            exports.setdefault((target, precision), f"int8 is {precision} here: {why}" if why else "")
+    if any(precision == "w8a8" for _, precision in exports) and calibrating is None:
+        raise UsageError("w8a8 takes its scales from real samples; give them with --calibration data.npz")
+    programs = {"fp32": student}
+    artifacts = []
+    for (target, precision), note in exports.items():
+        progress.start(f"export {target} {precision}", 1)
+        source = precision if precision in PORTABLE else "fp32"
+        if source not in programs:
+            programs[source] = compress(student, precision, calibrating, observer)
+        folder = out / f"{target}-{precision}"
+        artifacts.append(export_student(programs[source], assets, target, precision, folder, proof, [note]))
+        progress.advance()
+        progress.finish()
+    return artifacts
+
+
+def load_external(reference: str, max_length: int = 128) -> tuple[Student, dict[str, bytes]]:
+    """A program, its card and its assets, by reference.
+
+    Raises:
+        ModelFileError: The file or folder is damaged, foreign or unsafe.
+    """
+    prefix, _, rest = reference.partition(":")
+    if prefix == "hf":
+        return _from_hugging_face(Path(rest), max_length)
+    return load_student(Path(rest if prefix == "pt2" else reference))
+
+
+def _from_hugging_face(folder: Path, max_length: int) -> tuple[Student, dict[str, bytes]]:
+    module = hugging_face_module(folder)
+    program = export_program(module, hugging_face_example(folder, module, max_length))
+    config = read_json(folder / "config.json")
+    names = config.get("id2label", {})
+    classifies = "Classification" in str(config.get("architectures"))
+    labels = tuple(names[key] for key in sorted(names, key=int)) if classifies else ()
+    tokenizer = folder / "tokenizer.json"
+    assets = {tokenizer.name: tokenizer.read_bytes()} if tokenizer.is_file() else {}
+    preprocessing = {"kind": "text", "tokenizer": tokenizer.name, "max_length": max_length} if assets else {}
+    if (folder / "preprocessor_config.json").is_file():
+        preprocessing = {"kind": "image", **read_json(folder / "preprocessor_config.json")}
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ModelFileError(f"{folder} has no .safetensors; pickled weights are never loaded")
+    card = Card(
+        name=folder.resolve().name,
+        inputs=input_specs(program),
+        outputs=output_specs(program),
+        labels=labels,
+        preprocessing=preprocessing,
+        parameters=count_parameters(program),
+        macs=count_macs(program),
+        lineage=(f"file: {fingerprint([hash_path(path) for path in weights])}",),
+        assets=tuple(assets),
+    )
+    return Student(program, card), assets
+
+
+def _samples(student: Student, calibration: Path | None, samples: Path | None) -> tuple[Arrays | None, Proof]:
+    """What calibrates and what proves; the two share no sample where there are enough."""
+    specs = input_specs(student.program)
+    calibrating = bind_inputs(specs, load_arrays(calibration)) if calibration else None
+    if samples:
+        return calibrating, Proof(bind_inputs(specs, load_arrays(samples)))
+    if calibrating is None:
+        note = "proven on random inputs: no samples were given"
+        return None, Proof(synthetic_samples(student, SYNTHETIC_SAMPLES), note=note)
+    count = len(next(iter(calibrating.values())))
+    held = max(1, int(count * HELD_OUT_SHARE))
+    if count < 4:
+        return calibrating, Proof(
+            calibrating, note=f"proven on the {count} samples that calibrated it: too few to hold out"
+        )
+    first = {name: np.asarray(array[:-held]) for name, array in calibrating.items()}
+    last = {name: np.asarray(array[-held:]) for name, array in calibrating.items()}
+    return first, Proof(last)

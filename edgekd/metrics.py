@@ -1,0 +1,101 @@
+"""How good, how alike, how well calibrated: pure functions of arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgekd.types import JsonMixin
+
+__all__ = [
+    "ClassCount",
+    "Quality",
+    "accuracy",
+    "agreement",
+    "expected_calibration_error",
+    "mean_kl",
+    "quality",
+    "softmax",
+]
+
+
+@dataclass(frozen=True)
+class ClassCount(JsonMixin):
+    """One class: how many samples, and how many of them were recognised."""
+
+    support: int
+    correct: int
+
+
+@dataclass(frozen=True)
+class Quality(JsonMixin):
+    """A model on one split.
+
+    Attributes:
+        samples: How many.
+        accuracy: Share of right top classes.
+        teacher_agreement: Share of samples with the teacher's top class.
+        kl: Mean divergence from the teacher's distribution, in nats, at T = 1.
+        ece: Expected calibration error, 15 bins.
+        classes: Class by class, in the order of the labels.
+    """
+
+    samples: int
+    accuracy: float
+    teacher_agreement: float
+    kl: float
+    ece: float
+    classes: tuple[ClassCount, ...]
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Along the last axis, in float64."""
+    shifted = np.asarray(logits, np.float64)
+    shifted = np.exp(shifted - shifted.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Share of samples whose largest logit is the label's; logits (samples, classes), labels (samples,)."""
+    return float((logits.argmax(axis=1) == labels).mean())
+
+
+def agreement(a: np.ndarray, b: np.ndarray) -> float:
+    """Share of samples with the same top class; both (samples, classes)."""
+    return float((a.argmax(axis=-1) == b.argmax(axis=-1)).mean())
+
+
+def mean_kl(teacher: np.ndarray, student: np.ndarray) -> float:
+    """Mean KL(teacher ‖ student) of the softmaxed logits, in nats; both (samples, classes). Zero when equal."""
+    p, q = softmax(teacher), softmax(student)
+    tiny = np.finfo(np.float64).tiny
+    return float((p * (np.log(np.maximum(p, tiny)) - np.log(np.maximum(q, tiny)))).sum(axis=1).mean())
+
+
+def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+    """Mean gap between confidence and accuracy over equal-width bins (Guo et al. 2017, arXiv:1706.04599), 0 to 1."""
+    probabilities = softmax(logits)
+    confidence = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == labels
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [
+        abs(right[index == b].mean() - confidence[index == b].mean()) * (index == b).mean()
+        for b in range(bins)
+        if (index == b).any()
+    ]
+    return float(sum(gaps))
+
+
+def quality(logits: np.ndarray, labels: np.ndarray, teacher: np.ndarray) -> Quality:
+    """Everything at once; logits and teacher (samples, classes), labels (samples,)."""
+    right = logits.argmax(axis=1) == labels
+    classes = tuple(ClassCount(int((labels == c).sum()), int(right[labels == c].sum())) for c in range(logits.shape[1]))
+    return Quality(
+        samples=len(labels),
+        accuracy=accuracy(logits, labels),
+        teacher_agreement=agreement(logits, teacher),
+        kl=mean_kl(teacher, logits),
+        ece=expected_calibration_error(logits, labels),
+        classes=classes,
+    )

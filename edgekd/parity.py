@@ -1,0 +1,116 @@
+"""A file against the program it came from: output by output, sample by sample. Compares, and does nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgekd.models import bind_inputs
+from edgekd.protocols import Arrays, Runner
+from edgekd.types import OutputParity, Parity, Precision, TensorSpec
+
+__all__ = ["TOLERANCES", "Tolerance", "compare", "run_file"]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """When a file counts as the same.
+
+    Attributes:
+        relative: Largest difference, as a share of the largest absolute output (at least 1) of the program; None where
+            single values may differ by more (a rounding tie in integer arithmetic moves a value by a whole step).
+        cosine: Smallest mean cosine.
+        agreement: Smallest share of samples with the same top class.
+    """
+
+    relative: float | None
+    cosine: float
+    agreement: float
+
+
+TOLERANCES: dict[Precision, Tolerance] = {
+    "fp32": Tolerance(1e-4, 0.9999, 0.999),
+    "fp16": Tolerance(2e-2, 0.999, 0.99),
+    "w8": Tolerance(1e-3, 0.9999, 0.995),
+    "w8d8": Tolerance(None, 0.98, 0.9),
+    "w8a8": Tolerance(None, 0.98, 0.9),
+}
+"""By precision. fp32, w8 and w8a8 are compared with a program of the same numbers; fp16 and w8d8 with fp32."""
+
+
+def run_file(runner: Runner, inputs: Arrays) -> list[np.ndarray]:
+    """All samples through a file, one step of its own batch at a time; outputs in the file's order."""
+    bound = bind_inputs(runner.inputs, inputs)
+    step = max(1, runner.inputs[0].shape[0])
+    count = len(next(iter(bound.values())))
+    parts: list[list[np.ndarray]] = [[] for _ in runner.outputs]
+    for start in range(0, count, step):
+        outputs = runner({name: array[start : start + step] for name, array in bound.items()})
+        for part, spec in zip(parts, runner.outputs, strict=True):
+            part.append(np.asarray(outputs[spec.name]))
+    return [np.concatenate(part) for part in parts]
+
+
+def compare(
+    specs: Sequence[TensorSpec],
+    program: Sequence[np.ndarray],
+    file: Sequence[np.ndarray],
+    tolerance: Tolerance,
+    runtime: str,
+) -> Parity:
+    """Outputs of a program against those of its file, in order.
+
+    Args:
+        specs: Of the outputs: their names are the program's.
+        program, file: One array per output, samples on the first axis.
+        tolerance: What is allowed.
+        runtime: What computed ``file``.
+
+    Returns:
+        ``passed`` or ``failed``; the reason names every output that failed, and by how much.
+    """
+    outputs = tuple(_output(spec, p, f, tolerance) for spec, p, f in zip(specs, program, file, strict=True))
+    failures = [_reason(item, tolerance) for item in outputs if not item.passed]
+    agreements = [item.agreement for item in outputs if item.agreement is not None]
+    return Parity(
+        status="failed" if failures else "passed",
+        reason="; ".join(failures),
+        runtime=runtime,
+        max_abs=max((item.max_abs for item in outputs if item.max_abs is not None), default=None),
+        cosine=min(item.cosine for item in outputs),
+        agreement=min(agreements) if agreements else None,
+        samples=len(program[0]),
+        outputs=outputs,
+    )
+
+
+def _output(spec: TensorSpec, program: np.ndarray, file: np.ndarray, tolerance: Tolerance) -> OutputParity:
+    if program.shape != file.shape:
+        return OutputParity(
+            spec.name, None, 0.0, None, False, f"has shape {file.shape}, the program's is {program.shape}"
+        )
+    if not np.isfinite(file).all():
+        return OutputParity(spec.name, None, 0.0, None, False, "has NaN or infinity")
+    a, b = program.reshape(len(program), -1).astype(np.float64), file.reshape(len(file), -1).astype(np.float64)
+    max_abs = float(np.abs(a - b).max())
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosine = float(np.where(norms > 0, (a * b).sum(1) / np.maximum(norms, 1e-30), np.all(a == b, axis=1)).mean())
+    agreement = float((a.argmax(1) == b.argmax(1)).mean()) if program.ndim == 2 and program.shape[1] > 1 else None
+    bound = None if tolerance.relative is None else tolerance.relative * max(1.0, float(np.abs(a).max()))
+    passed = (
+        (bound is None or max_abs <= bound)
+        and cosine >= tolerance.cosine
+        and (agreement is None or agreement >= tolerance.agreement)
+    )
+    return OutputParity(spec.name, max_abs, cosine, agreement, passed)
+
+
+def _reason(item: OutputParity, tolerance: Tolerance) -> str:
+    if item.max_abs is None:
+        return f"output {item.name!r} {item.problem}"
+    parts = [f"max error {item.max_abs:.3g}", f"cosine {item.cosine:.5f} (at least {tolerance.cosine})"]
+    if item.agreement is not None:
+        parts.append(f"agreement {item.agreement:.1%} (at least {tolerance.agreement:.1%})")
+    return f"output {item.name!r}: {', '.join(parts)}"

@@ -1,0 +1,318 @@
+"""The stages of a recipe, each alone from what the stage before wrote. ``run`` is all of them in order.
+
+A stage whose inputs' fingerprint is unchanged, and whose outputs are still as it left them, is not done again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import edgekd
+from edgekd import plugins
+from edgekd.capture import capture, verify_cache
+from edgekd.compress import compress
+from edgekd.distill import ArmResult, arm_inputs, arms_of, choose_arm, evaluate, load_result, train_arm
+from edgekd.errors import CacheError, UsageError
+from edgekd.export import PORTABLE, Proof, export_student, resolve_precision, toolchain, verify_artifact
+from edgekd.protocols import Progress
+from edgekd.store import hash_path, load_artifact, load_student, read_json, save_student, write_json
+from edgekd.types import Artifact, Json, Measurement, Plan, Precision, Student
+from edgekd.workspace import SPLITS, Workspace
+
+if TYPE_CHECKING:
+    from edgekd.data import Split
+
+__all__ = [
+    "bench_stage",
+    "capture_stage",
+    "compress_stage",
+    "distill_stage",
+    "export_stage",
+    "shipped",
+    "verify_artifacts",
+    "verify_caches",
+]
+
+
+def capture_stage(work: Workspace, progress: Progress, force: bool = False) -> None:
+    """Teacher outputs of all three splits.
+
+    Raises:
+        NumericalError: The teacher gives NaN or infinity.
+        DataError: Data that does not fit.
+    """
+    for name in SPLITS:
+        key, folder = work.capture_key(name), work.folder.cache(name)
+
+        def make(name: str = name, folder: Path = folder) -> list[Path]:
+            split, augment = work.split(name), work.augment_for(name)
+            capture(folder, split, work.teacher, work.capture_key(name), augment, progress)
+            return [folder]
+
+        _once(work, f"capture-{name}", key.to_json(), make, progress, force)
+
+
+def distill_stage(work: Workspace, progress: Progress, force: bool = False) -> list[ArmResult]:
+    """Every arm with every seed.
+
+    Raises:
+        CacheError: Nothing, or something else, has been captured.
+    """
+    recipe = work.recipe
+    caches = {name: work.cache(name) for name in SPLITS}
+    data = {name: work.capture_key(name).to_json() for name in SPLITS}
+    code = work.code(recipe.student.model)
+    for seed in recipe.distill.seeds:
+        for arm in arms_of(recipe):
+            inputs = arm_inputs(recipe, arm, seed, code if ":" not in arm else f"{code} {work.code(arm)}", data)
+
+            def make(arm: str = arm, seed: int = seed, inputs: Json = inputs) -> list[Path]:
+                train_arm(recipe, work.splits, caches, work.augment, arm, seed, inputs, progress)
+                return [work.folder.arm(arm, seed)]
+
+            _once(work, f"distill-{work.folder.arm(arm, seed).name}", inputs, make, progress, force)
+    return results_of(work)
+
+
+def results_of(work: Workspace) -> list[ArmResult]:
+    """Results of all arms and seeds of the recipe.
+
+    Raises:
+        UsageError: An arm has not been trained yet.
+    """
+    return [load_result(work.recipe, arm, seed) for seed in work.recipe.distill.seeds for arm in arms_of(work.recipe)]
+
+
+def shipped(work: Workspace) -> tuple[ArmResult, Path]:
+    """The student to ship and its folder, chosen on validation."""
+    chosen = choose_arm(results_of(work), work.recipe.distill.ship)
+    return chosen, work.folder.arm(chosen.arm, chosen.seed)
+
+
+def compress_stage(
+    work: Workspace, progress: Progress, precisions: Sequence[Precision] = (), force: bool = False
+) -> None:
+    """The shipped student in every portable precision that the exports need (or in those that are named).
+
+    Raises:
+        UsageError: There is no student yet, or a precision is not portable.
+    """
+    _, folder = shipped(work)
+    student, assets = load_student(folder)
+    wanted = precisions or [p for p in PORTABLE if p in {precision for _, precision, _ in exports_of(work, student)}]
+    if not wanted:
+        progress.say("compress: no precision of this recipe needs it")
+    for precision in wanted:
+        spec = work.recipe.compress
+        split = calibration_split(work, spec.samples)
+        inputs: Json = {
+            "student": hash_path(folder / "student.pt2"),
+            "precision": precision,
+            "calibration": split.fingerprint if precision == "w8a8" else None,
+            "observer": spec.observer if precision == "w8a8" else None,
+            "edgekd": edgekd.__version__,
+        }
+
+        def make(precision: Precision = precision, split: Split = split) -> list[Path]:
+            progress.start(f"compress {precision}", 2)
+            smaller = compress(student, precision, split.arrays(), work.recipe.compress.observer)
+            progress.advance(1, "evaluate")
+            quality = evaluate(smaller, work.splits.test, work.cache("test"))
+            save_student(work.folder.compressed(precision), smaller, assets, {"test": quality.to_json()})
+            progress.advance(1)
+            progress.finish()
+            return [work.folder.compressed(precision)]
+
+        _once(work, f"compress-{precision}", inputs, make, progress, force)
+
+
+def calibration_split(work: Workspace, samples: int) -> Split:
+    """Training samples that set the scales: the first by id, so the choice is random but stable."""
+    return work.splits.train.take(np.argsort(work.splits.train.ids)[:samples])
+
+
+def exports_of(
+    work: Workspace, student: Student, targets: Sequence[str] = (), precisions: Sequence[str] = ()
+) -> list[tuple[str, Precision, str]]:
+    """Target, precision and why of every export that the recipe (or the call) asks for, without repeats.
+
+    Raises:
+        UsageError: A target lacks a precision.
+    """
+    wanted: dict[tuple[str, Precision], str] = {}
+    for target in targets or work.recipe.export.targets:
+        exporter = plugins.load_exporter(target)
+        for word in precisions or work.recipe.export.precisions:
+            precision, why = resolve_precision(word, target, exporter, student)
+            note = f"int8 is {precision} here: {why}" if why else ""
+            wanted[target, precision] = wanted.get((target, precision)) or note
+    return [(target, precision, note) for (target, precision), note in wanted.items()]
+
+
+def export_stage(
+    work: Workspace,
+    progress: Progress,
+    targets: Sequence[str] = (),
+    precisions: Sequence[str] = (),
+    force: bool = False,
+) -> list[Path]:
+    """Every target in every precision, each proven; returns the artifact folders.
+
+    Raises:
+        ParityError: A file computes something else than its program.
+        UsageError: There is no student yet, or a target lacks a precision.
+    """
+    _, folder = shipped(work)
+    student, _ = load_student(folder)
+    exports = exports_of(work, student, targets, precisions)
+    needed = [p for p in PORTABLE if p in {precision for _, precision, _ in exports}]
+    if any(not work.folder.compressed(p).exists() for p in needed):
+        compress_stage(work, progress, needed)
+    proof = proof_of(work)
+    folders = []
+    for target, precision, note in exports:
+        source = work.folder.compressed(precision) if precision in PORTABLE else folder
+        program, assets = load_student(source)
+        exporter = plugins.load_exporter(target)
+        plugins.require(target, exporter)
+        destination = work.folder.artifact(target, precision)
+        inputs: Json = {
+            "source": hash_path(source / "student.pt2"),
+            "card": hash_path(source / "card.json"),
+            "precision": precision,
+            "toolchain": toolchain(exporter),
+            "samples": work.recipe.export.samples,
+            "accuracy_samples": work.recipe.export.accuracy_samples,
+            "test": work.splits.test.fingerprint,
+            "teacher": work.teacher.fingerprint,
+        }
+
+        def make(
+            program: Student = program,
+            assets: dict[str, bytes] = assets,
+            target: str = target,
+            precision: Precision = precision,
+            destination: Path = destination,
+            note: str = note,
+        ) -> list[Path]:
+            progress.start(f"export {target} {precision}", 1)
+            export_student(program, assets, target, precision, destination, proof, [note])
+            progress.advance()
+            progress.finish()
+            return [destination]
+
+        _once(work, f"export-{target}-{precision}", inputs, make, progress, force)
+        folders.append(destination)
+    return folders
+
+
+def proof_of(work: Workspace) -> Proof:
+    """Held-out samples from the test split, with labels and the teacher's logits."""
+    test = work.splits.test
+    order = np.argsort(test.ids)  # by id: a stable random choice
+    parity = test.arrays(order[: work.recipe.export.samples])
+    task = test.take(order[: work.recipe.export.accuracy_samples])
+    return Proof(parity, task.arrays(), task.labels, work.cache("test").logits(task.ids))
+
+
+def bench_stage(
+    work: Workspace, progress: Progress, devices: Sequence[str] = (), force: bool = False
+) -> list[Measurement]:
+    """Every finished artifact on every device, interleaved, with accuracy and agreement from the same session.
+
+    Raises:
+        UsageError: Nothing has been exported yet.
+        DeviceError: A device went away.
+    """
+    folders = work.folder.artifacts()
+    if not folders:
+        raise UsageError("nothing has been exported yet; run: edgekd export")
+    session = plugins.load_module("edgekd.benchmarks.session")
+    spec = work.recipe.bench
+    plan = Plan(threads=spec.threads, blocks=spec.blocks, min_s=spec.min_s)
+    proof = proof_of(work)
+    assert proof.task is not None
+    artifacts = [(load_artifact(folder), folder) for folder in folders]
+    for name in devices or spec.devices:
+        inputs: Json = {
+            "artifacts": {folder.name: artifact.sha256 for artifact, folder in artifacts},
+            "plan": plan.to_json(),
+            "test": work.splits.test.fingerprint,
+            "samples": work.recipe.export.accuracy_samples,
+        }
+
+        def make(name: str = name) -> list[Path]:
+            teacher_top = None if proof.teacher is None else proof.teacher.argmax(axis=1)
+            measured = session.measure_many(
+                artifacts, name, plugins.load_device(name), proof.task, proof.labels, teacher_top, plan, progress
+            )
+            paths = []
+            for (_, folder), measurement in zip(artifacts, measured, strict=True):
+                path = work.folder.measurement(name, folder.name)
+                write_json(path, measurement.to_json())
+                paths.append(path)
+            return paths
+
+        _once(work, f"bench-{name}", inputs, make, progress, force)
+    return measurements_of(work)
+
+
+def measurements_of(work: Workspace) -> list[Measurement]:
+    """All measurements on disk that speak of artifacts as they are now."""
+    present = {load_artifact(folder).sha256 for folder in work.folder.artifacts()}
+    paths = sorted(work.folder.path.glob("measurements/*/*.json"))
+    found = [Measurement.from_json(read_json(path)) for path in paths]
+    return [measurement for measurement in found if measurement.artifact_sha256 in present]
+
+
+def verify_caches(work: Workspace, progress: Progress) -> None:
+    """Run the teacher again on a random share of every cache.
+
+    Raises:
+        CacheError: A top class differs, or a logit by more than the rounding explains.
+    """
+    for name in SPLITS:
+        found = verify_cache(work.cache(name), work.split(name), work.teacher, work.augment_for(name))
+        line = (
+            f"cache {name}: {found.records} records run again, top class differs in {found.top1_differs:.2%}, "
+            f"largest error {found.max_abs:.2g}"
+        )
+        if found.top1_differs > 0.01 or found.max_abs > 0.05:
+            raise CacheError(f"{line}; this is another teacher, augmentation or data set; run: edgekd capture --force")
+        progress.say(line)
+
+
+def verify_artifacts(work: Workspace, progress: Progress) -> list[Artifact]:
+    """Prove all finished artifacts again.
+
+    Raises:
+        ParityError: A file changed, or computes something else than its program.
+        UsageError: Nothing has been exported yet.
+    """
+    folders = work.folder.artifacts()
+    if not folders:
+        raise UsageError("nothing has been exported yet; run: edgekd export")
+    _, shipped_folder = shipped(work)
+    proof = proof_of(work)
+    proven = []
+    for folder in folders:
+        precision = load_artifact(folder).precision
+        source = work.folder.compressed(precision) if precision in PORTABLE else shipped_folder
+        artifact = verify_artifact(folder, load_student(source)[0], proof)
+        progress.say(f"{folder.name}: {artifact.parity.status}, max error {artifact.parity.max_abs:.3g}")
+        proven.append(artifact)
+    return proven
+
+
+def _once(
+    work: Workspace, stage: str, inputs: Json, make: Callable[[], list[Path]], progress: Progress, force: bool
+) -> None:
+    """Do a stage unless it is done."""
+    if not force and work.folder.is_done(stage, inputs):
+        progress.say(f"{stage}: unchanged, not done again")
+        return
+    work.folder.finish(stage, inputs, make())

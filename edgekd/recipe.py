@@ -1,0 +1,336 @@
+"""edgekd.toml to Recipe: every fault at once, each with its key path and what would work.
+
+Paths are relative to the recipe. A recipe may name the user's own Python code, so it is trusted like a Makefile.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+from edgekd import plugins
+from edgekd.errors import RecipeError, UsageError
+from edgekd.types import PRECISIONS, Json, Precision
+
+__all__ = ["FILE_NAME", "Recipe", "find_recipe", "json_schema", "load_recipe"]
+
+FILE_NAME = "edgekd.toml"
+
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Count = Annotated[int, Field(ge=1)]
+PrecisionName = Precision | Literal["int8"]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ImageData(_Table):
+    """How image files become arrays: shorter side resized, centre cropped, scaled to 0…1, then (x − mean) / std."""
+
+    column: str = "image"
+    label_column: str = "label"
+    size: Count
+    channels: Literal[1, 3] = 3
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
+
+
+class TextData(_Table):
+    """How text becomes ``input_ids`` and ``attention_mask``: a Hugging Face tokenizer.json, padded to one length."""
+
+    column: str = "text"
+    label_column: str = "label"
+    tokenizer: str
+    max_length: Count
+
+
+class Data(_Table):
+    """Where samples come from: ``module:function``, ``file.npz``, or ``imagefolder|csv|jsonl|parquet:path``."""
+
+    train: str
+    test: str
+    validation: str | None = None
+    validation_share: Share = 0.1
+    augment: str | None = None
+    views: Count = 1
+    image: ImageData | None = None
+    text: TextData | None = None
+    preprocessing: Json = Field(default_factory=dict)
+
+
+class Model(_Table):
+    """``module:function``, ``hf:folder``, ``onnx:file`` or ``pt2:file``."""
+
+    model: str
+
+
+class ArmOptions(_Table):
+    """How one loss is mixed: label_weight · cross-entropy + (1 − label_weight) · loss(temperature)."""
+
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    label_weight: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
+class Distill(_Table):
+    """How students are trained. The control arm (no teacher) is trained always."""
+
+    arms: tuple[str, ...] = ("control", "kd", "dist")
+    ship: str = "best"
+    epochs: Count = 20
+    batch_size: Count = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    warmup_share: Share = 0.1
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    label_weight: Annotated[float, Field(ge=0, le=1)] = 0.3
+    overrides: dict[str, ArmOptions] = Field(
+        default_factory=lambda: {"dist": ArmOptions(temperature=1.0, label_weight=0.33)}
+    )
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    threads: Count | None = None
+
+    def options(self, arm: str) -> tuple[float, float]:
+        """Temperature and label weight of one arm."""
+        own = self.overrides.get(arm, ArmOptions())
+        temperature = self.temperature if own.temperature is None else own.temperature
+        return temperature, self.label_weight if own.label_weight is None else own.label_weight
+
+
+class Compress(_Table):
+    """How static int8 scales are found."""
+
+    samples: Count = 256
+    observer: str = "minmax"
+
+
+class Export(_Table):
+    """What is written, and how many held-out samples prove it."""
+
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("onnx", "coreml", "tflite")
+    precisions: Annotated[tuple[PrecisionName, ...], Field(min_length=1)] = ("fp32", "int8")
+    samples: Count = 64
+    accuracy_samples: Count = 1000
+
+
+class Bench(_Table):
+    """Where and how it is measured."""
+
+    devices: tuple[str, ...] = ("host",)
+    threads: Count = 1
+    blocks: Count = 5
+    min_s: Annotated[float, Field(gt=0)] = 1.0
+
+
+class Recipe(_Table):
+    """All of edgekd.toml, checked."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    runs: str = "runs"
+    labels: tuple[str, ...] = ()
+    data: Data
+    teacher: Model
+    student: Model
+    distill: Distill = Field(default_factory=Distill)
+    compress: Compress = Field(default_factory=Compress)
+    export: Export = Field(default_factory=Export)
+    bench: Bench = Field(default_factory=Bench)
+
+    _folder: Path = PrivateAttr(default=Path())
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the recipe: what its paths are relative to."""
+        return self._folder
+
+    @property
+    def run_folder(self) -> Path:
+        return self._folder / self.runs / self.name
+
+
+def find_recipe(start: Path) -> Path:
+    """The edgekd.toml of a folder or the nearest one above it, as pyproject.toml is found.
+
+    Raises:
+        UsageError: There is none.
+    """
+    for folder in (start.resolve(), *start.resolve().parents):
+        if (folder / FILE_NAME).is_file():
+            return folder / FILE_NAME
+    raise UsageError(f"no {FILE_NAME} in {start.resolve()} or above it; edgekd init writes one")
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe without loading a model or any data.
+
+    Raises:
+        UsageError: There is no such file.
+        RecipeError: With all faults.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    try:
+        table = tomllib.loads(content.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError([f"{path.name}: not TOML: {error}"]) from None
+    try:
+        recipe = Recipe.model_validate(table)
+    except ValidationError as error:
+        raise RecipeError([*_faults(error), *_cross_faults(table, path.parent)]) from None
+    recipe._folder = path.parent.resolve()
+    faults = _cross_faults(table, path.parent)
+    if faults:
+        raise RecipeError(faults)
+    return recipe
+
+
+def json_schema() -> Json:
+    """JSON Schema of edgekd.toml, for editors."""
+    return Recipe.model_json_schema()
+
+
+def _faults(error: ValidationError) -> list[str]:
+    lines: dict[str, str] = {}
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("literal[", "function-")))
+        if item["type"] == "extra_forbidden":
+            table, key = _table_at(item["loc"][:-1]), str(item["loc"][-1])
+            near = difflib.get_close_matches(key, table, n=1)
+            text = f"no such key; {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(sorted(table))}"
+        elif item["type"] == "missing":
+            text = "missing; it has no default"
+        elif item["type"] == "literal_error":
+            wanted = item["ctx"]["expected"].replace("'", "")
+            if "precisions" in where:
+                wanted = f"{', '.join(PRECISIONS)} or int8"
+            text = f"{item['input']!r} is not known; there are {wanted}"
+        else:
+            text = f"{item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}"
+        lines.setdefault(where, f"{where}: {text}")
+    return list(lines.values())
+
+
+def _table_at(location: tuple[int | str, ...]) -> list[str]:
+    """Keys of the table at a key path."""
+    model: Any = Recipe
+    for part in location:
+        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        found = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not found:
+            return []
+        model = found[0]
+    return list(model.model_fields)
+
+
+def _cross_faults(table: Json, folder: Path) -> list[str]:
+    """What types cannot say: names that must exist, keys that need each other, files that must be there."""
+    faults: list[str] = []
+
+    def section(name: str) -> Json:
+        value = table.get(name, {})
+        return value if isinstance(value, dict) else {}
+
+    def each(name: str, key: str) -> list[str]:
+        value = section(name).get(key, [])
+        return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+    data, distill = section("data"), section("distill")
+    for key in ("train", "test", "validation"):
+        if isinstance(data.get(key), str):
+            faults += _source_faults(f"data.{key}", data[key], data, folder)
+    if isinstance(data.get("augment"), str):
+        faults += _function_faults("data.augment", data["augment"], folder)
+    if data.get("views", 1) != 1 and not data.get("augment"):
+        faults.append(
+            f"data.views: {data['views']!r} views without an augmentation would all be the same; set data.augment"
+        )
+    text = data.get("text")
+    if isinstance(text, dict) and isinstance(text.get("tokenizer"), str) and not (folder / text["tokenizer"]).is_file():
+        faults.append(
+            f"data.text.tokenizer: no file {text['tokenizer']!r} beside the recipe; a tokenizer.json is expected"
+        )
+    for name in ("teacher", "student"):
+        reference = section(name).get("model")
+        if isinstance(reference, str):
+            faults += _model_faults(f"{name}.model", reference, folder)
+    known = ("control", *_loss_names())
+    for index, arm in enumerate(each("distill", "arms")):
+        if ":" in arm:
+            faults += _function_faults(f"distill.arms.{index}", arm, folder)
+        elif arm not in known:
+            faults.append(
+                f"distill.arms.{index}: no loss called {arm!r}; there are {', '.join(known)}, or module:function"
+            )
+    ship = distill.get("ship", "best")
+    if ship not in ("best", *(each("distill", "arms") or known)):
+        faults.append(f"distill.ship: {ship!r} is not an arm; 'best' or one of distill.arms would work")
+    for index, target in enumerate(each("export", "targets")):
+        if target not in plugins.exporter_names():
+            faults.append(
+                f"export.targets.{index}: no target {target!r}; there are {', '.join(plugins.exporter_names())}"
+            )
+    for index, device in enumerate(each("bench", "devices")):
+        if device not in plugins.device_names():
+            faults.append(f"bench.devices.{index}: no device {device!r}; there are {', '.join(plugins.device_names())}")
+    labels = table.get("labels", [])
+    if isinstance(labels, list) and len({str(label) for label in labels}) != len(labels):
+        faults.append("labels: a name stands twice; every class needs its own")
+    return faults
+
+
+def _loss_names() -> tuple[str, ...]:
+    # Not from edgekd.losses, which imports torch: a recipe is checked in milliseconds. A test holds them equal.
+    return ("kd", "dist")
+
+
+def _source_faults(key: str, reference: str, data: Json, folder: Path) -> list[str]:
+    prefix, _, rest = reference.partition(":")
+    if prefix in ("imagefolder", "csv", "jsonl", "parquet"):
+        faults = [] if (folder / rest).exists() else [f"{key}: no {rest!r} beside the recipe"]
+        if not data.get("image") and not data.get("text"):
+            faults.append(f"{key}: {prefix} needs [data.image] with a size, or [data.text] with a tokenizer")
+        return faults
+    if reference.endswith(".npz"):
+        return [] if (folder / reference).is_file() else [f"{key}: no file {reference!r} beside the recipe"]
+    if ":" not in reference:
+        return [f"{key}: {reference!r} is none of module:function, file.npz, imagefolder:, csv:, jsonl:, parquet:"]
+    return _function_faults(key, reference, folder)
+
+
+def _model_faults(key: str, reference: str, folder: Path) -> list[str]:
+    prefix, _, rest = reference.partition(":")
+    if prefix in ("hf", "onnx", "pt2"):
+        return [] if (folder / rest).exists() else [f"{key}: no {rest!r} beside the recipe"]
+    if ":" not in reference:
+        return [f"{key}: {reference!r} is none of module:function, hf:folder, onnx:file, pt2:file"]
+    return _function_faults(key, reference, folder)
+
+
+def _function_faults(key: str, reference: str, folder: Path) -> list[str]:
+    """Look at the source only: nothing of the user's is run by a check of the text."""
+    module, _, function = reference.partition(":")
+    path = folder.joinpath(*module.split(".")).with_suffix(".py")
+    if not function:
+        return [f"{key}: {reference!r} is not module:function"]
+    if path.is_file():
+        source = path.read_text(encoding="utf-8", errors="replace")
+        if (
+            not any(f"{keyword} {function}" in source for keyword in ("def", "class", "import"))
+            and f"{function} =" not in source
+        ):
+            return [f"{key}: {path.name} beside the recipe defines no {function!r}"]
+        return []
+    import importlib.util
+
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        found = False
+    return [] if found else [f"{key}: no {path.name} beside the recipe, and no module {module!r} is installed"]

@@ -1,0 +1,286 @@
+"""What a run found, gathered into the ledger: the rows, the classes, and the verdicts in words."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import edgekd
+from edgekd import plugins
+from edgekd.distill import CONTROL, ArmResult
+from edgekd.export import PORTABLE
+from edgekd.ledger import ClassRow, Ledger, Row
+from edgekd.metrics import ClassCount, Quality, quality
+from edgekd.pipeline import measurements_of, results_of, shipped
+from edgekd.store import load_artifact, load_student, read_json, size_of, write_json
+from edgekd.types import Artifact, Measurement, Student
+from edgekd.workspace import Workspace
+
+__all__ = ["collect", "write_report"]
+
+WEAK_CLASS_MARGIN = 0.05
+"""A teacher is called weak in a class whose share of right answers is this far under its accuracy over all."""
+
+
+def collect(work: Workspace) -> tuple[Ledger, list[Measurement]]:
+    """The ledger of everything that has been done so far.
+
+    Raises:
+        UsageError: No student has been trained yet.
+    """
+    results = results_of(work)
+    chosen, folder = shipped(work)
+    student, _ = load_student(folder)
+    teacher = _teacher_quality(work)
+    measurements = measurements_of(work)
+    artifacts = [(load_artifact(path), path) for path in work.folder.artifacts()]
+    control = next(r for r in results if r.arm == CONTROL and r.seed == chosen.seed)
+    rows = [
+        _teacher_row(work, teacher),
+        _student_row("control", control, work.folder.arm(CONTROL, chosen.seed)),
+        *(
+            _student_row("student", r, work.folder.arm(r.arm, r.seed))
+            for r in results
+            if r.seed == chosen.seed and r.arm != CONTROL
+        ),
+        *_compressed_rows(work),
+        *(_artifact_row(artifact, path.name, measurements) for artifact, path in artifacts),
+    ]
+    classes = _class_rows(work.splits.labels, teacher, control.test, chosen.test)
+    sentences = (
+        *_distillation_sentences(results, chosen, teacher, student, work.teacher.parameters),
+        *_weakness_sentences(classes),
+        *_artifact_sentences([artifact for artifact, _ in artifacts], chosen, measurements),
+    )
+    ledger = Ledger(
+        name=work.recipe.name,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        sentences=sentences,
+        rows=tuple(rows),
+        classes=classes,
+        lineage=student.card.lineage,
+        environment=_environment(),
+    )
+    return ledger, measurements
+
+
+def write_report(work: Workspace) -> Ledger:
+    """Write ``report.json`` and ``report.html``; returns what they tell."""
+    from edgekd.store import atomic_write
+
+    ledger, measurements = collect(work)
+    seeds = [
+        {"arm": r.arm, "seed": r.seed, "validation": r.validation.to_json(), "test": r.test.to_json()}
+        for r in results_of(work)
+    ]
+    artifacts = [load_artifact(path).to_json() for path in work.folder.artifacts()]
+    content = {
+        "ledger": ledger.to_json(),
+        "arms": seeds,
+        "artifacts": artifacts,
+        "measurements": [measurement.to_json() for measurement in measurements],
+    }
+    write_json(work.folder.report_json, content)
+    report = plugins.load_module("edgekd.benchmarks.report")
+    atomic_write(work.folder.report_html, report.html(ledger, measurements).encode())
+    return ledger
+
+
+# ── rows ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _teacher_quality(work: Workspace) -> Quality:
+    """The teacher's captured outputs are enough: it is not run again."""
+    test = work.splits.test
+    logits = work.cache("test").logits(test.ids)
+    assert test.labels is not None
+    return quality(logits, test.labels, logits)
+
+
+def _teacher_row(work: Workspace, teacher: Quality) -> Row:
+    return Row(
+        stage="teacher",
+        name=work.recipe.teacher.model,
+        accuracy=teacher.accuracy,
+        ece=teacher.ece,
+        size_bytes=work.teacher.size_bytes,
+        parameters=work.teacher.parameters,
+        macs=work.teacher.macs,
+    )
+
+
+def _student_row(stage: str, result: ArmResult, folder: Path) -> Row:
+    student, _ = load_student(folder)
+    return Row(
+        stage="control" if stage == "control" else "student",
+        name=result.arm if stage == "student" else "no teacher",
+        precision=student.card.precision,
+        accuracy=result.test.accuracy,
+        teacher_agreement=result.test.teacher_agreement,
+        kl=result.test.kl,
+        ece=result.test.ece,
+        size_bytes=(folder / "student.pt2").stat().st_size,
+        parameters=student.card.parameters,
+        macs=student.card.macs,
+    )
+
+
+def _compressed_rows(work: Workspace) -> list[Row]:
+    rows = []
+    for precision in PORTABLE:
+        folder = work.folder.compressed(precision)
+        if not (folder / "result.json").is_file():
+            continue
+        test = Quality.from_json(read_json(folder / "result.json")["test"])
+        student, _ = load_student(folder)
+        rows.append(
+            Row(
+                stage="compressed",
+                name=precision,
+                precision=precision,
+                accuracy=test.accuracy,
+                teacher_agreement=test.teacher_agreement,
+                kl=test.kl,
+                ece=test.ece,
+                size_bytes=size_of(folder / "student.pt2"),
+                parameters=student.card.parameters,
+                macs=student.card.macs,
+            )
+        )
+    return rows
+
+
+def _artifact_row(artifact: Artifact, name: str, measurements: Sequence[Measurement]) -> Row:
+    stats = plugins.load_module("edgekd.benchmarks.stats")
+    measured = next((m for m in measurements if m.artifact_sha256 == artifact.sha256 and m.status == "measured"), None)
+    return Row(
+        stage="artifact",
+        name=name,
+        target=artifact.target,
+        precision=artifact.precision,
+        accuracy=artifact.accuracy,
+        teacher_agreement=artifact.teacher_agreement,
+        size_bytes=artifact.size_bytes,
+        parameters=artifact.card.parameters,
+        macs=artifact.card.macs,
+        latency_ms=None if measured is None else statistics.median(stats.block_medians(measured)),
+        latency_device="" if measured is None else measured.device,
+        parity=artifact.parity.status,
+        note=" ".join(artifact.notes),
+    )
+
+
+def _class_rows(labels: Sequence[str], teacher: Quality, control: Quality, student: Quality) -> tuple[ClassRow, ...]:
+    return tuple(
+        ClassRow(
+            label=label,
+            support=t.support,
+            teacher_accuracy=_share(t),
+            control_accuracy=_share(c),
+            student_accuracy=_share(s),
+            teacher_is_weak=t.support > 0 and t.correct / t.support < teacher.accuracy - WEAK_CLASS_MARGIN,
+        )
+        for label, t, c, s in zip(labels, teacher.classes, control.classes, student.classes, strict=True)
+    )
+
+
+def _share(count: ClassCount) -> float | None:
+    return count.correct / count.support if count.support else None
+
+
+def _environment() -> dict[str, str]:
+    packages = ("torch", "torchao", "numpy", "onnxruntime", "coremltools", "ai-edge-litert")
+    installed = {d.metadata["Name"] for d in importlib.metadata.distributions()}
+    versions = {name: importlib.metadata.version(name) for name in packages if name in installed}
+    return {
+        "edgekd": edgekd.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        **versions,
+    }
+
+
+# ── sentences ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _distillation_sentences(
+    results: Sequence[ArmResult],
+    chosen: ArmResult,
+    teacher: Quality,
+    student: Student,
+    teacher_parameters: int | None,
+) -> list[str]:
+    own = [r.test.accuracy for r in results if r.arm == chosen.arm]
+    control = [r.test.accuracy for r in results if r.arm == CONTROL]
+    kept = statistics.fmean(own) / teacher.accuracy if teacher.accuracy else 0.0
+    size = ""
+    if teacher_parameters:
+        size = f" with {student.card.parameters / teacher_parameters:.1%} of its parameters"
+    lines = [
+        f"The student ({chosen.arm}) keeps {kept:.1%} of the teacher's accuracy{size}: "
+        f"{_spread(own)} against {teacher.accuracy:.2%} on {teacher.samples} test samples."
+    ]
+    if chosen.arm == CONTROL:
+        return [*lines, "It was trained without the teacher: no distilled arm was trained or chosen."]
+    gain = statistics.fmean(own) - statistics.fmean(control)
+    error = _standard_error(own, control, chosen.test.samples)
+    words = "helped" if gain > 2 * error else "hurt" if gain < -2 * error else "made no difference that can be told"
+    how = f"{len(own)} seeds each" if len(own) > 1 else "one seed each, so only the test set's own error is known"
+    lines.append(
+        f"Distillation {words}: {gain * 100:+.2f} points over the same student without a teacher "
+        f"({_spread(control)}), standard error {error * 100:.2f} points, {how}."
+    )
+    return lines
+
+
+def _standard_error(own: Sequence[float], control: Sequence[float], samples: int) -> float:
+    """Of the difference of the means: over paired seeds, or from the size of the test set when there is one seed."""
+    if len(own) > 1:
+        return statistics.stdev(a - b for a, b in zip(own, control, strict=True)) / len(own) ** 0.5
+    return float(sum(p * (1 - p) / samples for p in (own[0], control[0])) ** 0.5)
+
+
+def _spread(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.2%}"
+    return f"{statistics.fmean(values) * 100:.2f} ± {statistics.stdev(values) * 100:.2f} %"
+
+
+def _weakness_sentences(classes: Sequence[ClassRow]) -> list[str]:
+    weak = [row for row in classes if row.teacher_is_weak]
+    if not weak:
+        return [f"The teacher is weak in no class (none is {WEAK_CLASS_MARGIN:.0%} under its average)."]
+    listed = ", ".join(
+        f"{row.label} (teacher {row.teacher_accuracy:.0%}, student {row.student_accuracy:.0%})" for row in weak
+    )
+    return [f"The teacher itself is weak in {listed}: the student cannot learn there what the teacher does not know."]
+
+
+def _artifact_sentences(
+    artifacts: Sequence[Artifact], chosen: ArmResult, measurements: Sequence[Measurement]
+) -> list[str]:
+    if not artifacts:
+        return []
+    passed = sum(artifact.parity.status == "passed" for artifact in artifacts)
+    lines = [f"{passed} of {len(artifacts)} files proved equal to their program on held-out samples."]
+    stats = plugins.load_module("edgekd.benchmarks.stats")
+    measured = {m.artifact_sha256: m for m in measurements if m.status == "measured"}
+    for artifact in artifacts:
+        parent = next((a for a in artifacts if a.target == artifact.target and a.precision == "fp32"), None)
+        if parent is None or parent is artifact:
+            continue
+        words = []
+        if artifact.accuracy is not None and parent.accuracy is not None:
+            words.append(f"{(artifact.accuracy - parent.accuracy) * 100:+.2f} points of accuracy")
+        words.append(f"{artifact.size_bytes / parent.size_bytes:.2f}× the size")
+        if artifact.sha256 in measured and parent.sha256 in measured:
+            old, new = (
+                statistics.median(stats.block_medians(measured[sha])) for sha in (parent.sha256, artifact.sha256)
+            )
+            words.append(f"{new / old:.2f}× the latency on this host ({'faster' if new < old else 'not faster'})")
+        lines.append(f"{artifact.target} {artifact.precision} against fp32: {', '.join(words)}.")
+    return lines

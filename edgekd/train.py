@@ -1,0 +1,175 @@
+"""The training loop, read from top to bottom. Killed at any step, it goes on from its checkpoint bit for bit.
+
+Everything random comes from a seed: the order of an epoch from (seed, epoch), a view from its stored seed, dropout
+from torch's generator, whose state lies in the checkpoint. The learning rate is a function of the step alone.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgekd.capture import TeacherCache
+from edgekd.data import Split
+from edgekd.errors import CacheError, NumericalError
+from edgekd.protocols import Augmentation, Progress
+from edgekd.store import atomic_write
+from edgekd.views import view_batch
+
+__all__ = ["Objective", "TrainingPlan", "learning_rate_at", "train"]
+
+CHECKPOINT_EVERY_S = 20.0
+
+Objective = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict[str, float]]]
+"""(student logits, teacher logits, labels) to the scalar to minimise and its parts."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How long and how fast.
+
+    Attributes:
+        epochs: Each shows every sample once, in one of its views.
+        learning_rate: The peak; linear warm-up over ``warmup_share`` of the steps, then a cosine to zero.
+        seed: Of the order of samples and of dropout.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    warmup_share: float
+    seed: int
+
+
+def train(
+    student: nn.Module,
+    split: Split,
+    cache: TeacherCache,
+    augment: Augmentation | None,
+    objective: Objective,
+    plan: TrainingPlan,
+    checkpoint: Path,
+    progress: Progress,
+    name: str,
+) -> list[dict[str, float]]:
+    """Train in place with AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101).
+
+    Args:
+        student: Freshly initialised; takes the split's inputs in order and returns logits (batch, classes).
+        split: Labelled samples.
+        cache: The teacher's outputs and the seeds of the views, for the same samples.
+        objective: What is minimised.
+        checkpoint: Where the state is kept until training is done; only read if it is of the same work.
+        name: For the progress.
+
+    Returns:
+        Mean loss and its parts, epoch by epoch.
+
+    Raises:
+        NumericalError: The loss is NaN or infinite; the last checkpoint stays.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    assert split.labels is not None
+    rows, labels = cache.rows(split.ids), torch.from_numpy(split.labels)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
+    student, optimizer = accelerator.prepare(student, optimizer)
+    steps = math.ceil(len(split) / plan.batch_size)
+    torch.manual_seed(plan.seed)
+    state = _load(checkpoint, accelerator.unwrap_model(student), optimizer)
+    progress.start(name, plan.epochs * steps, state.step)
+    saved_at = time.monotonic()
+    student.train()
+    while state.step < plan.epochs * steps:
+        epoch, step = divmod(state.step, steps)
+        order = np.random.default_rng((plan.seed & 0xFFFFFFFF, epoch)).permutation(len(split))
+        batch = order[step * plan.batch_size : (step + 1) * plan.batch_size]
+        batch = batch[accelerator.process_index :: accelerator.num_processes]
+        views = (epoch + split.ids[batch] % np.uint64(cache.views)).astype(np.int64) % cache.views
+        seeds, teacher = cache.read(rows[batch], views)
+        inputs = [x.to(accelerator.device) for x in view_batch(split, batch, seeds, augment)]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(state.step, plan.epochs * steps, plan)
+        logits = student(*inputs)
+        loss, parts = objective(logits, torch.from_numpy(teacher).to(logits.device), labels[batch].to(logits.device))
+        if not math.isfinite(float(loss.detach())):
+            raise NumericalError(
+                f"{name}: the loss is {float(loss.detach())} in epoch {epoch + 1}, step {step + 1}; "
+                "a lower distill.learning_rate or higher temperature may work"
+            )
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        optimizer.step()
+        state.add({"loss": float(loss.detach()), **parts})
+        progress.advance(1, f"loss {float(loss.detach()):.3f}")
+        if step + 1 == steps:
+            state.end_epoch()
+        if time.monotonic() - saved_at > CHECKPOINT_EVERY_S and accelerator.is_main_process:
+            _save(checkpoint, accelerator.unwrap_model(student), optimizer, state)
+            saved_at = time.monotonic()
+    progress.finish()
+    return state.history
+
+
+def learning_rate_at(step: int, total: int, plan: TrainingPlan) -> float:
+    """Linear warm-up, then half a cosine to zero (Loshchilov & Hutter 2017, arXiv:1608.03983)."""
+    warmup = int(total * plan.warmup_share)
+    if step < warmup:
+        return plan.learning_rate * (step + 1) / warmup
+    return plan.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+@dataclass
+class _State:
+    """What a checkpoint holds besides weights, moments and the generator."""
+
+    step: int
+    sums: dict[str, float]
+    counted: int
+    history: list[dict[str, float]]
+
+    def add(self, parts: dict[str, float]) -> None:
+        for key, value in parts.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value
+        self.counted += 1
+        self.step += 1
+
+    def end_epoch(self) -> None:
+        self.history.append({key: value / self.counted for key, value in self.sums.items()})
+        self.sums, self.counted = {}, 0
+
+
+def _save(path: Path, student: nn.Module, optimizer: Any, state: _State) -> None:
+    buffer = io.BytesIO()
+    content = {
+        "student": student.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "generator": torch.get_rng_state(),
+        "state": dict(vars(state)),
+    }
+    torch.save(content, buffer)
+    atomic_write(path, buffer.getvalue())
+
+
+def _load(path: Path, student: nn.Module, optimizer: Any) -> _State:
+    if not path.is_file():
+        return _State(0, {}, 0, [])
+    try:
+        content = torch.load(path, weights_only=True)
+    except Exception as error:
+        raise CacheError(f"checkpoint {path} is damaged; remove it to train from the start") from error
+    student.load_state_dict(content["student"])
+    optimizer.load_state_dict(content["optimizer"])
+    torch.set_rng_state(content["generator"])
+    return _State(**content["state"])
