@@ -1,0 +1,242 @@
+"""ONNX, for ONNX Runtime: on servers, on Android and iOS, in browsers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgekd.errors import ExportError, ModelFileError, UsageError
+from edgekd.protocols import Arrays, Exporter, Runner
+from edgekd.types import Precision, Student, TensorSpec
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from onnxruntime import InferenceSession
+
+OPSET = 20
+_LARGEST = 2**31 - 1  # bytes of one protocol buffer
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
+    "tensor(int16)": "int16",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+}
+
+
+class OnnxExporter:
+    """See :class:`edgekd.protocols.Exporter`.
+
+    ``fp16`` stores and computes in half precision between float inputs and outputs. ``w8d8`` quantizes the constant
+    side of matrix products, one scale an output channel, and tables that rows are gathered from, one scale a row;
+    convolutions stay float, because ONNX Runtime's dynamic ones are slower than those.
+    """
+
+    suffix = ".onnx"
+    requires = ("onnx", "onnxruntime", "onnxscript")
+    extra = "onnx"
+    precisions: tuple[Precision, ...] = ("fp32", "fp16", "w8", "w8d8", "w8a8")
+
+    def write(self, student: Student, path: Path, precision: Precision) -> None:
+        held: Precision = precision if precision in ("w8", "w8a8") else "fp32"
+        if precision not in self.precisions:
+            raise UsageError(f"onnx has no precision {precision!r}; it has {', '.join(self.precisions)}")
+        if student.card.precision != held:
+            raise UsageError(f"onnx {precision} is written from a program in {held}; this is {student.card.precision}")
+        _refuse_large(student)
+        with _quiet():
+            model = _translate(student, precision)
+            if precision == "fp16":
+                model = _halve(model)
+            elif precision == "w8d8":
+                model = _quantize_dynamically(model)
+        _describe(model, student, precision)
+        path.write_bytes(model.SerializeToString(deterministic=True))
+
+    def load(self, path: Path) -> Runner:
+        return OnnxRunner(path)
+
+
+class OnnxRunner:
+    """A file in ONNX Runtime on the CPU."""
+
+    def __init__(self, path: Path, threads: int = 1) -> None:
+        import onnxruntime
+
+        if not path.is_file():
+            raise ModelFileError(f"no model file at {path}")
+        self.runtime = f"ONNX Runtime {onnxruntime.__version__}"
+        try:
+            self._session: InferenceSession = onnxruntime.InferenceSession(
+                path, session_options(threads), providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise ModelFileError(f"{path} is not a model that ONNX Runtime reads: {_first_line(error)}") from error
+        self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
+        self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
+
+    def __call__(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        feed = {
+            spec.name: np.ascontiguousarray(np.asarray(inputs[spec.name]).astype(spec.dtype, copy=False))
+            for spec in self.inputs
+        }
+        names = [spec.name for spec in self.outputs]
+        return dict(zip(names, self._session.run(names, feed), strict=True))
+
+
+EXPORTER: Exporter = OnnxExporter()
+
+
+def session_options(threads: int = 1) -> Any:
+    """How edgekd runs a file: quiet, on so many threads, with integer products that never saturate on the way."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    # x86 without VNNI adds pairs of uint8 × int8 products in 16 bits, which saturates; this makes them uint8 × uint8.
+    # https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+def _refuse_large(student: Student) -> None:
+    tensors = [*student.program.state_dict.values(), *student.program.constants.values()]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors if hasattr(tensor, "numel"))
+    if size > _LARGEST:
+        raise ExportError(
+            f"the weights of {student.card.name!r} take {size / 2**30:.1f} GB, and one ONNX file holds at most 2 GB; "
+            "export a smaller student or, where the target allows it, w8"
+        )
+
+
+def _translate(student: Student, precision: Precision) -> ModelProto:
+    """The program as ONNX, for a batch of one, with its own names of inputs and outputs."""
+    import onnx_ir
+    import torch
+
+    from edgekd.models import at_batch, input_specs, output_specs
+
+    from . import _onnx_rewrite as rewrite
+
+    program = at_batch(student.program)
+    try:
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[spec.name for spec in input_specs(program)],
+            output_names=[spec.name for spec in output_specs(program)],
+            external_data=False,
+            verbose=False,
+        )
+    except Exception as error:
+        raise ExportError(_refusal(student, error)) from error
+    assert exported is not None
+    graph = exported.model.graph
+    rewrite.tidy(graph)
+    if precision == "w8a8":
+        rewrite.drop_saturated(graph)
+        rewrite.pool_globally(graph)
+        rewrite.unsigned_activations(graph)
+    elif precision == "w8d8":
+        rewrite.quantize_tables(graph)
+    if precision != "fp32":
+        rewrite.gather_then_dequantize(graph)
+        rewrite.own_zero_points(graph)
+    return onnx_ir.to_proto(exported.model)
+
+
+def _refusal(student: Student, error: Exception) -> str:
+    """What torch's exporter says in several hundred lines, in one."""
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    for cause in reversed(chain):
+        operator = re.search(r"aten\.[\w.]+|\b\w+\.\w+\.default\b", str(cause))
+        if operator:
+            return f"ONNX has no form of {operator.group()}, which {student.card.name!r} uses: {_first_line(cause)}"
+    return f"torch.onnx refuses {student.card.name!r}: {_first_line(chain[-1])}"
+
+
+def _halve(model: ModelProto) -> ModelProto:
+    import onnx_ir
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    halved = onnx_ir.from_proto(convert_float_to_float16(model, keep_io_types=True))
+    halved.graph.sort()  # the converter puts the casts of inputs last, which the standard forbids
+    return onnx_ir.to_proto(halved)
+
+
+def _quantize_dynamically(model: ModelProto) -> ModelProto:
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    constants = {tensor.name for tensor in model.graph.initializer}
+    quantized = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in constants]
+    tables = any(tensor.data_type == onnx.TensorProto.INT8 for tensor in model.graph.initializer)
+    if not quantized and not tables:
+        raise ExportError(
+            "w8d8 quantizes matrix products and embeddings, and this model has none with constant weights; "
+            "take w8a8, which quantizes convolutions too"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "model.onnx"
+        quantize_dynamic(
+            model, target, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8
+        )
+        return onnx.load(target)
+
+
+def _describe(model: ModelProto, student: Student, precision: Precision) -> None:
+    """Write what an app needs to know into the file."""
+    from edgekd import __version__
+
+    card = student.card
+    model.producer_name, model.producer_version = "edgekd", __version__
+    facts = {
+        "name": card.name,
+        "precision": precision,
+        "labels": json.dumps(card.labels, ensure_ascii=False),
+        "preprocessing": json.dumps(card.preprocessing, sort_keys=True, ensure_ascii=False),
+    }
+    del model.metadata_props[:]
+    for key, value in facts.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = f"edgekd.{key}", value
+
+
+def _spec(value: Any) -> TensorSpec:
+    shape = tuple(size if isinstance(size, int) else -1 for size in value.shape)
+    return TensorSpec(value.name, shape, _DTYPES.get(value.type, value.type))
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the converters' advice to themselves; their errors are exceptions."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
