@@ -360,7 +360,8 @@ def describe_machine() -> dict[str, str]:
     return {
         "processor": processor_name(info),
         "cores": str(os.cpu_count() or ""),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {platform.machine()}",
+        "kernel": platform.release(),
         "python": platform.python_version(),
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "virtual_machine": "yes" if " hypervisor" in info else "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +18,7 @@ __all__ = [
     "Ledger",
     "Row",
     "Stage",
+    "file_column",
     "format_bytes",
     "format_count",
     "format_latency",
@@ -149,8 +151,9 @@ def table(ledger: Ledger) -> Table:
 
     rows = ledger.rows
     devices = tuple(dict.fromkeys(row.latency_device for row in rows if row.latency_device))
+    file_header, file_cells = file_column(rows)
     columns: dict[str, list[str]] = {
-        "file": [f"{row.target} {row.precision}".strip() for row in rows],
+        file_header: list(file_cells),
         "acc %": [format_share(row.accuracy) for row in rows],
         "agree %": [format_share(row.teacher_agreement) for row in rows],
         "KL": [format_number(row.kl) for row in rows],
@@ -167,8 +170,8 @@ def table(ledger: Ledger) -> Table:
     made.add_column("", overflow="fold", min_width=10)
     shown = {header: cells for header, cells in columns.items() if any(cell not in ("", UNKNOWN) for cell in cells)}
     for header in shown:
-        is_text = header in ("file", "parity")
-        made.add_column(header, justify="left" if is_text else "right", no_wrap=header != "file", overflow="fold")
+        is_text = header in (file_header, "parity")
+        made.add_column(header, justify="left" if is_text else "right", no_wrap=header != file_header, overflow="fold")
     for index, row in enumerate(rows):
         cells = [shown[header][index] or UNKNOWN for header in shown]
         made.add_row(Text(label(row)), *(Text(cell) for cell in cells), style="dim" if row.stage == "control" else None)
@@ -185,6 +188,13 @@ def label(row: Row) -> str:
     if row.stage == "artifact" or row.stage in row.name:
         return row.name
     return f"{row.stage} {row.name}".strip()
+
+
+def file_column(rows: Sequence[Row]) -> tuple[str, tuple[str, ...]]:
+    """Heading and cells that say what each file is: only the precision where the names hold the targets already."""
+    if all(row.target in label(row) for row in rows):
+        return "precision", tuple(row.precision for row in rows)
+    return "file", tuple(f"{row.target} {row.precision}".strip() for row in rows)
 
 
 def _latency_cell(row: Row, devices: tuple[str, ...]) -> str:

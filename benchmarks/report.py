@@ -1,0 +1,381 @@
+"""The ledger and its measurements as one HTML file: no script, nothing loaded from anywhere, light and dark."""
+
+from __future__ import annotations
+
+import html as markup
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from string import Template
+
+from edgekd.ledger import (
+    UNKNOWN,
+    Ledger,
+    Row,
+    file_column,
+    format_bytes,
+    format_count,
+    format_latency,
+    format_number,
+    format_share,
+    label,
+)
+from edgekd.types import Measurement
+
+from . import charts, stats
+from .session import FLAGS
+
+__all__ = ["html"]
+
+SYMBOLS = {
+    "circle": '<circle cx="7" cy="7" r="5"/>',
+    "square": '<rect x="2.5" y="2.5" width="9" height="9"/>',
+    "triangle-up": '<path d="M7 2 12.5 12H1.5Z"/>',
+    "triangle-down": '<path d="M7 12 12.5 2H1.5Z"/>',
+    "diamond": '<path d="M7 1 12 7 7 13 2 7Z"/>',
+}
+
+PARITY_WORDS = {"passed": "passed", "failed": "failed", "not_run": "not run"}
+
+
+class Markup(str):
+    """Text that is HTML already; all other text is escaped on its way into the page."""
+
+    __slots__ = ()
+
+
+def html(ledger: Ledger, measurements: Sequence[Measurement]) -> str:
+    """One self-contained page.
+
+    Args:
+        ledger: The rows in the order in which they are shown.
+        measurements: Of one interleaved session: their blocks are compared pair by pair.
+
+    Returns:
+        The whole document. Sections without content are left out.
+    """
+    sections = [
+        _picture(ledger),
+        _rows(ledger),
+        _parity(ledger),
+        _latency(measurements),
+        _not_run(measurements),
+        _classes(ledger),
+        _lineage(ledger),
+        _environment(ledger, measurements),
+    ]
+    template = Template((files("edgekd.benchmarks") / "report.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=_text(ledger.name),
+        subtitle=_text(f"edgekd, {ledger.created}"),
+        verdicts=_list((_text(sentence) for sentence in ledger.sentences), "verdicts"),
+        figures=_figures(ledger.rows),
+        sections="\n".join(section for section in sections if section),
+    )
+
+
+def _figures(rows: Sequence[Row]) -> str:
+    """What a reader asks first, each with what it is compared with; the worse outcome is told like the better."""
+    of = {stage: next((row for row in rows if row.stage == stage), None) for stage in ("teacher", "control", "student")}
+    teacher, control, student = of["teacher"], of["control"], of["student"]
+    artifacts = [row for row in rows if row.stage == "artifact"]
+    cells: list[tuple[str, str, str]] = []
+    if student and student.accuracy is not None:
+        beside = f"teacher {format_share(teacher.accuracy)} %" if teacher and teacher.accuracy is not None else ""
+        cells.append((f"{format_share(student.accuracy)} %", "student's accuracy", beside))
+        if control and control.accuracy is not None:
+            gain = (student.accuracy - control.accuracy) * 100
+            cells.append((f"{gain:+.2f} points", "from distillation", f"control {format_share(control.accuracy)} %"))
+    sized = [row for row in artifacts if row.size_bytes]
+    if sized:
+        least = min(sized, key=lambda row: row.size_bytes or 0)
+        beside = label(least)
+        if teacher and teacher.size_bytes and least.size_bytes:
+            beside = f"{_times(teacher.size_bytes / least.size_bytes)} smaller than the teacher: {label(least)}"
+        cells.append((format_bytes(least.size_bytes), "smallest file", beside))
+    timed = [row for row in artifacts if row.latency_ms is not None]
+    if timed:
+        fastest = min(timed, key=lambda row: row.latency_ms or 0.0)
+        beside = f"{label(fastest)}, {fastest.latency_device}"
+        cells.append((f"{format_latency(fastest.latency_ms)} ms", "fastest file, median", beside))
+    if not cells:
+        return ""
+    inner = "".join(f"<div><span>{_text(b)}</span><b>{_text(a)}</b><span>{_text(c)}</span></div>" for a, b, c in cells)
+    return f'<div class="figures">{inner}</div>'
+
+
+def _picture(ledger: Ledger) -> str:
+    """Accuracy against size, and against latency on each device by itself."""
+    figures = [_figure(charts.accuracy_against(ledger.rows, "size"), "Accuracy and size")]
+    for device in dict.fromkeys(row.latency_device for row in ledger.rows if row.latency_ms is not None):
+        rows = [row for row in ledger.rows if row.latency_device == device]
+        figures.append(_figure(charts.accuracy_against(rows, "latency"), f"Accuracy and latency on {device}"))
+    if not any(figures):
+        return ""
+    shown = [row for row in ledger.rows if row.accuracy is not None]
+    kinds = [kind for kind in charts.KINDS if any(charts.kind_of(row) == kind for row in shown)]
+    precisions = [name for name in charts.SHAPES if any((row.precision or "fp32") == name for row in shown)]
+    legend = [f"{_symbol('circle', f'var(--{kind})', 'currentColor')}{_text(kind)}" for kind in kinds]
+    legend += [f"{_symbol(charts.SHAPES[name], 'none', 'var(--quiet)')}{_text(name)}" for name in precisions]
+    return _section(
+        "The picture",
+        f'<div class="pictures">{"".join(figures)}</div>{_list(legend, "legend")}',
+        "Up and to the left is better. Colour is the stage or the target, shape the precision; rings share a place.",
+    )
+
+
+def _symbol(shape: str, fill: str, stroke: str) -> str:
+    stroke = fill if fill != "none" else stroke
+    return f'<svg viewBox="0 0 14 14" aria-hidden="true" fill="{fill}" stroke="{stroke}" stroke-width="1.6">{SYMBOLS[shape]}</svg>'
+
+
+def _rows(ledger: Ledger) -> str:
+    if not ledger.rows:
+        return ""
+    body = []
+    header, kinds = file_column(ledger.rows)
+    for row, file in zip(ledger.rows, kinds, strict=True):
+        note = f"<small>{_text(row.note)}</small>" if row.note else ""
+        status = (
+            Markup(f'<span class="{row.parity}">{PARITY_WORDS[row.parity]}</span>')
+            if row.parity in PARITY_WORDS
+            else ""
+        )
+        body.append(
+            [
+                Markup(f"{_text(label(row))}{note}"),
+                file,
+                format_share(row.accuracy),
+                format_share(row.teacher_agreement),
+                format_number(row.kl),
+                format_number(row.ece),
+                format_bytes(row.size_bytes),
+                format_count(row.parameters),
+                format_count(row.macs),
+                format_latency(row.latency_ms),
+                status,
+            ]
+        )
+    headers = ["", header, "accuracy %", "agreement %", "KL", "ECE", "size", "parameters", "MACs", "p50 ms", "parity"]
+    return _section(
+        "From the teacher to the device",
+        _table(headers, body, numeric=range(2, 10)),
+        "Agreement: share of samples with the teacher's top class. KL: divergence from the teacher, nats. "
+        "ECE: expected calibration error. A dash is a value that was not measured.",
+    )
+
+
+def _parity(ledger: Ledger) -> str:
+    body = []
+    for row in ledger.rows:
+        proof = row.proof
+        if proof is None:
+            continue
+        failed = ", ".join(
+            f"{output.name} (off by {output.max_abs:.2g})" for output in proof.outputs if not output.passed
+        )
+        reason = " ".join(part for part in (proof.reason, failed and f"Failed outputs: {failed}") if part)
+        body.append(
+            [
+                label(row),
+                Markup(f'<span class="{proof.status}">{PARITY_WORDS[proof.status]}</span>'),
+                UNKNOWN if proof.max_abs is None else f"{proof.max_abs:.2g}",
+                UNKNOWN if proof.cosine is None else f"{proof.cosine:.6f}",
+                format_share(proof.agreement),
+                str(proof.samples),
+                proof.runtime or UNKNOWN,
+                reason,
+            ]
+        )
+    if not body:
+        return ""
+    headers = ["", "parity", "largest difference", "cosine", "agreement %", "samples", "runtime", "reason"]
+    return _section(
+        "Is the file the program?",
+        _table(headers, body, numeric=range(2, 6), prose=(7,)),
+        "Each file was loaded by its own runtime and compared with the program it was written from.",
+    )
+
+
+def _latency(measurements: Sequence[Measurement]) -> str:
+    measured = [measurement for measurement in measurements if measurement.status == "measured"]
+    body, strips, several = [], [], len({measurement.device for measurement in measured}) > 1
+    for measurement in measured:
+        summary = stats.summarize(measurement)
+        if summary is None:
+            continue
+        device = f"<small>{_text(measurement.device)}</small>" if several else ""
+        body.append(
+            [
+                Markup(f"{_text(_name(measurement))}{device}"),
+                format_latency(summary.p50_ms),
+                format_latency(summary.p90_ms),
+                format_latency(summary.p99_ms),
+                UNKNOWN if summary.spread is None else f"{summary.spread * 100:.1f} %",
+                _against_fp32(measurement, measured),
+                format_latency(summary.first_inference_ms),
+                format_latency(summary.model_load_ms),
+                format_bytes(summary.peak_memory_bytes),
+                f"{summary.samples:,}",
+                str(summary.blocks),
+                f"{summary.outliers / summary.samples * 100:.1f} %",
+            ]
+        )
+        svg, beyond = charts.distribution(measurement)
+        strips.append(_figure(svg, f"{_name(measurement)}, ms by block", beyond))
+    if not body:
+        return ""
+    devices = "; ".join(dict.fromkeys(measurement.device for measurement in measured))
+    headers = [
+        "", "p50 ms", "p90 ms", "p99 ms", "spread", "times fp32", "first ms", "load ms", "memory", "samples", "blocks", "outliers",
+    ]  # fmt: skip
+    text = (
+        f"Measured on {devices}. A block is one fresh process; p50 is the median of the block medians, spread the distance "
+        "between the slowest and the fastest block. p90 and p99 stand only where enough samples were taken (64 and 662). "
+        "Times fp32: latency as a multiple of the fp32 file of the same target, with its 95 % interval. Outliers are Tukey's, "
+        "counted and kept. Memory is the peak of the whole process, with Python and the runtime in it."
+    )
+    strip_text = "<p class='quiet'>The timed inferences of each block, darker where more lie; the tick is the block's median.</p>"
+    return _section(
+        "How fast, and how sure", _table(headers, body, numeric=range(1, 12)) + _flags(measured) + strip_text + f'<div class="strips">{"".join(strips)}</div>', text
+    )  # fmt: skip
+
+
+def _against_fp32(measurement: Measurement, measured: Sequence[Measurement]) -> str:
+    """Ratio to the fp32 file of the same target and device, where both were measured in as many blocks."""
+    for other in measured:
+        if (other.target, other.device, other.precision) == (measurement.target, measurement.device, "fp32"):
+            if other is measurement or len(other.blocks) != len(measurement.blocks):
+                return UNKNOWN
+            found = stats.ratio(stats.block_medians(other), stats.block_medians(measurement))
+            if found.low is None or found.high is None:
+                return f"{found.estimate:.2f} (no interval)"
+            return f"{found.estimate:.2f} ({found.low:.2f} to {found.high:.2f})"
+    return UNKNOWN
+
+
+def _flags(measured: Sequence[Measurement]) -> str:
+    """Each flag once, in words, with whom it concerns."""
+    lines = []
+    for flag in dict.fromkeys(flag for measurement in measured for flag in measurement.flags):
+        concerned = [_name(measurement) for measurement in measured if flag in measurement.flags]
+        whom = "all" if len(concerned) == len(measured) else ", ".join(concerned)
+        lines.append(
+            f"<b>{_text(flag.replace('_', ' '))}</b> {_text(FLAGS.get(flag, ''))} <span class='quiet'>({_text(whom)})</span>"
+        )
+    return _list(lines, "flags")
+
+
+def _not_run(measurements: Sequence[Measurement]) -> str:
+    body = [[_name(m), m.reason, m.device] for m in measurements if m.status == "not_run"]
+    if not body:
+        return ""
+    return _section(
+        "Not measured", _table(["", "reason", "device"], body, prose=(1, 2)), "Files that the device does not run."
+    )
+
+
+def _classes(ledger: Ledger) -> str:
+    if not ledger.classes:
+        return ""
+    body = [
+        [
+            Markup(f"{_text(row.label)}{'<small>weak in the teacher</small>' if row.teacher_is_weak else ''}"),
+            str(row.support),
+            format_share(row.teacher_accuracy),
+            format_share(row.control_accuracy),
+            format_share(row.student_accuracy),
+        ]
+        for row in ledger.classes
+    ]
+    weak = [row.teacher_is_weak for row in ledger.classes]
+    headers = ["class", "samples", "teacher %", "control %", "student %"]
+    return _section(
+        "Class by class",
+        _table(headers, body, numeric=range(1, 5), marked=weak),
+        "Where the teacher itself is weak, the student can learn little from it." if any(weak) else "",
+    )
+
+
+def _lineage(ledger: Ledger) -> str:
+    if not ledger.lineage:
+        return ""
+    return _section(
+        "Lineage", f'<ol class="lineage">{"".join(f"<li>{_text(line)}</li>" for line in ledger.lineage)}</ol>'
+    )
+
+
+def _environment(ledger: Ledger, measurements: Sequence[Measurement]) -> str:
+    """Versions from the ledger, conditions from the blocks; a condition that changed is given as a range."""
+    facts = dict(ledger.environment)
+    seen: dict[str, list[str]] = {}
+    for measurement in measurements:
+        for block in measurement.blocks:
+            for key, value in block.conditions.items():
+                seen.setdefault(key, []).append(value)
+    for key, values in seen.items():
+        facts.setdefault(key.replace("_", " "), _range(values))
+    if not facts:
+        return ""
+    entries = "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in facts.items())
+    return _section("Conditions", f"<dl>{entries}</dl>")
+
+
+def _range(values: Sequence[str]) -> str:
+    distinct = list(dict.fromkeys(values))
+    try:
+        numbers = sorted(distinct, key=float)
+    except ValueError:
+        return ", ".join(distinct)
+    return numbers[0] if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+
+def _name(measurement: Measurement) -> str:
+    return f"{measurement.target} {measurement.precision}"
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.1f} times" if factor < 10 else f"{factor:.0f} times"
+
+
+def _section(title: str, content: str, text: str = "") -> str:
+    note = f'<p class="quiet">{_text(text)}</p>' if text else ""
+    return f"<section><h2>{_text(title)}</h2>{note}{content}</section>"
+
+
+def _figure(svg: str | None, caption: str, below: str = "") -> str:
+    note = f'<p class="quiet">{_text(below)}</p>' if below else ""
+    return f"<figure><figcaption>{_text(caption)}</figcaption>{svg}{note}</figure>" if svg else ""
+
+
+def _list(lines: Iterable[str], name: str) -> str:
+    items = "".join(f"<li>{line}</li>" for line in lines)
+    return f'<ul class="{name}">{items}</ul>' if items else ""
+
+
+def _table(
+    headers: Sequence[str],
+    body: Sequence[Sequence[str]],
+    numeric: Iterable[int] = (),
+    prose: Iterable[int] = (),
+    marked: Sequence[bool] = (),
+) -> str:
+    """A table without the columns that hold nothing; cells are escaped unless they are ``Markup``."""
+    names = dict.fromkeys(numeric, "number") | dict.fromkeys(prose, "prose")
+    kept = [index for index in range(len(headers)) if any(row[index] not in ("", UNKNOWN) for row in body)]
+
+    def cell(tag: str, index: int, content: str) -> str:
+        shown = content if isinstance(content, Markup) else _text(content)
+        name = f' class="{names[index]}"' if index in names else ""
+        return f"<{tag}{name}>{shown}</{tag}>"
+
+    head = "".join(cell("th", index, headers[index]) for index in kept)
+    lines = [
+        f"<tr{' class=weak' if marked and marked[number] else ''}>"
+        f"{''.join(cell('td', index, row[index] or UNKNOWN) for index in kept)}</tr>"
+        for number, row in enumerate(body)
+    ]
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _text(value: str) -> str:
+    return markup.escape(value, quote=True)
