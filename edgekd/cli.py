@@ -74,7 +74,7 @@ def init(
     folder: Annotated[Path, typer.Argument(help="Where; created if need be.")] = Path(),
 ) -> None:
     """Write a recipe that runs, with a comment at every knob."""
-    from edgekd.templates import write_template
+    from edgekd.scaffold import write_template
 
     for path in write_template(template, folder):
         _out(f"wrote {path}")
