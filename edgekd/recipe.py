@@ -14,15 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from edgekd import plugins
 from edgekd.errors import RecipeError, UsageError
-from edgekd.types import PRECISIONS, Json, Precision
+from edgekd.types import PRECISIONS, Json
 
-__all__ = ["FILE_NAME", "Recipe", "find_recipe", "json_schema", "load_recipe"]
+__all__ = ["FILE_NAME", "Recipe", "find_recipe", "json_schema", "known_losses", "load_recipe"]
 
 FILE_NAME = "edgekd.toml"
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
-PrecisionName = Precision | Literal["int8"]
+PrecisionName = Literal["fp32", "fp16", "w8", "w8d8", "w8a8", "int8"]
 
 
 class _Table(BaseModel):
@@ -260,7 +260,7 @@ def _cross_faults(table: Json, folder: Path) -> list[str]:
         reference = section(name).get("model")
         if isinstance(reference, str):
             faults += _model_faults(f"{name}.model", reference, folder)
-    known = ("control", *_loss_names())
+    known = ("control", *known_losses())
     for index, arm in enumerate(each("distill", "arms")):
         if ":" in arm:
             faults += _function_faults(f"distill.arms.{index}", arm, folder)
@@ -285,8 +285,8 @@ def _cross_faults(table: Json, folder: Path) -> list[str]:
     return faults
 
 
-def _loss_names() -> tuple[str, ...]:
-    # Not from edgekd.losses, which imports torch: a recipe is checked in milliseconds. A test holds them equal.
+def known_losses() -> tuple[str, ...]:
+    """Names in ``edgekd.losses.LOSSES``; not read from there, since that imports torch. A test holds the two equal."""
     return ("kd", "dist")
 
 

@@ -1,11 +1,14 @@
 """Shared fixtures: tiny real programs, no mocks."""
 
+import hashlib
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from edgekd.models import export_program, input_specs, output_specs
-from edgekd.types import Card, Student
+from edgekd.types import Artifact, Card, Parity, Student, TensorSpec
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +36,49 @@ def convnet_student(small_convnet: nn.Module) -> Student:
     program = export_program(small_convnet, [torch.zeros(1, 1, 12, 12)])
     card = Card("convnet", input_specs(program), output_specs(program), labels=("a", "b", "c", "d", "e"))
     return Student(program, card)
+
+
+@pytest.fixture(scope="session")
+def onnx_file(small_convnet: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Path]:
+    """The convnet as ONNX, made by PyTorch's exporter and not by ours: what measures needs no exporter."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    folder = tmp_path_factory.mktemp("onnx")
+    torch.onnx.export(
+        small_convnet,
+        (torch.zeros(1, 1, 12, 12),),
+        folder / "model.onnx",
+        input_names=["image"],
+        output_names=["logits"],
+        external_data=False,
+        verbose=False,
+    )
+    return _artifact("onnx", folder / "model.onnx", "image", "logits"), folder
+
+
+@pytest.fixture(scope="session")
+def tflite_file(small_convnet: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Path]:
+    """The convnet as TFLite, made by litert-torch and not by ours."""
+    litert_torch = pytest.importorskip("litert_torch")
+    folder = tmp_path_factory.mktemp("tflite")
+    litert_torch.convert(small_convnet, (torch.zeros(1, 1, 12, 12),)).export(str(folder / "model.tflite"))
+    return _artifact("tflite", folder / "model.tflite", "args_0", "output_0"), folder
+
+
+def _artifact(target: str, path: Path, input_name: str, output_name: str) -> Artifact:
+    inputs = (TensorSpec(input_name, (1, 1, 12, 12), "float32"),)
+    outputs = (TensorSpec(output_name, (1, 5), "float32", "logits"),)
+    content = path.read_bytes()
+    return Artifact(
+        target=target,
+        precision="fp32",
+        path=path.name,
+        sha256=hashlib.sha256(content).hexdigest(),
+        size_bytes=len(content),
+        card=Card("convnet", inputs, outputs),
+        inputs=inputs,
+        outputs=outputs,
+        toolchain={},
+        source="",
+        parity=Parity("not_run", "a file for tests of measuring"),
+    )

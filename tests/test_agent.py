@@ -1,0 +1,304 @@
+"""The one-file agent, run as its users run it: as a process, on real files, in the real runtimes."""
+
+import ast
+import gc
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgekd.devices import agent
+from edgekd.types import Artifact, Block
+
+AGENT = Path(str(files("edgekd.devices") / "agent.py"))
+QUICK = {"threads": 1, "warmup_runs": 3, "warmup_s": 0.0, "min_runs": 20, "min_s": 0.0, "max_s": 2.0}
+
+File = tuple[Artifact, Path]
+
+
+@pytest.fixture(params=["onnx_file", "tflite_file"])
+def file(request: pytest.FixtureRequest) -> File:
+    found: File = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((6, 1, 12, 12)).astype(np.float32)
+
+
+def write_job(work: Path, file: File, images: np.ndarray, **changes: Any) -> Path:
+    artifact, folder = file
+    name = artifact.inputs[0].name
+    np.savez(work / "sample.npz", **{name: images[:1]})  # type: ignore[arg-type]
+    np.savez(work / "inputs.npz", **{name: images})  # type: ignore[arg-type]
+    job = {
+        "target": artifact.target,
+        "model": str(folder / artifact.path),
+        "input_names": [name],
+        "output_names": [artifact.outputs[0].name],
+        "sample": "sample.npz",
+        "inputs": "inputs.npz",
+        "outputs": "outputs.npz",
+        "result": "block.json",
+        "plan": QUICK,
+    }
+    (work / "job.json").write_text(json.dumps(job | changes))
+    return work / "job.json"
+
+
+def run_agent(work: Path, script: Path = AGENT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", str(script), "job.json"], cwd=work, capture_output=True, text=True, timeout=120
+    )
+
+
+def in_process(file: File, images: np.ndarray) -> np.ndarray:
+    """The same file in the same runtime, called the way its own documentation does."""
+    artifact, folder = file
+    if artifact.target == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(folder / artifact.path, providers=["CPUExecutionProvider"])
+        return np.concatenate([session.run(None, {"image": image[None]})[0] for image in images])
+    from ai_edge_litert.interpreter import Interpreter
+
+    signature = Interpreter(model_path=str(folder / artifact.path), num_threads=1).get_signature_runner()
+    return np.concatenate([signature(args_0=image[None])["output_0"] for image in images])
+
+
+def test_a_block_holds_raw_samples_and_conditions(file: File, images: np.ndarray, tmp_path: Path) -> None:
+    write_job(tmp_path, file, images)
+    done = run_agent(tmp_path)
+    assert done.returncode == 0, done.stderr
+    block = Block.from_json(json.loads((tmp_path / "block.json").read_text()))
+    assert len(block.latency_ms) == 20
+    assert len(block.warmup_ms) >= 20, "two windows of ten are needed to settle"
+    assert min(*block.latency_ms, block.first_inference_ms, block.model_load_ms, block.runtime_load_ms) > 0
+    assert block.peak_memory_bytes is not None
+    assert block.peak_memory_bytes > 10_000_000
+    assert block.conditions["runtime"].startswith(("onnxruntime", "ai-edge-litert"))
+    assert block.conditions["threads"] == "1"
+    assert {"processor", "system", "python", "numpy", "timer_step_ns"} <= set(block.conditions)
+    assert all(isinstance(value, str) and value for value in block.conditions.values())
+
+
+def test_outputs_are_those_of_the_runtime_in_this_process(file: File, images: np.ndarray, tmp_path: Path) -> None:
+    write_job(tmp_path, file, images)
+    assert run_agent(tmp_path).returncode == 0
+    with np.load(tmp_path / "outputs.npz") as outputs:
+        assert outputs.files == [file[0].outputs[0].name]
+        np.testing.assert_array_equal(outputs[outputs.files[0]], in_process(file, images))
+
+
+def test_without_wanted_outputs_none_are_written(file: File, images: np.ndarray, tmp_path: Path) -> None:
+    write_job(tmp_path, file, images, inputs=None, outputs=None)
+    assert run_agent(tmp_path).returncode == 0
+    assert not (tmp_path / "outputs.npz").exists()
+
+
+def test_the_file_stands_alone(file: File, images: np.ndarray, tmp_path: Path) -> None:
+    tree = ast.parse(AGENT.read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    foreign = {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names)
+    assert foreign == {"numpy"}
+    shutil.copy(AGENT, tmp_path / "copied.py")
+    write_job(tmp_path, file, images)
+    done = run_agent(tmp_path, tmp_path / "copied.py")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_the_runtime_has_as_many_threads_as_the_plan(file: File, images: np.ndarray, tmp_path: Path) -> None:
+    alive = {}
+    for threads in (1, 2, 3):
+        write_job(tmp_path, file, images, plan=QUICK | {"threads": threads})
+        assert run_agent(tmp_path).returncode == 0
+        alive[threads] = int(json.loads((tmp_path / "block.json").read_text())["conditions"]["threads_alive"])
+    assert alive[2] == alive[1] + 1
+    assert alive[3] == alive[1] + 2
+
+
+def test_pools_of_libraries_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+    for name in names:
+        monkeypatch.setenv(name, "9")
+    agent.pin_threads(2)
+    assert [os.environ[name] for name in names] == ["2", "1", "1", "1", "1"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the trap is Linux's")
+def test_peak_memory_is_not_that_of_the_process_that_started_it(
+    onnx_file: File, images: np.ndarray, tmp_path: Path
+) -> None:
+    write_job(tmp_path, onnx_file, images)
+    ballast = np.ones(50_000_000)  # 400 MB, resident
+    assert run_agent(tmp_path).returncode == 0
+    peak = json.loads((tmp_path / "block.json").read_text())["peak_memory_bytes"]
+    assert peak < ballast.nbytes / 2
+
+
+def test_a_corrupt_model_gives_one_line_and_no_result(file: File, images: np.ndarray, tmp_path: Path) -> None:
+    content = (file[1] / file[0].path).read_bytes()
+    broken = tmp_path / f"broken{Path(file[0].path).suffix}"
+    for damaged in (content[: len(content) // 3], b"not a model", b""):
+        broken.write_bytes(damaged)
+        write_job(tmp_path, file, images, model=str(broken))
+        done = run_agent(tmp_path)
+        assert done.returncode == 1
+        assert str(broken) in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "block.json").exists()
+        assert not (tmp_path / "outputs.npz").exists()
+
+
+def test_a_killed_agent_leaves_nothing_behind(file: File, images: np.ndarray, tmp_path: Path) -> None:
+    write_job(tmp_path, file, images, plan=QUICK | {"min_s": 60.0, "max_s": 60.0})
+    before = {path.name for path in tmp_path.iterdir()}
+    process = subprocess.Popen([sys.executable, str(AGENT), "job.json"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    time.sleep(1.5)  # into loading or measuring; either must leave nothing
+    assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        ({"target": "tensorrt"}, 2, "no runtime for target 'tensorrt'; there are onnx, tflite"),
+        ({"plan": QUICK | {"threads": 0}}, 2, "a thread"),
+        ({"inputs": None}, 2, "both"),
+        ({"model": "missing.onnx"}, 1, "no model file at missing.onnx"),
+        ({"output_names": ["classes"]}, 1, "no output called 'classes'; there are logits"),
+        ({"input_names": ["photo"]}, 1, "no input called 'photo'; there are image"),
+        ({"sample": "absent.npz"}, 1, "absent.npz cannot be read as .npz"),
+    ],
+)
+def test_a_wrong_job_says_what_would_work(
+    onnx_file: File, images: np.ndarray, tmp_path: Path, changes: dict[str, Any], code: int, words: str
+) -> None:
+    write_job(tmp_path, onnx_file, images, **changes)
+    done = run_agent(tmp_path)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr.splitlines()[-1]
+
+
+def test_a_job_that_lacks_keys_names_them(tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text('{"target": "onnx"}')
+    done = run_agent(tmp_path)
+    assert done.returncode == 2
+    assert "the model file" in done.stderr
+    (tmp_path / "job.json").write_text("{")
+    assert run_agent(tmp_path).returncode == 2
+
+
+def test_whole_numbers_are_never_taken_for_floats(onnx_file: File, images: np.ndarray, tmp_path: Path) -> None:
+    write_job(tmp_path, onnx_file, (images * 10).astype(np.int64))
+    done = run_agent(tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "input 'image' takes float32; it got int64"
+
+
+def test_doubles_are_cast_to_the_type_of_the_file(onnx_file: File, images: np.ndarray, tmp_path: Path) -> None:
+    write_job(tmp_path, onnx_file, images.astype(np.float64))
+    assert run_agent(tmp_path).returncode == 0
+
+
+def test_a_runtime_that_is_not_installed_is_named(
+    onnx_file: File, images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(agent.RUNTIMES, "onnx", ("a_runtime_nobody_has", agent.OnnxRuntime))
+    job = agent.read_job(write_job(tmp_path, onnx_file, images))
+    with pytest.raises(agent.AgentError, match="target 'onnx' needs a_runtime_nobody_has"):
+        agent.measure(job)
+
+
+class Clock:
+    """Plays given latencies in place of timed inferences: the rules below are about numbers, not about a runtime."""
+
+    def __init__(self, latencies_ms: list[float], then_ms: float) -> None:
+        self._latencies = iter(latencies_ms)
+        self._then_ms = then_ms
+
+    def __call__(self, *_: object) -> float:
+        return next(self._latencies, self._then_ms)
+
+
+ANY: Any = None
+
+
+def test_warm_up_keeps_its_minimum_of_runs_and_seconds() -> None:
+    plan = {"warmup_runs": 30, "warmup_s": 0.0}
+    assert len(agent.warm_up(ANY, ANY, plan, Clock([], 1.0))[0]) == 30
+    plan = {"warmup_runs": 1, "warmup_s": 0.5}
+    assert len(agent.warm_up(ANY, ANY, plan, Clock([], 1.0))[0]) == 500
+
+
+def test_warm_up_needs_two_windows_and_ends_when_they_agree() -> None:
+    plan = {"warmup_runs": 1, "warmup_s": 0.0}
+    latency_ms, converged = agent.warm_up(ANY, ANY, plan, Clock([], 1.0))
+    assert converged
+    assert len(latency_ms) == 20
+    falling = [5.0 - 0.1 * step for step in range(40)]
+    latency_ms, converged = agent.warm_up(ANY, ANY, plan, Clock(falling, 1.0))
+    assert converged
+    assert 40 < len(latency_ms) <= 60
+    last, before = statistics.median(latency_ms[-10:]), statistics.median(latency_ms[-20:-10])
+    assert abs(last - before) < 0.02 * before
+
+
+def test_warm_up_that_never_settles_is_capped_and_says_so() -> None:
+    plan = {"warmup_runs": 12, "warmup_s": 0.0}
+    slower_and_slower = Clock([0.01 * 1.03**step for step in range(1000)], 1.0)
+    latency_ms, converged = agent.warm_up(ANY, ANY, plan, slower_and_slower)
+    assert not converged
+    assert len(latency_ms) == 12 + 200
+    slower_still = Clock([100 * 1.03**step for step in range(1000)], 1.0)
+    latency_ms, converged = agent.warm_up(ANY, ANY, plan, slower_still)
+    assert not converged
+    assert sum(latency_ms[12:-1]) < 5000 <= sum(latency_ms[12:])
+
+
+def test_timing_keeps_its_minimum_and_its_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = {"min_runs": 100, "min_s": 1.0, "max_s": 10.0}
+    monkeypatch.setattr(agent, "_time", Clock([], 1.0))
+    assert len(agent.time_inferences(ANY, ANY, plan, 1)) == 1000
+    monkeypatch.setattr(agent, "_time", Clock([], 50.0))
+    assert len(agent.time_inferences(ANY, ANY, plan, 1)) == 100
+    monkeypatch.setattr(agent, "_time", Clock([], 500.0))
+    assert len(agent.time_inferences(ANY, ANY, plan, 1)) == 20
+    monkeypatch.setattr(agent, "_time", Clock([], 1.0))
+    assert len(agent.time_inferences(ANY, ANY, plan, 10)) == 100, "a sample of ten inferences takes ten times as long"
+
+
+def test_the_garbage_collector_is_off_while_timing_and_on_after_it() -> None:
+    seen = []
+
+    def watch(_: object) -> list[object]:
+        seen.append(gc.isenabled())
+        return []
+
+    watched: Any = watch
+    agent.time_inferences(watched, {}, {"min_runs": 3, "min_s": 0.0, "max_s": 1.0}, 1)
+    assert seen == [False] * 3
+    assert gc.isenabled()
+
+
+def test_a_coarse_clock_times_several_inferences_at_once() -> None:
+    assert agent.inferences_per_sample(60, 1.0) == 1
+    assert agent.inferences_per_sample(100_000, 1.0) == 5
+    assert agent.inferences_per_sample(1_000_000, 0.1) == 500
+    assert 0 < agent.timer_step_ns() < 1_000_000

@@ -1,0 +1,210 @@
+"""TeacherCache: exact replay, resume after a kill, and damage that is found."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Generator, Tensor, nn
+
+import edgekd.capture
+from edgekd.capture import CaptureKey, capture, open_cache, verify_cache
+from edgekd.data import Split, split_from_arrays
+from edgekd.errors import CacheError, NumericalError
+from edgekd.sources import Teacher
+from edgekd.store import hash_path
+from edgekd.views import view_batch, view_seeds
+
+
+class Quiet:
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        self.done_before = done
+
+    def advance(self, steps: int = 1, note: str = "") -> None: ...
+
+    def finish(self) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+
+def noise(sample: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:
+    return {"x": sample["x"] + torch.randn(sample["x"].shape, generator=generator)}
+
+
+def make_split(count: int = 50) -> Split:
+    random = np.random.default_rng(0)
+    x = random.normal(size=(count, 3)).astype(np.float32)
+    return split_from_arrays({"x": x, "label": (x.sum(1) > 0).astype(int)}, labels=("no", "yes"))
+
+
+def make_teacher() -> Teacher:
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2).eval()
+
+    def logits(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        with torch.no_grad():
+            return net(torch.from_numpy(arrays["x"])).numpy()
+
+    return Teacher(logits, "teacher", 8, None, 32)
+
+
+KEY = CaptureKey("teacher", "data", "noise", 3, 7)
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edgekd.capture, "RECORDS_PER_SHARD", 40)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_replayed_view_is_the_view_that_the_teacher_saw(tmp_path: Path) -> None:
+    split, teacher = make_split(), make_teacher()
+    cache = capture(tmp_path / "c", split, teacher, KEY, noise, Quiet())
+    positions = np.array([3, 44, 0, 17])
+    views = np.array([0, 2, 1, 2])
+    seeds, stored = cache.read(cache.rows(split.ids[positions]), views)
+    inputs = view_batch(split, positions, seeds, noise)
+    fresh = teacher.logits({"x": inputs[0].numpy()})
+
+    np.testing.assert_allclose(stored, fresh - fresh.max(1, keepdims=True), atol=2e-3)
+    assert len(cache.manifest["shards"]) == 4
+
+
+def test_views_of_a_sample_differ_and_do_not_depend_on_its_place() -> None:
+    split = make_split()
+    shuffled = split.take(np.arange(len(split))[::-1].copy())
+    a = view_seeds(split.ids, np.zeros(50), 7)
+    b = view_seeds(shuffled.ids, np.zeros(50), 7)
+
+    assert (a == b[::-1]).all()
+    assert (a != view_seeds(split.ids, np.ones(50), 7)).all()
+    assert (a != view_seeds(split.ids, np.zeros(50), 8)).all()
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_capture_that_broke_off_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
+    split, teacher = make_split(), make_teacher()
+    capture(tmp_path / "whole", split, teacher, KEY, noise, Quiet())
+    calls = 0
+
+    def dying(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return teacher.logits(arrays)
+
+    broken = dataclasses.replace(teacher, logits=dying)
+    with pytest.raises(KeyboardInterrupt):
+        capture(tmp_path / "c", split, broken, KEY, noise, Quiet())
+    assert not (tmp_path / "c").exists()
+    progress = Quiet()
+    capture(tmp_path / "c", split, teacher, KEY, noise, progress)
+
+    assert progress.done_before == 80
+    assert hash_path(tmp_path / "c") == hash_path(tmp_path / "whole")
+
+
+def test_a_capture_that_was_killed_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
+    """SIGKILL for real, in a process of its own."""
+    script = f"""
+import os, pathlib, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import edgekd.capture as c
+import test_capture as t
+c.RECORDS_PER_SHARD = 40
+teacher, calls = t.make_teacher(), []
+def dying(arrays):
+    calls.append(1)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return teacher.logits(arrays)
+import dataclasses
+teacher_that_dies = dataclasses.replace(teacher, logits=dying)
+c.capture(pathlib.Path({str(tmp_path / "c")!r}), t.make_split(), teacher_that_dies, t.KEY, t.noise, t.Quiet())
+"""
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, env=dict(os.environ))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-500:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(edgekd.capture, "RECORDS_PER_SHARD", 40)
+        progress = Quiet()
+        capture(tmp_path / "c", make_split(), make_teacher(), KEY, noise, progress)
+        capture(tmp_path / "whole", make_split(), make_teacher(), KEY, noise, Quiet())
+
+    assert progress.done_before == 80
+    assert hash_path(tmp_path / "c") == hash_path(tmp_path / "whole")
+
+
+def test_verification_finds_nothing_with_the_same_teacher_and_something_with_another(tmp_path: Path) -> None:
+    split, teacher = make_split(), make_teacher()
+    cache = capture(tmp_path / "c", split, teacher, KEY, noise, Quiet())
+    other = dataclasses.replace(teacher, logits=lambda arrays: -teacher.logits(arrays))
+
+    assert verify_cache(cache, split, teacher, noise).top1_differs == 0
+    assert verify_cache(cache, split, teacher, noise).max_abs < 5e-3
+    assert verify_cache(cache, split, other, noise).top1_differs > 0.5
+
+
+@pytest.mark.parametrize("victim", ["shard-00000.bin", "ids.bin"])
+def test_a_flipped_bit_is_found(tmp_path: Path, victim: str) -> None:
+    capture(tmp_path / "c", make_split(), make_teacher(), KEY, noise, Quiet())
+    path = tmp_path / "c" / victim
+    content = bytearray(path.read_bytes())
+    content[5] ^= 1
+    path.write_bytes(content)
+
+    with pytest.raises(CacheError, match=f"{victim}.*damaged.*edgekd capture") as caught:
+        open_cache(tmp_path / "c", KEY)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cache_of_another_teacher_is_refused(tmp_path: Path) -> None:
+    capture(tmp_path / "c", make_split(), make_teacher(), KEY, noise, Quiet())
+
+    with pytest.raises(CacheError, match="another teacher"):
+        open_cache(tmp_path / "c", dataclasses.replace(KEY, teacher="else"))
+
+
+def test_a_damaged_manifest_and_a_missing_cache_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="run: edgekd capture"):
+        open_cache(tmp_path / "c")
+    capture(tmp_path / "c", make_split(), make_teacher(), KEY, noise, Quiet())
+    (tmp_path / "c" / "manifest.json").write_text(json.dumps({"format": 1}))
+    with pytest.raises(CacheError, match=r"manifest\.json is damaged"):
+        open_cache(tmp_path / "c")
+
+
+def test_nan_in_the_teacher_names_the_sample_and_keeps_the_old_cache(tmp_path: Path) -> None:
+    split, teacher = make_split(), make_teacher()
+    capture(tmp_path / "c", split, teacher, KEY, noise, Quiet())
+    before = hash_path(tmp_path / "c")
+
+    def sick(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        logits = teacher.logits(arrays)
+        logits[1, 0] = np.nan
+        return logits
+
+    with pytest.raises(NumericalError, match=f"first id {split.ids[1]}"):
+        capture(
+            tmp_path / "c",
+            split,
+            dataclasses.replace(teacher, logits=sick),
+            dataclasses.replace(KEY, seed=1),
+            noise,
+            Quiet(),
+        )
+    assert hash_path(tmp_path / "c") == before
+
+
+def test_samples_that_were_never_captured_are_named(tmp_path: Path) -> None:
+    cache = capture(tmp_path / "c", make_split(), make_teacher(), KEY, noise, Quiet())
+
+    with pytest.raises(CacheError, match="1 samples are not in the cache, first id 5"):
+        cache.logits(np.array([5], np.uint64))

@@ -1,0 +1,149 @@
+"""The host device: real processes on real files, and what happens when they end badly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from edgekd.devices.host import HostDevice
+from edgekd.errors import DeviceError, UsageError
+from edgekd.plugins import load_device
+from edgekd.types import Artifact, Plan
+
+QUICK = Plan(blocks=2, warmup_runs=3, warmup_s=0.0, min_runs=10, min_s=0.0, max_s=2.0)
+ENDLESS = replace(QUICK, blocks=1, min_s=60.0, max_s=60.0)
+
+File = tuple[Artifact, Path]
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((6, 1, 12, 12)).astype(np.float32)
+
+
+def children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children(recursive=True) if "agent.py" in " ".join(child.cmdline())]
+
+
+def wait_for(condition: object, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def test_the_probe_tells_what_runs_here_and_why_not_the_rest() -> None:
+    status = load_device("host").probe()
+    assert status.reachable
+    assert {"onnx", "tflite"} <= set(status.targets) | set(status.not_run)
+    assert not set(status.targets) & set(status.not_run)
+    assert status.facts["cores"] == str(os.cpu_count())
+    if sys.platform != "darwin":
+        assert status.not_run["coreml"] == "Core ML runs on Apple devices only; use a Mac or an iPhone"
+
+
+def test_a_missing_runtime_is_told_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgekd.devices.host.missing", lambda modules: modules)
+    status = load_device("host").probe()
+    assert status.targets == ()
+    assert status.not_run["onnx"] == "onnxruntime is not installed; pip install 'edgekd[onnx]'"
+
+
+@pytest.mark.parametrize("name", ["onnx_file", "tflite_file"])
+def test_each_block_is_measured_and_all_inputs_get_outputs(
+    name: str, images: np.ndarray, request: pytest.FixtureRequest
+) -> None:
+    artifact, folder = request.getfixturevalue(name)
+    blocks, outputs = load_device("host").run(artifact, folder, {artifact.inputs[0].name: images}, QUICK)
+    assert len(blocks) == 2
+    assert blocks[0].latency_ms != blocks[1].latency_ms
+    assert all(len(block.latency_ms) == 10 for block in blocks)
+    assert list(outputs) == [artifact.outputs[0].name]
+    assert outputs[artifact.outputs[0].name].shape == (6, 5)
+
+
+def test_both_runtimes_compute_what_the_program_computes(
+    onnx_file: File, tflite_file: File, images: np.ndarray, small_convnet: object
+) -> None:
+    import torch
+
+    with torch.no_grad():
+        expected = small_convnet(torch.from_numpy(images)).numpy()  # type: ignore[operator]
+    for artifact, folder in (onnx_file, tflite_file):
+        _, outputs = load_device("host").run(
+            artifact, folder, {artifact.inputs[0].name: images}, replace(QUICK, blocks=1)
+        )
+        np.testing.assert_allclose(outputs[artifact.outputs[0].name], expected, atol=1e-5)
+
+
+def test_a_corrupt_model_is_a_device_error_of_one_line(onnx_file: File, images: np.ndarray, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"not a model")
+    with pytest.raises(DeviceError, match=r"model.onnx \(onnx fp32\) on host: onnxruntime cannot load") as caught:
+        load_device("host").run(onnx_file[0], tmp_path, {"image": images}, QUICK)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_killed_process_is_a_device_error_that_names_the_signal(onnx_file: File, images: np.ndarray) -> None:
+    def kill() -> None:
+        wait_for(children)
+        for child in children():
+            child.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(DeviceError, match="ended by SIGKILL, perhaps for lack of memory"):
+        load_device("host").run(*onnx_file, {"image": images}, ENDLESS)
+    killer.join()
+    assert not children()
+
+
+def test_a_process_that_takes_too_long_is_stopped(onnx_file: File, images: np.ndarray) -> None:
+    with pytest.raises(DeviceError, match="no result after 1 s; the process was stopped"):
+        HostDevice(timeout_s=1.0).run(*onnx_file, {"image": images}, ENDLESS)
+    assert not children()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_the_one_that_measures(onnx_file: File, tmp_path: Path, how: signal.Signals) -> None:
+    if how != signal.SIGINT and sys.platform != "linux":
+        pytest.skip("only Linux tells a process that its parent ended")
+    artifact, folder = onnx_file
+    (tmp_path / "measure.py").write_text(
+        textwrap.dedent(f"""
+        import json, numpy as np
+        from pathlib import Path
+        from edgekd.plugins import load_device
+        from edgekd.types import Artifact, Plan
+        artifact = Artifact.from_json(json.loads({json.dumps(artifact.to_json())!r}))
+        plan = Plan(blocks=1, warmup_runs=1, warmup_s=0.0, min_s=60.0, max_s=60.0)
+        load_device("host").run(artifact, Path({str(folder)!r}), {{"image": np.zeros((1, 1, 12, 12), "float32")}}, plan)
+        """)
+    )
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "measure.py")], stderr=subprocess.DEVNULL)
+    wait_for(children)
+    (child,) = children()
+    time.sleep(0.5)  # past its start
+    parent.send_signal(how)
+    assert parent.wait(20) != 0
+    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_a_target_or_plan_it_cannot_run_is_wrong_use(onnx_file: File, images: np.ndarray) -> None:
+    artifact, folder = onnx_file
+    with pytest.raises(UsageError, match="host runs onnx, tflite; not 'coreml'"):
+        load_device("host").run(replace(artifact, target="coreml"), folder, {"image": images}, QUICK)
+    with pytest.raises(UsageError, match="at least 1 block"):
+        load_device("host").run(artifact, folder, {"image": images}, replace(QUICK, blocks=0))
+    with pytest.raises(UsageError, match="takes input 'image'; given are photo"):
+        load_device("host").run(artifact, folder, {"photo": images}, QUICK)

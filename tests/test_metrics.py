@@ -1,0 +1,51 @@
+"""Metrics against counting by hand."""
+
+import numpy as np
+import pytest
+
+from edgekd.metrics import accuracy, agreement, expected_calibration_error, mean_kl, quality, softmax
+
+
+def test_softmax_sums_to_one_and_survives_large_logits() -> None:
+    p = softmax(np.array([[1e4, 0.0], [-1e4, 1e4]]))
+
+    assert p.sum(axis=1) == pytest.approx([1.0, 1.0])
+    assert p[0, 0] == pytest.approx(1.0)
+
+
+def test_accuracy_and_agreement_count_top_classes() -> None:
+    a = np.array([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0], [0.0, 4.0]])
+    b = np.array([[1.0, 2.0], [0.0, 1.0], [3.0, 0.0], [0.0, 4.0]])
+
+    assert accuracy(a, np.array([0, 1, 1, 1])) == 0.75
+    assert agreement(a, b) == 0.75
+
+
+def test_kl_is_zero_for_equal_and_positive_for_others() -> None:
+    a = np.random.default_rng(0).normal(size=(5, 3))
+
+    assert mean_kl(a, a + 7.0) == pytest.approx(0.0, abs=1e-12)
+    assert mean_kl(a, -a) > 0
+
+
+def test_ece_of_a_perfectly_calibrated_coin_is_small_and_of_a_boaster_large() -> None:
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 2, 20_000)
+    right = random.random(20_000) < 0.8
+    top = np.where(right, labels, 1 - labels)
+    calibrated = np.zeros((20_000, 2))
+    calibrated[np.arange(20_000), top] = np.log(0.8 / 0.2)
+    boaster = calibrated * 10
+
+    assert expected_calibration_error(calibrated, labels) < 0.01
+    assert expected_calibration_error(boaster, labels) == pytest.approx(0.2, abs=0.01)
+
+
+def test_quality_counts_class_by_class() -> None:
+    logits = np.array([[2.0, 0, 0], [0, 2.0, 0], [0, 0, 2.0], [2.0, 0, 0]])
+    found = quality(logits, np.array([0, 1, 1, 0]), logits)
+
+    assert [(c.support, c.correct) for c in found.classes] == [(2, 2), (2, 1), (0, 0)]
+    assert found.accuracy == 0.75
+    assert found.teacher_agreement == 1.0
+    assert found.kl == pytest.approx(0.0, abs=1e-12)

@@ -1,0 +1,137 @@
+"""edgekd.toml: every fault at once, each with its key path and what would work."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+
+from edgekd.errors import RecipeError, UsageError
+from edgekd.recipe import find_recipe, json_schema, load_recipe
+
+GOOD = """
+name = "x"
+[data]
+train = "model:train"
+test = "model:test"
+[teacher]
+model = "model:teacher"
+[student]
+model = "model:student"
+"""
+CODE = "def train(): ...\ndef test(): ...\ndef teacher(): ...\ndef student(): ...\n"
+
+
+def _write(folder: Path, recipe: str) -> Path:
+    (folder / "model.py").write_text(CODE)
+    path = folder / "edgekd.toml"
+    path.write_text(recipe)
+    return path
+
+
+def test_a_short_recipe_is_enough(tmp_path: Path) -> None:
+    recipe = load_recipe(_write(tmp_path, GOOD))
+
+    assert recipe.distill.arms == ("control", "kd", "dist")
+    assert recipe.run_folder == tmp_path.resolve() / "runs" / "x"
+    assert recipe.distill.options("kd") == (2.0, 0.3)
+    assert recipe.distill.options("dist") == (1.0, 0.33)
+
+
+def test_ten_mistakes_get_ten_lines_with_their_key_paths(tmp_path: Path) -> None:
+    bad = """
+name = "x y"
+[data]
+train = "model:trian"
+test = "nowhere.npz"
+veiws = 3
+validation_share = 1.5
+[teacher]
+model = "hf:missing"
+[student]
+[distill]
+arms = ["control", "kdd"]
+epochs = 0
+[export]
+targets = ["onxx"]
+precisions = ["int9"]
+"""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(_write(tmp_path, bad))
+    faults = "\n".join(caught.value.faults)
+
+    assert len(caught.value.faults) == 11
+    for line in (
+        "name: ",
+        "data.train: model.py beside the recipe defines no 'trian'",
+        "data.test: no file 'nowhere.npz'",
+        "data.veiws: no such key; did you mean views?",
+        "data.validation_share: 1.5",
+        "teacher.model: no 'missing' beside the recipe",
+        "student.model: missing",
+        "distill.arms.1: no loss called 'kdd'; there are control, kd, dist",
+        "distill.epochs: 0",
+        "export.targets.0: no target 'onxx'; there are coreml, onnx, tflite",
+        "export.precisions.0: 'int9' is not known; there are fp32, fp16, w8, w8d8, w8a8 or int8",
+    ):
+        assert line in faults
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("[bench]\ndevices = ['pixel9']", "bench.devices.0: no device 'pixel9'; there are"),
+        ("[distill]\nship = 'dkd'", "distill.ship: 'dkd' is not an arm"),
+        ("[distill]\narms = ['model:loss']", "distill.arms.0: model.py beside the recipe defines no 'loss'"),
+        ("[distill]\nseeds = []", "distill.seeds: "),
+    ],
+)
+def test_names_that_do_not_exist_are_answered_with_those_that_do(tmp_path: Path, extra: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(_write(tmp_path, GOOD + extra))
+
+    assert message in "\n".join(caught.value.faults)
+
+
+def test_views_without_an_augmentation_are_a_fault(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"data\.views"):
+        load_recipe(_write(tmp_path, GOOD.replace("[teacher]", "views = 4\n[teacher]")))
+
+
+def test_what_is_not_toml_says_so(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="not TOML"):
+        load_recipe(_write(tmp_path, "name = "))
+
+
+def test_the_recipe_is_found_from_a_folder_below(tmp_path: Path) -> None:
+    path = _write(tmp_path, GOOD)
+    below = tmp_path / "a" / "b"
+    below.mkdir(parents=True)
+
+    assert find_recipe(below) == path.resolve()
+
+
+def test_no_recipe_says_what_writes_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="edgekd init"):
+        find_recipe(tmp_path)
+
+
+def test_the_schema_describes_every_table() -> None:
+    assert set(json_schema()["properties"]) >= {"data", "teacher", "student", "distill", "compress", "export", "bench"}
+
+
+def test_every_template_and_example_is_a_good_recipe() -> None:
+    root = Path(__file__).parent.parent
+    found = sorted([*root.glob("edgekd/templates/*/edgekd.toml"), *root.glob("examples/*/edgekd.toml")])
+    if not (root / "examples").is_dir():
+        pytest.skip("the examples are not part of the wheel")
+    assert len(found) == 5
+    faults: list[str] = []
+    for path in found:
+        with contextlib.suppress(RecipeError):
+            load_recipe(path)
+            continue
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(path)
+        faults += caught.value.faults
+    # data and teachers of the long examples are fetched by hand; nothing else may be wrong
+    assert all("beside the recipe" in fault for fault in faults), faults
