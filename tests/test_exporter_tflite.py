@@ -25,7 +25,7 @@ pytest.importorskip("ai_edge_quantizer")
 from edgekd.compress import compress
 from edgekd.errors import DataError, ExportError, ModelFileError
 from edgekd.exporters.tflite import EXPORTER, read_metadata
-from edgekd.models import export_program, input_specs, load_program, output_specs, program_bytes, run_program
+from edgekd.models import export_program, input_specs, output_specs, program_bytes, run_program
 from edgekd.plugins import load_exporter
 from edgekd.types import Card, Precision, Student
 

@@ -1,0 +1,130 @@
+"""Quantize and dequantize nodes in the form that LiteRT's converter fuses; the numbers stay the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from edgekd.fold import attribute, clean, set_constant
+from edgekd.types import Precision
+
+__all__ = ["hoist_above_padding", "merge_padding", "program_precision", "quantized_weights", "unfold_weights"]
+
+_ATEN = torch.ops.aten
+
+
+def _operators() -> Any:
+    from torch.ao.quantization.fx import _decomposed  # noqa: F401 - registers the operators
+
+    return torch.ops.quantized_decomposed
+
+
+def quantized_weights(module: GraphModule) -> list[Node]:
+    """Dequantize nodes that read a constant."""
+    operators = _operators()
+    targets = {operators.dequantize_per_channel.default, operators.dequantize_per_tensor.default}
+    return [
+        node
+        for node in module.graph.nodes
+        if node.target in targets and isinstance(node.args[0], Node) and node.args[0].op == "get_attr"
+    ]
+
+
+def program_precision(module: GraphModule) -> Precision:
+    """What a program holds: ``w8a8`` with quantized activations, ``w8`` with quantized weights only, else ``fp32``."""
+    quantize = _operators().quantize_per_tensor.default
+    if any(node.target is quantize for node in module.graph.nodes):
+        return "w8a8"
+    return "w8" if quantized_weights(module) else "fp32"
+
+
+def unfold_weights(module: GraphModule) -> GraphModule:
+    """Int8 constants as float constants that are quantized in the graph, in place.
+
+    The converter refuses to dequantize a constant, and folds this pair into the same integers: they are whole multiples
+    of their scale, so rounding finds them again.
+    """
+    operators = _operators()
+    paired = {
+        operators.dequantize_per_channel.default: operators.quantize_per_channel.default,
+        operators.dequantize_per_tensor.default: operators.quantize_per_tensor.default,
+    }
+    for node in quantized_weights(module):
+        constant = node.args[0]
+        arguments = [_value(module, argument) for argument in node.args]
+        weight = node.target(*arguments)
+        float_constant = set_constant(module, f"{constant.target}_float", weight, node)
+        with module.graph.inserting_before(node):
+            quantized = module.graph.call_function(paired[node.target], (float_constant, *node.args[1:]))
+        node.update_arg(0, quantized)
+    return clean(module)
+
+
+def hoist_above_padding(module: GraphModule) -> GraphModule:
+    """Quantize before a padding with zeros instead of after it, in place; zero is always a quantized value.
+
+    Between a padding and its convolution, the quantize and dequantize pair keeps the converter from merging the two,
+    and leaves a transposition on each side: three operators that only move numbers.
+    """
+    operators = _operators()
+    for pad in [node for node in module.graph.nodes if _pads_with_zero(node)]:
+        pairs = [(quantize, list(quantize.users)) for quantize in pad.users]
+        first = next(iter(pad.users), None)
+        if first is None or any(
+            quantize.target is not operators.quantize_per_tensor.default
+            or quantize.args[1:] != first.args[1:]
+            or any(user.target is not operators.dequantize_per_tensor.default for user in users)
+            for quantize, users in pairs
+        ):
+            continue
+        source = pad.args[0]
+        assert isinstance(source, Node)
+        for _, users in pairs:
+            for dequantize in users:
+                dequantize.replace_all_uses_with(pad)
+        if source.target is not operators.dequantize_per_tensor.default or source.args[1:] != first.args[1:]:
+            with module.graph.inserting_before(pad):
+                quantized = module.graph.call_function(first.target, (source, *first.args[1:]))
+                source = module.graph.call_function(
+                    operators.dequantize_per_tensor.default, (quantized, *first.args[1:])
+                )
+        pad.update_arg(0, source)
+    return clean(module)
+
+
+def merge_padding(module: GraphModule) -> GraphModule:
+    """Merge a symmetric padding with zeros into the convolutions that read it, in place."""
+    for pad in [node for node in module.graph.nodes if _pads_with_zero(node)]:
+        amounts = pad.args[1]
+        if len(amounts) != 4 or amounts[0] != amounts[1] or amounts[2] != amounts[3] or min(amounts) < 0:
+            continue
+        for user in list(pad.users):
+            if user.target is not _ATEN.conv2d.default or user.args[0] is not pad:
+                continue
+            arguments: list[Any] = [*user.args, *[None, [1, 1], [0, 0]][len(user.args) - 2 :]][: max(len(user.args), 5)]
+            height, width = arguments[4] if len(arguments[4]) == 2 else arguments[4] * 2
+            arguments[0] = pad.args[0]
+            arguments[4] = [height + amounts[2], width + amounts[0]]
+            user.args = tuple(arguments)
+    return clean(module)
+
+
+def _pads_with_zero(node: Node) -> bool:
+    if node.target is _ATEN.constant_pad_nd.default:
+        value = node.args[2] if len(node.args) > 2 else 0
+    elif node.target is _ATEN.pad.default and (len(node.args) < 3 or node.args[2] == "constant"):
+        value = node.args[3] if len(node.args) > 3 else 0
+    else:
+        return False
+    return value is None or value == 0
+
+
+def _value(module: GraphModule, argument: Any) -> Any:
+    if isinstance(argument, Node):
+        value = attribute(module, str(argument.target))
+        assert isinstance(value, Tensor)
+        return value
+    return argument

@@ -1,0 +1,103 @@
+"""The card's facts inside a ``.tflite`` file: a ZIP archive behind the flatbuffer, where LiteRT's own tools put theirs.
+
+A flatbuffer is read from its start and a ZIP archive from its end, so both readers find what is theirs:
+``unzip -p model.tflite metadata.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edgekd.errors import ModelFileError
+from edgekd.types import Card, Json, Precision, TensorSpec
+
+__all__ = ["append_metadata", "check_intact", "read_metadata"]
+
+_NAME, _LABELS = "metadata.json", "labels.txt"
+_ENTRY = b"PK\x03\x04"
+_DATE = (1980, 1, 1, 0, 0, 0)  # the first that a ZIP archive can tell: the same card gives the same bytes
+
+
+def append_metadata(
+    content: bytes, card: Card, precision: Precision, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> bytes:
+    """A model with the facts of its card behind it.
+
+    Args:
+        content: The flatbuffer.
+        card: Of the program it was written from.
+        precision: Of the file.
+        inputs, outputs: As the file declares them; what they mean is taken from the card.
+    """
+    meanings = {spec.name: spec.meaning for spec in (*card.inputs, *card.outputs)}
+    facts: Json = {
+        "name": card.name,
+        "precision": precision,
+        "inputs": [{**spec.to_json(), "meaning": meanings.get(spec.name, "")} for spec in inputs],
+        "outputs": [{**spec.to_json(), "meaning": meanings.get(spec.name, "")} for spec in outputs],
+        "labels": list(card.labels),
+        "preprocessing": card.preprocessing,
+        "model_bytes": len(content),
+        "model_sha256": hashlib.sha256(content).hexdigest(),
+    }
+    entries = {_NAME: json.dumps(facts, indent=1, sort_keys=True)}
+    if card.labels:
+        entries[_LABELS] = "".join(" ".join(label.split()) + "\n" for label in card.labels)
+    buffer = io.BytesIO(content)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        for name, text in entries.items():
+            entry = zipfile.ZipInfo(name, _DATE)
+            entry.create_system = 3
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, text)
+    return buffer.getvalue()
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What :func:`append_metadata` wrote: ``name``, ``precision``, ``inputs``, ``outputs``, ``labels``,
+    ``preprocessing``, and the size and sha256 of the flatbuffer; empty when the file holds no ``metadata.json``.
+
+    Raises:
+        ModelFileError: The archive is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if _NAME not in archive.namelist():
+                return {}
+            facts = json.loads(archive.read(_NAME))
+    except zipfile.BadZipFile as error:
+        if zipfile.is_zipfile(path) or _ENTRY + b"\x14" in path.read_bytes()[-(1 << 20) :]:
+            raise ModelFileError(
+                f"{path} is damaged: the metadata behind the model cannot be read ({error})"
+            ) from error
+        return {}
+    except ValueError as error:
+        raise ModelFileError(f"{path} is damaged: its metadata is not JSON ({error})") from error
+    return facts if isinstance(facts, dict) else {}
+
+
+def check_intact(path: Path) -> None:
+    """Whether a file is a ``.tflite`` file, and, where its metadata has a checksum, whether a bit was lost.
+
+    LiteRT checks the structure of a file, and not its weights.
+
+    Raises:
+        ModelFileError: It is missing, of another format, truncated or changed.
+    """
+    if not path.is_file():
+        raise ModelFileError(f"no model file at {path}")
+    content = path.read_bytes()
+    if content[4:8] != b"TFL3":
+        raise ModelFileError(f"{path} is not a TFLite file: it does not start like one")
+    facts = read_metadata(path)
+    if "model_sha256" not in facts:
+        return
+    size = int(facts["model_bytes"])
+    if hashlib.sha256(content[:size]).hexdigest() != facts["model_sha256"]:
+        raise ModelFileError(f"{path} is damaged: the model's sha256 is not the one that was written behind it")

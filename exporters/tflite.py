@@ -1,0 +1,191 @@
+"""LiteRT (TFLite) files, by litert-torch and ai-edge-quantizer; run by LiteRT's interpreter.
+
+=========  ==========================================================================================================
+fp32       The program, with the channels last inside.
+fp16       Weights stored in half and widened when the file is loaded: half the size, float arithmetic.
+w8         The program's int8 weights and scales, widened when the file is loaded.
+w8d8       Int8 weights; the kernels quantize activations as they come (ai-edge-quantizer's dynamic range).
+w8a8       The program's quantize and dequantize nodes, one for one: the same scales, integer kernels.
+=========  ==========================================================================================================
+
+Inputs and outputs are float32, or the integer type of the program, in every precision.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekd.errors import DataError, ExportError, ModelFileError
+from edgekd.fold import folded_module
+from edgekd.models import input_specs, output_specs, retrace
+from edgekd.protocols import Arrays
+from edgekd.types import Precision, Student, TensorSpec
+
+from ._tflite_convert import convert, first_line, quiet, quiet_native, requantize
+from ._tflite_graph import hoist_above_padding, merge_padding, program_precision, unfold_weights
+from ._tflite_metadata import append_metadata, check_intact, read_metadata
+
+__all__ = ["EXPORTER", "LiteRTRunner", "TFLiteExporter", "read_metadata"]
+
+_SOURCE: dict[Precision, Precision] = {"fp32": "fp32", "fp16": "fp32", "w8d8": "fp32", "w8": "w8", "w8a8": "w8a8"}
+"""The precision of the program that each precision is written from."""
+
+
+class TFLiteExporter:
+    """Target ``tflite``; see :class:`edgekd.protocols.Exporter`."""
+
+    suffix = ".tflite"
+    requires = ("litert_torch", "ai_edge_litert", "ai_edge_quantizer")
+    extra = "tflite"
+    precisions: tuple[Precision, ...] = ("fp32", "fp16", "w8", "w8d8", "w8a8")
+
+    def write(self, student: Student, path: Path, precision: Precision) -> None:
+        """Write a file for a batch of one; the same program and card give the same bytes.
+
+        The file's signature has the program's input and output names; :func:`read_metadata` gives the card's facts.
+
+        Raises:
+            ExportError: The program is not in the precision that this one is written from, the converter refuses an
+                operator, or LiteRT cannot load what was written.
+            ModelFileError: The program has a dynamic axis besides the batch.
+        """
+        program = student.program
+        module = folded_module(program)
+        found = program_precision(module)
+        if found != _SOURCE[precision]:
+            raise ExportError(
+                f"tflite {precision} is made from a program in {_SOURCE[precision]}; {student.card.name!r} is {found}"
+            )
+        with quiet():
+            module = merge_padding(hoist_above_padding(unfold_weights(module)))
+            fixed = retrace(module, program, batch=1)
+        inputs, outputs = input_specs(fixed), output_specs(fixed)  # before the converter rewrites the program
+        wide = any(spec.dtype in ("int64", "float64") for spec in (*inputs, *outputs))
+        content = convert(fixed, [s.name for s in inputs], [s.name for s in outputs], keep_64_bit=wide)
+        if precision in ("fp16", "w8d8"):
+            content = requantize(content, precision)
+        runner = _verify(content, inputs, outputs, precision)
+        path.write_bytes(append_metadata(content, student.card, precision, runner.inputs, runner.outputs))
+
+    def load(self, path: Path) -> LiteRTRunner:
+        """Load a file in LiteRT's interpreter: one thread, XNNPACK where it has a kernel.
+
+        Raises:
+            ModelFileError: The file is missing, damaged, of another format, or has several signatures.
+        """
+        check_intact(path)
+        try:
+            return LiteRTRunner(_interpreter(model_path=str(path)))
+        except (RuntimeError, ValueError) as error:
+            raise ModelFileError(f"{path} cannot be loaded by LiteRT: {_refusal(error)}") from error
+
+
+class LiteRTRunner:
+    """A loaded file; see :class:`edgekd.protocols.Runner`. Inputs and outputs go by the names in its signature."""
+
+    def __init__(self, interpreter: Any) -> None:
+        """Wrap an interpreter whose tensors are allocated.
+
+        Raises:
+            ValueError: The file has several signatures.
+        """
+        self._interpreter = interpreter
+        signatures = interpreter.get_signature_list()
+        if len(signatures) > 1:
+            raise ValueError(f"it has {len(signatures)} signatures; one was expected")
+        names: tuple[dict[int, str], dict[int, str]] = ({}, {})
+        for key in signatures:  # the signature's order is alphabetical, that of the tensors is the program's
+            signature = interpreter.get_signature_runner(key)
+            details = signature.get_input_details(), signature.get_output_details()
+            names = tuple({d["index"]: name for name, d in part.items()} for part in details)  # type: ignore[assignment]
+        self._inputs = _named(interpreter.get_input_details(), names[0])
+        self._outputs = _named(interpreter.get_output_details(), names[1])
+
+    @property
+    def runtime(self) -> str:
+        return f"LiteRT {version('ai-edge-litert')}"
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return tuple(spec for _, spec in self._inputs)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return tuple(spec for _, spec in self._outputs)
+
+    def __call__(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        """Run once.
+
+        Raises:
+            DataError: An input is missing, has another shape, or holds a value that the model cannot take (a token id
+                beyond its embedding).
+        """
+        for index, spec in self._inputs:
+            if spec.name not in inputs:
+                raise DataError(f"the file takes {', '.join(s.name for s in self.inputs)}; there is no {spec.name!r}")
+            array = np.asarray(inputs[spec.name])
+            if array.shape != spec.shape:
+                raise DataError(f"input {spec.name!r} takes {spec.shape}; the array is {array.shape}")
+            self._interpreter.set_tensor(index, np.ascontiguousarray(array, dtype=spec.dtype))
+        try:
+            self._interpreter.invoke()
+        except RuntimeError as error:
+            raise DataError(f"LiteRT cannot run these inputs: {_refusal(error)}") from error
+        return {spec.name: self._interpreter.get_tensor(index) for index, spec in self._outputs}
+
+
+EXPORTER = TFLiteExporter()
+
+
+def _named(details: Sequence[dict[str, Any]], names: dict[int, str]) -> list[tuple[int, TensorSpec]]:
+    """Tensor indices and specs in the file's order; a file without a signature has tensor names only."""
+    return [
+        (
+            detail["index"],
+            TensorSpec(
+                name=names.get(detail["index"], detail["name"]),
+                shape=tuple(int(size) for size in detail["shape"]),
+                dtype=np.dtype(detail["dtype"]).name,
+            ),
+        )
+        for detail in details
+    ]
+
+
+def _interpreter(**model: Any) -> Any:
+    with quiet_native():
+        from ai_edge_litert.interpreter import Interpreter
+
+        interpreter = Interpreter(**model, num_threads=1)
+        interpreter.allocate_tensors()
+    return interpreter
+
+
+def _verify(
+    content: bytes, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], precision: Precision
+) -> LiteRTRunner:
+    """Load what was written, and compare its inputs and outputs with the program's: converters have got both wrong."""
+    try:
+        runner = LiteRTRunner(_interpreter(model_content=content))
+    except (RuntimeError, ValueError) as error:
+        raise ExportError(f"LiteRT cannot load the {precision} file that was made: {_refusal(error)}") from error
+    for wanted, got in ((inputs, runner.inputs), (outputs, runner.outputs)):
+        want = [(spec.name, spec.shape, spec.dtype) for spec in wanted]
+        have = [(spec.name, spec.shape, spec.dtype) for spec in got]
+        if want != have:
+            raise ExportError(f"the converter made {have} out of {want}; litert-torch 0.10 is known to keep them")
+    return runner
+
+
+def _refusal(error: Exception) -> str:
+    """What LiteRT says, with the operator in it."""
+    text = str(error)
+    node = re.search(r"Node number \d+ \(([^)]+)\)", text)
+    line = first_line(text)
+    return f"{line} (operator {node.group(1)})" if node and node.group(1) not in line else line
