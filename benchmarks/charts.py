@@ -205,7 +205,7 @@ def _svg(chart: Any, title: str, **datasets: list[dict[str, Any]]) -> str:
     )
     svg: str = vl_convert.vegalite_to_svg(chart.to_dict(validate=False) | {"datasets": datasets})
     svg = re.sub(
-        r'<svg [^>]*?(viewBox="[^"]*")>', r'<svg xmlns="http://www.w3.org/2000/svg" role="img" \1>', svg, count=1
+        r'<svg [^>]*?(viewBox="[^"]*")>', r'<svg role="img" \1>', svg, count=1
     )
     svg = svg.replace(">", f"><title>{html.escape(title)}</title>", 1)
     return re.sub(
