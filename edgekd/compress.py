@@ -21,8 +21,17 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from edgekd.errors import DataError, NumericalError, UsageError
-from edgekd.fold import CONVOLUTIONS, LINEAR, attribute, clean, folded_module, is_transposed, set_constant
-from edgekd.fold import TRANSPOSED as _TRANSPOSED
+from edgekd.fold import (
+    CONVOLUTIONS,
+    LINEAR,
+    TRANSPOSED,
+    attribute,
+    clean,
+    folded_module,
+    free_name,
+    is_transposed,
+    set_constant,
+)
 from edgekd.models import bind_inputs, example_inputs, input_specs, program_bytes, retrace
 from edgekd.protocols import Arrays
 from edgekd.types import Calibration, Precision, Student
@@ -113,6 +122,7 @@ def quantize_static(student: Student, calibration: Arrays, observer: str = "minm
         _observe(prepared, student.program, samples)
         converted = convert_pt2e(prepared, fold_quantize=True)
     _name_constants(converted, names)
+    _round_biases(converted)
     _quantize_weights(converted)
     count = len(next(iter(samples.values())))
     return _finish(student, converted, "w8a8", Calibration(_fingerprint(samples), count, observer))
@@ -208,7 +218,7 @@ def _weight(node: Node) -> tuple[Node, int, int] | None:
         return None
     if node.target in CONVOLUTIONS | LINEAR:
         position, axis = 1, 0
-    elif node.target in _TRANSPOSED or node.target is _ATEN.convolution.default:
+    elif node.target in TRANSPOSED or node.target is _ATEN.convolution.default:
         position, axis = 1, int(is_transposed(node))
     elif node.target is _ATEN.embedding.default:
         position, axis = 0, 0
@@ -316,6 +326,29 @@ def _name_constants(module: GraphModule, names: dict[str, str]) -> None:
                 for position, suffix in enumerate(("int8", "scale", "zero_point")):
                     value = attribute(module, str(source.args[position].target))
                     source.update_arg(position, _constant(module, f"{names[layer.name]}_{suffix}", value, source))
+    clean(module)
+
+
+def _round_biases(module: GraphModule) -> None:
+    """Round the bias of every integer layer to a multiple of the product of its two scales, in place.
+
+    Runtimes hold it as such an integer and round it when they load the file; rounded here, all compute with the same.
+    """
+    operators = torch.ops.quantized_decomposed
+    for layer in list(module.graph.nodes):
+        sources = {source.target: source for source in layer.all_input_nodes if source.op == "call_function"}
+        data = sources.get(operators.dequantize_per_tensor.default)
+        weight = sources.get(operators.dequantize_per_channel.default)
+        biases = [source for source in layer.all_input_nodes if source.op == "get_attr"]
+        if data is None or weight is None or len(biases) != 1:
+            continue
+        bias = attribute(module, str(biases[0].target)).detach()
+        scales = attribute(module, str(weight.args[1].target)).double() * data.args[1]
+        if bias.shape != scales.shape:
+            continue
+        rounded = (torch.round(bias.double() / scales) * scales).to(bias.dtype)
+        name = free_name(module, f"{biases[0].target}_rounded")
+        layer.replace_input_with(biases[0], set_constant(module, name, rounded, layer, parameter=True))
     clean(module)
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "clean",
     "fold_batch_norm",
     "folded_module",
+    "free_name",
     "is_transposed",
     "set_constant",
 ]
@@ -172,10 +173,10 @@ def _fold(module: GraphModule, norm: Node) -> None:
     # A weight or bias that other layers read too is left to them.
     name = str(weight_node.target)
     private = len(weight_node.users) == 1 and _readers(module, name) == 1
-    target = name if private else _free_name(module, f"{name}_folded")
+    target = name if private else free_name(module, f"{name}_folded")
     new_weight = set_constant(module, target, scaled, layer, parameter=True)
     owner = target.rpartition(".")[0]
-    bias_name = _free_name(module, f"{owner}.bias" if owner else "bias")
+    bias_name = free_name(module, f"{owner}.bias" if owner else "bias")
     if isinstance(bias_node, Node) and private and len(bias_node.users) == 1:
         bias_name = str(bias_node.target) if _readers(module, str(bias_node.target)) == 1 else bias_name
     new_bias = set_constant(module, bias_name, shift.to(weight.dtype).detach(), layer, parameter=True)
@@ -229,7 +230,8 @@ def _readers(module: GraphModule, name: str) -> int:
     return sum(node.op == "get_attr" and node.target == name for node in module.graph.nodes)
 
 
-def _free_name(module: GraphModule, name: str) -> str:
+def free_name(module: GraphModule, name: str) -> str:
+    """The name, or one like it that no constant has yet."""
     taken = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     taken |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
     candidate, number = name, 1

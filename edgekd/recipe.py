@@ -203,6 +203,8 @@ def _faults(error: ValidationError) -> list[str]:
             table, key = _table_at(item["loc"][:-1]), str(item["loc"][-1])
             near = difflib.get_close_matches(key, table, n=1)
             text = f"no such key; {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(sorted(table))}"
+        elif item["type"] == "too_short" and item["input"]:
+            continue  # said of the items already: a wrong one is not counted
         elif item["type"] == "missing":
             text = "missing; it has no default"
         elif item["type"] == "literal_error":

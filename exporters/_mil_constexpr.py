@@ -34,11 +34,15 @@ def _along(value: Tensor, axis: int | None, rank: int) -> Tensor:
 def quantize(
     input: Tensor, scale: Tensor, output_dtype: str, zero_point: Tensor | None = None, axis: int | None = None
 ) -> Tensor:
-    """clip(round(input / scale) + zero_point), halves to even."""
+    """clip(round(input / scale) + zero_point), halves to even.
+
+    The quotient is input · (1 / scale) in single precision, as in PyTorch's quantized programs and in integer kernels:
+    then a right translation agrees to the last step. Dividing may move a value that lies on a tie by one step.
+    """
     if output_dtype not in _RANGE:
         raise ExportError(f"quantizes to {output_dtype!r}; the evaluator knows {', '.join(_RANGE)}")
     low, high, dtype = _RANGE[output_dtype]
-    steps = torch.round(input / _along(scale, axis, input.ndim))
+    steps = torch.round(input * _along(scale.double().reciprocal().float(), axis, input.ndim))
     if zero_point is not None:
         steps = steps + _along(zero_point, axis, input.ndim).to(torch.float32)
     return steps.clamp(low, high).to(dtype)

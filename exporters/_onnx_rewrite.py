@@ -11,12 +11,17 @@ import numpy as np
 import onnx_ir as ir
 
 __all__ = [
+    "drop_requantized",
     "drop_saturated",
+    "drop_unused",
     "gather_then_dequantize",
+    "multiply_weights",
     "own_zero_points",
+    "pad_in_convolutions",
     "pool_globally",
     "quantize_tables",
     "tidy",
+    "transpose_weights",
     "unsigned_activations",
 ]
 
@@ -35,6 +40,16 @@ def tidy(graph: ir.Graph) -> None:
             value.metadata_props.clear()
             if value.name in taken and value is not taken[value.name]:
                 value.name = f"{value.name}_inner"
+
+
+def drop_unused(graph: ir.Graph) -> None:
+    """Drop nodes and constants that nothing reads."""
+    for node in reversed(list(graph)):
+        if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
 
 
 def drop_saturated(graph: ir.Graph) -> int:
@@ -85,6 +100,98 @@ def unsigned_activations(graph: ir.Graph) -> int:
     return turned
 
 
+def pad_in_convolutions(graph: ir.Graph) -> int:
+    """Let convolutions pad with zeros themselves, where a Pad (and perhaps quantization) stands before them.
+
+    Zero is quantized to the zero point, with which an integer convolution pads: the same numbers.
+
+    Returns:
+        How many Pads were dropped.
+    """
+    dropped = 0
+    for node in list(graph):
+        if node.op_type != "Pad" or node.outputs[0].is_graph_output() or not _pads_with_zero(node):
+            continue
+        pads, source = _array(node.inputs[1]), node.inputs[0]
+        if pads is None or source is None or pads[:2].any() or pads[len(pads) // 2 :][:2].any():
+            continue
+        half = len(pads) // 2
+        around = [int(pad) for pad in (*pads[2:half], *pads[half + 2 :])]
+        value = node.outputs[0]
+        for step in ("QuantizeLinear", "DequantizeLinear"):
+            users = [user for user, _ in value.uses()]
+            if len(users) == 1 and users[0].op_type == step and not users[0].outputs[0].is_graph_output():
+                value = users[0].outputs[0]
+        readers = [(user, position) for user, position in value.uses()]
+        if not readers or value.is_graph_output():
+            continue
+        if any(user.op_type != "Conv" or position or not _pads_explicitly(user) for user, position in readers):
+            continue
+        for user, _ in readers:
+            own = user.attributes["pads"].as_ints() if "pads" in user.attributes else [0] * len(around)
+            total = [a + b for a, b in zip(own, around, strict=True)]
+            user.attributes["pads"] = ir.AttrInt64s("pads", total)
+        _replace(graph, node, source)
+        dropped += 1
+    return dropped
+
+
+def drop_requantized(graph: ir.Graph) -> int:
+    """Drop quantizing again, with the same scale, of what was dequantized just before: the integers come out the same.
+
+    Returns:
+        How many pairs were dropped.
+    """
+    dropped = 0
+    for node in list(graph):
+        if node.op_type != "QuantizeLinear" or node.inputs[0] is None or node.outputs[0].is_graph_output():
+            continue
+        before = node.inputs[0].producer()
+        if before is None or before.op_type != "DequantizeLinear" or before.inputs[0] is None:
+            continue
+        pairs = zip(before.inputs[1:], node.inputs[1:], strict=False)
+        arrays = [(_array(a), _array(b)) for a, b in pairs]
+        if len(arrays) < 2 or any(
+            a is None or b is None or a.dtype != b.dtype or not np.array_equal(a, b) for a, b in arrays
+        ):
+            continue
+        _replace(graph, node, before.inputs[0])
+        if not before.outputs[0].uses() and not before.outputs[0].is_graph_output():
+            graph.remove(before, safe=True)
+        dropped += 1
+    return dropped
+
+
+def transpose_weights(graph: ir.Graph) -> int:
+    """Turn int8 weights in the file, where a Transpose turns them after each ``DequantizeLinear``.
+
+    Returns:
+        How many were turned.
+    """
+    turned = 0
+    for node in list(graph):
+        before = node.inputs[0].producer() if node.op_type == "Transpose" and node.inputs[0] is not None else None
+        if before is None or before.op_type != "DequantizeLinear" or node.outputs[0].is_graph_output():
+            continue
+        integers = _array(before.inputs[0])
+        if integers is None or before.inputs[0] is None or "perm" not in node.attributes:
+            continue
+        order = list(node.attributes["perm"].as_ints())
+        axis = before.attributes["axis"].as_int() if "axis" in before.attributes else 1
+        name = f"{before.inputs[0].name}_transposed"
+        weight = _constant(graph, name, np.ascontiguousarray(integers.transpose(order)))
+        dequantize = ir.node("DequantizeLinear", [weight, *before.inputs[1:]], {"axis": order.index(axis)})
+        output = dequantize.outputs[0]
+        output.name = f"{node.outputs[0].name}_dequantized"
+        output.type, output.shape = node.outputs[0].type, node.outputs[0].shape
+        graph.insert_before(node, dequantize)
+        _replace(graph, node, output)
+        if not before.outputs[0].uses():
+            graph.remove(before, safe=True)
+        turned += 1
+    return turned
+
+
 def pool_globally(graph: ir.Graph) -> int:
     """Write a mean over both image axes between ``DequantizeLinear`` and ``QuantizeLinear`` as global average pooling.
 
@@ -129,7 +236,10 @@ def quantize_tables(graph: ir.Graph) -> int:
         integers = np.clip(np.rint(weight / scales[:, None]), -127, 127).astype(np.int8)
         for node, position in list(table.uses()):
             if _gathers_rows(node) and position == 0:
-                inputs = [_constant(graph, f"{table.name}_int8", integers), _constant(graph, f"{table.name}_scale", scales)]
+                inputs = [
+                    _constant(graph, f"{table.name}_int8", integers),
+                    _constant(graph, f"{table.name}_scale", scales),
+                ]
                 dequantize = ir.node("DequantizeLinear", inputs, {"axis": 0})
                 dequantize.outputs[0].name = f"{table.name}_dequantized"
                 graph.insert_before(node, dequantize)
@@ -178,6 +288,48 @@ def gather_then_dequantize(graph: ir.Graph) -> int:
     return rewritten
 
 
+def multiply_weights(graph: ir.Graph) -> int:
+    """Write the ``DequantizeLinear`` of a constant as a cast and a product where the reader computes in float anyway.
+
+    Same numbers; but ONNX Runtime computes cast and product once, when it loads the file, and ``DequantizeLinear`` at
+    every inference, or it quantizes the activations too (``MatMulNBits``), which nobody asked for.
+
+    Returns:
+        How many were rewritten.
+    """
+    rewritten = 0
+    for node in list(graph):
+        if node.op_type != "DequantizeLinear" or node.outputs[0].is_graph_output():
+            continue
+        integers, scales = _array(node.inputs[0]), _array(node.inputs[1])
+        point = _array(node.inputs[2]) if len(node.inputs) > 2 else np.zeros(1)
+        if integers is None or scales is None or point is None or point.any() or _feeds_integers(node.outputs[0]):
+            continue
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
+        shape = [-1 if other == axis else 1 for other in range(integers.ndim)] if scales.ndim else []
+        name = node.outputs[0].name
+        factors = _constant(graph, f"{name}_scale", scales.reshape(shape))
+        cast = ir.node("Cast", [node.inputs[0]], {"to": ir.DataType.FLOAT})
+        product = ir.node("Mul", [cast.outputs[0], factors])
+        cast.outputs[0].name, product.outputs[0].name = f"{name}_cast", f"{name}_product"
+        product.outputs[0].type, product.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+        graph.insert_before(node, [cast, product])
+        _replace(graph, node, product.outputs[0])
+        rewritten += 1
+    return rewritten
+
+
+def _feeds_integers(weight: ir.Value) -> bool:
+    """Whether a dequantized weight is read by a layer whose data is dequantized too: one that runs in integers."""
+    for reader, _ in weight.uses():
+        if reader.op_type == "Transpose":
+            if _feeds_integers(reader.outputs[0]):
+                return True
+        elif reader.inputs[0] is not weight and _producer(reader.inputs[0]) == "DequantizeLinear":
+            return True
+    return False
+
+
 def own_zero_points(graph: ir.Graph) -> None:
     """Give every ``DequantizeLinear`` of a constant a zero point of its own.
 
@@ -220,18 +372,37 @@ def _saturates(quantize: ir.Node, lower: float, upper: float) -> bool:
     return bool(low <= limits.min and high >= limits.max)
 
 
+def _pads_with_zero(node: ir.Node) -> bool:
+    mode = node.attributes["mode"].as_string() if "mode" in node.attributes else "constant"
+    value = _array(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(1)
+    axes = node.inputs[3] if len(node.inputs) > 3 else None
+    return mode == "constant" and axes is None and value is not None and not value.any()
+
+
+def _pads_explicitly(convolution: ir.Node) -> bool:
+    return "auto_pad" not in convolution.attributes or convolution.attributes["auto_pad"].as_string() == "NOTSET"
+
+
 def _gathers_rows(node: ir.Node) -> bool:
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
     return node.op_type == "Gather" and axis == 0
 
 
-def _producer(value: ir.Value) -> str:
-    producer = value.producer()
+def _producer(value: ir.Value | None) -> str:
+    producer = None if value is None else value.producer()
     return "" if producer is None else producer.op_type
 
 
 def _array(value: ir.Value | None) -> np.ndarray | None:
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    """The value of a constant, or of one that is only cast (torch leaves the cast of a long zero point in the graph)."""
+    if value is None:
+        return None
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Cast":
+        source = _array(producer.inputs[0])
+        kind = ir.DataType(producer.attributes["to"].as_int())
+        return None if source is None else source.astype(kind.numpy())
+    tensor = ir.convenience.get_const_tensor(value)
     return None if tensor is None else tensor.numpy()
 
 

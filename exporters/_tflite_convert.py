@@ -191,7 +191,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def quiet_native() -> Iterator[Callable[[], str]]:
-    """Keep what C++ code writes to the file descriptors 1 and 2; yields a function that returns it."""
+    """Keep what is written to the file descriptors 1 and 2, by C++ code too; yields a function that returns it."""
     sys.stdout.flush()
     sys.stderr.flush()
     with tempfile.TemporaryFile() as caught:
@@ -206,6 +206,8 @@ def quiet_native() -> Iterator[Callable[[], str]]:
 
             yield said
         finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
             for number, copy in enumerate(saved, 1):
                 os.dup2(copy, number)
                 os.close(copy)

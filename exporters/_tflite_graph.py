@@ -11,7 +11,14 @@ from torch.fx import GraphModule, Node
 from edgekd.fold import attribute, clean, set_constant
 from edgekd.types import Precision
 
-__all__ = ["hoist_above_padding", "merge_padding", "program_precision", "quantized_weights", "unfold_weights"]
+__all__ = [
+    "hoist_above_padding",
+    "merge_padding",
+    "pool_instead_of_mean",
+    "program_precision",
+    "quantized_weights",
+    "unfold_weights",
+]
 
 _ATEN = torch.ops.aten
 
@@ -109,6 +116,36 @@ def merge_padding(module: GraphModule) -> GraphModule:
             arguments[0] = pad.args[0]
             arguments[4] = [height + amounts[2], width + amounts[0]]
             user.args = tuple(arguments)
+    return clean(module)
+
+
+def pool_instead_of_mean(module: GraphModule) -> GraphModule:
+    """Turn the mean over height and width into a global pool and a reshape, in place.
+
+    The converter knows how to pool with the channels last; before a mean it transposes everything back.
+    """
+    operators = _operators()
+    for node in [node for node in module.graph.nodes if node.target is _ATEN.mean.dim and not node.kwargs]:
+        source, axes, keep = node.args[0], node.args[1], len(node.args) > 2 and node.args[2]
+        value = source.meta.get("val")
+        if not isinstance(value, Tensor) or value.ndim != 4 or sorted(axis % 4 for axis in axes or ()) != [2, 3]:
+            continue
+        first = next(iter(node.users), None)
+        quantize = operators.quantize_per_tensor.default
+        quantized = first is not None and all(
+            user.target is quantize and user.args[1:] == first.args[1:] for user in node.users
+        )
+        with module.graph.inserting_before(node):
+            pooled = module.graph.call_function(_ATEN.adaptive_avg_pool2d.default, (source, [1, 1]))
+            if quantized and first is not None:  # quantize what is pooled, so that the reshape only moves integers
+                integers = module.graph.call_function(quantize, (pooled, *first.args[1:]))
+                pooled = module.graph.call_function(
+                    operators.dequantize_per_tensor.default, (integers, *first.args[1:])
+                )
+            if not keep:
+                pooled = module.graph.call_function(_ATEN.flatten.using_ints, (pooled, 1))
+        node.replace_all_uses_with(pooled)
+        module.graph.erase_node(node)
     return clean(module)
 
 

@@ -165,7 +165,9 @@ def _convert(
 ) -> Any:
     import coremltools as ct
 
-    compute = ct.precision.FLOAT16 if precision == "fp16" else ct.precision.FLOAT32
+    compute = ct.precision.FLOAT32
+    if precision == "fp16":
+        compute = ct.transform.FP16ComputePrecision(op_selector=_fits_half)
     types = [ct.TensorType(dtype=np.float32 if s.dtype.startswith("float") else np.int32) for s in outputs]
     try:
         return ct.convert(
@@ -182,6 +184,24 @@ def _convert(
         where = next((line for text in reversed(complaints) for line in text.split("\n") if "converting" in line), "")
         where = where.partition("ERROR - ")[2].partition(" (located")[0]
         raise ExportError(f"Core ML's converter refuses{f' while {where}' if where else ''}: {first_line}") from error
+
+
+def _fits_half(operation: Any) -> bool:
+    """Whether an operator of the converter's graph may be computed in half precision.
+
+    The converter keeps constants beyond 65504 in single precision, except those beyond 1e38, which it takes for
+    infinity. But a mask of ``(1 - mask) * -3.4e38`` multiplies that by zero, and zero times infinity is not a number.
+    """
+    if operation.op_type == "select":  # chooses the infinity, and computes nothing with it
+        return True
+    for value in operation.inputs.values():
+        for variable in value if isinstance(value, list | tuple) else (value,):
+            constant = getattr(variable, "val", None)
+            if isinstance(constant, np.ndarray | np.floating) and np.issubdtype(constant.dtype, np.floating):
+                sizes = np.abs(constant[np.isfinite(constant)] if isinstance(constant, np.ndarray) else constant)
+                if np.max(sizes, initial=0.0) > np.finfo(np.float16).max:
+                    return False
+    return True
 
 
 def _describe(spec: Any, card: Card, precision: Precision) -> None:

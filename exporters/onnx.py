@@ -151,13 +151,18 @@ def _translate(student: Student, precision: Precision) -> ModelProto:
     rewrite.tidy(graph)
     if precision == "w8a8":
         rewrite.drop_saturated(graph)
+        rewrite.pad_in_convolutions(graph)
         rewrite.pool_globally(graph)
+        rewrite.drop_requantized(graph)
         rewrite.unsigned_activations(graph)
     elif precision == "w8d8":
         rewrite.quantize_tables(graph)
-    if precision != "fp32":
+    if precision in ("w8", "w8d8", "w8a8"):
         rewrite.gather_then_dequantize(graph)
+        rewrite.multiply_weights(graph)
+        rewrite.transpose_weights(graph)
         rewrite.own_zero_points(graph)
+        rewrite.drop_unused(graph)
     return onnx_ir.to_proto(exported.model)
 
 

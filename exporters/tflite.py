@@ -28,7 +28,7 @@ from edgekd.protocols import Arrays
 from edgekd.types import Precision, Student, TensorSpec
 
 from ._tflite_convert import convert, first_line, quiet, quiet_native, requantize
-from ._tflite_graph import hoist_above_padding, merge_padding, program_precision, unfold_weights
+from ._tflite_graph import hoist_above_padding, merge_padding, pool_instead_of_mean, program_precision, unfold_weights
 from ._tflite_metadata import append_metadata, check_intact, read_metadata
 
 __all__ = ["EXPORTER", "LiteRTRunner", "TFLiteExporter", "read_metadata"]
@@ -63,7 +63,7 @@ class TFLiteExporter:
                 f"tflite {precision} is made from a program in {_SOURCE[precision]}; {student.card.name!r} is {found}"
             )
         with quiet():
-            module = merge_padding(hoist_above_padding(unfold_weights(module)))
+            module = pool_instead_of_mean(merge_padding(hoist_above_padding(unfold_weights(module))))
             fixed = retrace(module, program, batch=1)
         inputs, outputs = input_specs(fixed), output_specs(fixed)  # before the converter rewrites the program
         wide = any(spec.dtype in ("int64", "float64") for spec in (*inputs, *outputs))

@@ -3,6 +3,10 @@
 import hashlib
 from pathlib import Path
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see edgekd.cli.main
+
 import pytest
 import torch
 from torch import nn

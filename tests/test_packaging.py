@@ -1,0 +1,130 @@
+"""The layout and its traps: each of these was seen to fail once (docs/decisions/0001-layout.md)."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+import edgekd
+from edgekd import plugins
+
+ROOT = Path(__file__).parent.parent
+MAPPED = ("exporters", "devices", "benchmarks")
+in_tree = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="only in a checkout")
+
+
+def test_the_built_in_targets_and_devices_are_found() -> None:
+    assert {"onnx", "coreml", "tflite"} <= set(plugins.exporter_names())
+    assert "host" in plugins.device_names()
+    assert "agent" not in plugins.device_names()
+
+
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [
+        ("edgekd", "py.typed"),
+        ("edgekd", "templates/image/edgekd.toml"),
+        ("edgekd", "templates/text/tokenizer.json"),
+        ("edgekd.devices", "host.toml"),
+        ("edgekd.benchmarks", "report.html"),
+    ],
+)
+def test_data_files_are_installed(package: str, name: str) -> None:
+    assert files(package).joinpath(*name.split("/")).is_file()
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_no_mapped_folder_is_imported_by_its_bare_name(name: str) -> None:
+    code = f"import sys, edgekd.{name}; assert {name!r} not in sys.modules; import edgekd.cli"
+
+    assert subprocess.run([sys.executable, "-P", "-c", code]).returncode == 0
+
+
+def test_the_core_imports_no_plugin_by_a_statement() -> None:
+    folder = Path(edgekd.__file__).parent
+    seen = 0
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                seen += 1
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+                names += [f"{node.module}.{a.name}" for a in node.names] if isinstance(node, ast.ImportFrom) else []
+                assert not any(n.startswith(tuple(f"edgekd.{m}" for m in MAPPED)) for n in names), path
+    assert seen > 100
+
+
+def test_nothing_in_the_core_shadows_a_mapped_folder() -> None:
+    """A stray edgekd/devices.py or edgekd/exporters/ would win over the mapping and hide the built-in ones."""
+    folder = Path(edgekd.__file__).parent
+    if (folder / "exporters" / "onnx.py").is_file():
+        pytest.skip("installed from a wheel: the folders really lie there")
+    assert not [name for name in MAPPED if (folder / name).exists() or (folder / f"{name}.py").exists()]
+
+
+@in_tree
+def test_every_folder_of_code_is_packaged() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    mapped = {ROOT / folder for folder in config["package-dir"].values()}
+    holding = {
+        path.parent
+        for top in ("edgekd", *MAPPED)
+        for path in (ROOT / top).rglob("*.py")
+        if "templates" not in path.parts and "__pycache__" not in path.parts
+    }
+
+    assert len(holding) == 4
+    assert holding <= mapped
+    assert set(config["packages"]) == set(config["package-dir"])
+
+
+def test_help_imports_no_toolchain_and_no_torch() -> None:
+    code = """
+import sys
+import edgekd.cli
+unwanted = ("torch", "numpy", "onnx", "coremltools", "litert_torch", "transformers", "pydantic")
+heavy = [m for m in unwanted if m in sys.modules]
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["onnx", "coreml", "tflite"])
+def test_an_exporter_can_be_asked_without_its_toolchain(name: str) -> None:
+    code = f"""
+import sys
+from edgekd.plugins import load_exporter
+exporter = load_exporter({name!r})
+heavy = [m for m in exporter.requires if m in sys.modules]
+assert not heavy, heavy
+assert exporter.suffix.startswith(".") and "fp32" in exporter.precisions
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+
+
+@in_tree
+def test_the_version_stands_once_more_in_pyproject() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+    assert config["project"]["version"] == edgekd.__version__
+
+
+@in_tree
+def test_no_file_holds_a_path_of_this_machine() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    if not tracked:
+        pytest.skip("not a git checkout")
+    home = str(Path.home())
+    for name in tracked:
+        path = ROOT / name
+        if path.is_file() and path.suffix in (".py", ".md", ".toml", ".json", ".txt", ".yml", ""):
+            text = path.read_text(errors="replace")
+            assert f"{ROOT}/" not in text, name
+            assert home == "/" or f"{home}/" not in text, name

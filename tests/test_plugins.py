@@ -1,0 +1,51 @@
+"""Plugins by name, and the user's own functions."""
+
+from pathlib import Path
+
+import pytest
+
+from edgekd import plugins
+from edgekd.errors import MissingToolchainError, UsageError
+
+
+def test_unknown_target_names_the_known() -> None:
+    with pytest.raises(UsageError, match="no exporter called 'corml'; there are coreml, onnx, tflite"):
+        plugins.load_exporter("corml")
+
+
+def test_unknown_device_names_the_known() -> None:
+    with pytest.raises(UsageError, match=r"no kind of device called 'pixel'; there are .*host"):
+        plugins.load_device("pixel")
+
+
+def test_a_missing_toolchain_is_answered_with_its_install_line() -> None:
+    class Absent:
+        suffix, requires, extra, precisions = ".x", ("no_such_module",), "onnx", ("fp32",)
+
+    with pytest.raises(MissingToolchainError, match=r"no_such_module.*pip install 'edgekd\[onnx\]'"):
+        plugins.require("x", Absent())  # type: ignore[arg-type]
+
+
+def test_a_function_beside_the_recipe_is_found_and_its_siblings_too(tmp_path: Path) -> None:
+    (tmp_path / "sibling_module.py").write_text("VALUE = 3\n")
+    (tmp_path / "mine.py").write_text("from sibling_module import VALUE\ndef f(): return VALUE\n")
+
+    assert plugins.load_function("mine:f", tmp_path)() == 3
+
+
+def test_two_recipes_may_have_a_module_of_the_same_name(tmp_path: Path) -> None:
+    for name, value in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.py").write_text(f"def f(): return {value}\n")
+
+    assert plugins.load_function("model:f", tmp_path / "a")() == 1
+    assert plugins.load_function("model:f", tmp_path / "b")() == 2
+
+
+def test_a_function_that_is_not_there_names_the_near_ones(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def teacher(): ...\n")
+
+    with pytest.raises(UsageError, match="mine has no 'techer'; near names: teacher"):
+        plugins.load_function("mine:techer", tmp_path)
+    with pytest.raises(UsageError, match="no module 'nobody' beside the recipe"):
+        plugins.load_function("nobody:f", tmp_path)

@@ -1,0 +1,111 @@
+"""Training: it learns, and it resumes bit for bit."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import edgekd.train
+from edgekd.capture import CaptureKey, TeacherCache, capture
+from edgekd.data import Split, split_from_arrays
+from edgekd.errors import CacheError, NumericalError
+from edgekd.sources import Teacher, module_fingerprint
+from edgekd.train import TrainingPlan, learning_rate_at, train
+
+PLAN = TrainingPlan(epochs=3, batch_size=16, learning_rate=1e-2, weight_decay=1e-4, warmup_share=0.1, seed=3)
+
+
+class Interrupting:
+    """A progress that stops the work after some steps, as a kill would."""
+
+    def __init__(self, after: int | None = None) -> None:
+        self.after, self.steps = after, 0
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        self.done_before = done
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.steps += steps
+        if self.after is not None and self.steps >= self.after:
+            raise KeyboardInterrupt
+
+    def finish(self) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 2))
+
+
+def objective(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
+    return nn.functional.cross_entropy(student, labels), {}
+
+
+@pytest.fixture
+def material(tmp_path: Path) -> tuple[Split, TeacherCache]:
+    x = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
+    split = split_from_arrays({"x": x, "label": (x[:, 0] * x[:, 1] > 0).astype(int)}, labels=("no", "yes"))
+    teacher = Teacher(lambda arrays: arrays["x"][:, :2].copy(), "t", 0, None, 0)
+    return split, capture(tmp_path / "cache", split, teacher, CaptureKey("t", "d", "", 1, 0), None, Interrupting())
+
+
+def test_training_learns(tmp_path: Path, material: tuple[Split, TeacherCache]) -> None:
+    split, cache = material
+    plan = dataclasses.replace(PLAN, epochs=30)
+    history = train(network(), split, cache, None, objective, plan, tmp_path / "c.pt", Interrupting(), "x")
+
+    assert len(history) == 30
+    assert history[-1]["loss"] < 0.6 * history[0]["loss"]
+
+
+@pytest.mark.parametrize("after", [1, 13, 20, 38])
+def test_a_broken_off_training_resumes_bit_for_bit(
+    tmp_path: Path, material: tuple[Split, TeacherCache], monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """Mid-epoch and at its edges, with dropout and batch norm."""
+    monkeypatch.setattr(edgekd.train, "CHECKPOINT_EVERY_S", 0.0)
+    split, cache = material
+    whole = network()
+    history = train(whole, split, cache, None, objective, PLAN, tmp_path / "whole.pt", Interrupting(), "x")
+    with pytest.raises(KeyboardInterrupt):
+        train(network(), split, cache, None, objective, PLAN, tmp_path / "c.pt", Interrupting(after), "x")
+    torch.rand(7)  # another process would have another generator
+    resumed, progress = network(), Interrupting()
+    again = train(resumed, split, cache, None, objective, PLAN, tmp_path / "c.pt", progress, "x")
+
+    assert progress.done_before == after - 1  # the step that was cut off is done again
+    assert again == history
+    assert module_fingerprint(resumed) == module_fingerprint(whole)
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, material: tuple[Split, TeacherCache]) -> None:
+    split, cache = material
+    (tmp_path / "c.pt").write_bytes(b"PK\x03\x04")
+
+    with pytest.raises(CacheError, match=r"c\.pt is damaged; remove it"):
+        train(network(), split, cache, None, objective, PLAN, tmp_path / "c.pt", Interrupting(), "x")
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_the_knob(
+    tmp_path: Path, material: tuple[Split, TeacherCache]
+) -> None:
+    split, cache = material
+
+    def sick(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
+        return student.sum() * float("nan"), {}
+
+    with pytest.raises(NumericalError, match=r"kd: the loss is nan in epoch 1, step 1; a lower distill\.learning_rate"):
+        train(network(), split, cache, None, sick, PLAN, tmp_path / "c.pt", Interrupting(), "kd")
+
+
+def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
+    rates = [learning_rate_at(step, 100, PLAN) for step in range(101)]
+
+    assert rates[9] == max(rates) == PLAN.learning_rate
+    assert rates[0] == pytest.approx(PLAN.learning_rate / 10)
+    assert rates[100] == pytest.approx(0.0)
