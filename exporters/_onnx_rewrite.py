@@ -264,7 +264,7 @@ def gather_then_dequantize(graph: ir.Graph) -> int:
             continue
         integers, scales, *points = dequantize.inputs
         values = _array(scales)
-        zeros = all(point is None or (_array(point) is not None and not _array(point).any()) for point in points)
+        zeros = not any(point is None or point.any() for point in map(_array, points))
         axis = dequantize.attributes["axis"].as_int() if "axis" in dequantize.attributes else 1
         if values is None or values.ndim != 1 or axis != 0 or not zeros or integers is None or integers.shape is None:
             continue
@@ -394,7 +394,7 @@ def _producer(value: ir.Value | None) -> str:
 
 
 def _array(value: ir.Value | None) -> np.ndarray | None:
-    """The value of a constant, or of one that is only cast (torch leaves the cast of a long zero point in the graph)."""
+    """The value of a constant, also of one that is cast: torch leaves the cast of a long zero point in the graph."""
     if value is None:
         return None
     producer = value.producer()

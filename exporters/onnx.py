@@ -46,7 +46,7 @@ class OnnxExporter:
     """
 
     suffix = ".onnx"
-    requires = ("onnx", "onnxruntime", "onnxscript")
+    requires: tuple[str, ...] = ("onnx", "onnxruntime", "onnxscript")
     extra = "onnx"
     precisions: tuple[Precision, ...] = ("fp32", "fp16", "w8", "w8d8", "w8a8")
 
