@@ -181,14 +181,13 @@ def _top_classes(one: _Collected) -> np.ndarray:
     Raises:
         DataError: That output is not (samples, classes).
     """
-    names = [spec.name for spec in one.artifact.outputs]
-    logits_names = [spec.name for spec in one.artifact.outputs if spec.meaning == "logits"]
-    name = (logits_names or names)[0]
+    artifact = one.artifact
+    told = zip(artifact.outputs, artifact.card.outputs, strict=False)  # the card knows what the file's outputs mean
+    meant = [output.name for output, card in told if "logits" in (output.meaning, card.meaning)]
+    name = (meant or [output.name for output in artifact.outputs])[0]
     logits = one.outputs[name]
     if logits.ndim != 2:
-        raise DataError(
-            f"{one.artifact.path}: accuracy needs an output of (samples, classes); {name!r} is {logits.shape}"
-        )
+        raise DataError(f"{artifact.path}: accuracy needs an output of (samples, classes); {name!r} is {logits.shape}")
     return np.where(np.isfinite(logits).all(axis=1), logits.argmax(axis=1), -1)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.errors import DeviceError, UsageError
+from edgekd.errors import DeviceError, StorageError, UsageError
 from edgekd.plugins import missing
 from edgekd.protocols import Arrays
 from edgekd.types import Artifact, Block, DeviceStatus, Plan
@@ -62,6 +62,7 @@ class HostDevice:
 
         Raises:
             DeviceError: A process failed, was killed, or took too long; with its last words.
+            StorageError: The folder for temporary files is full.
             UsageError: This machine does not run the target, or the plan has no block.
         """
         if artifact.target not in agent.RUNTIMES:
@@ -72,11 +73,20 @@ class HostDevice:
         lacking = [name for name in names if name not in inputs]
         if lacking:
             raise UsageError(f"{artifact.path} takes input {lacking[0]!r}; given are {', '.join(inputs) or 'none'}")
+        try:
+            return self._run(artifact, folder, {name: inputs[name] for name in names}, plan)
+        except OSError as error:
+            raise StorageError(f"cannot measure in {tempfile.gettempdir()}: {error.strerror or error}") from error
+
+    def _run(
+        self, artifact: Artifact, folder: Path, inputs: Arrays, plan: Plan
+    ) -> tuple[tuple[Block, ...], dict[str, np.ndarray]]:
         with tempfile.TemporaryDirectory(prefix="edgekd-host-") as temporary, _agent_file() as script:
             work = Path(temporary)
+            names = list(inputs)
             batch = max(1, artifact.inputs[0].shape[0])
             np.savez(work / "sample.npz", allow_pickle=False, **{name: inputs[name][:batch] for name in names})
-            np.savez(work / "inputs.npz", allow_pickle=False, **{name: inputs[name] for name in names})
+            np.savez(work / "inputs.npz", allow_pickle=False, **inputs)
             job: dict[str, Any] = {
                 "target": artifact.target,
                 "model": str((folder / artifact.path).resolve()),

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from edgekd.devices.host import HostDevice
-from edgekd.errors import DeviceError, UsageError
+from edgekd.errors import DeviceError, StorageError, UsageError
 from edgekd.plugins import load_device
 from edgekd.types import Artifact, Plan
 
@@ -137,6 +137,23 @@ def test_no_process_outlives_the_one_that_measures(onnx_file: File, tmp_path: Pa
     parent.send_signal(how)
     assert parent.wait(20) != 0
     wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk is had from /dev/full")
+def test_a_full_disk_is_told_in_one_line(
+    onnx_file: File, images: np.ndarray, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    save = np.savez
+
+    def save_to_full_disk(path: Path, **arrays: np.ndarray) -> None:
+        path.symlink_to("/dev/full")
+        save(path, **arrays)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(np, "savez", save_to_full_disk)
+    with pytest.raises(StorageError, match=f"cannot measure in {tmp_path}: No space left on device"):
+        load_device("host").run(*onnx_file, {"image": np.zeros((3000, 1, 12, 12), np.float32)}, QUICK)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_target_or_plan_it_cannot_run_is_wrong_use(onnx_file: File, images: np.ndarray) -> None:
