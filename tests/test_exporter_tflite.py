@@ -237,7 +237,7 @@ def test_fp16_differs_by_the_rounding_of_its_weights(write: Write, name: str) ->
         assert cosine > 0.99999
 
 
-@pytest.mark.parametrize("name", ["convnet", "encoder"])
+@pytest.mark.parametrize("name", ["convnet", "encoder", "two"])
 def test_w8_computes_what_the_compressed_program_computes(write: Write, name: str) -> None:
     for share, cosine in _differences(*write(name, "w8")).values():
         assert share < 1e-5
@@ -342,7 +342,7 @@ def test_integers_of_another_width_are_cast(write: Write) -> None:
 def test_smaller_precisions_make_smaller_files(write: Write) -> None:
     sizes = {}
     for precision in ("fp32", "fp16", "w8d8", "w8"):
-        _, path = write("two", precision)  # type: ignore[arg-type]
+        _, path = write("two", precision)
         sizes[precision] = path.stat().st_size
     assert sizes["fp16"] < 0.6 * sizes["fp32"]
     assert sizes["w8d8"] < 0.4 * sizes["fp32"]
