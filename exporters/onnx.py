@@ -131,7 +131,9 @@ def _translate(student: Student, precision: Precision) -> ModelProto:
 
     from edgekd.models import at_batch, input_specs, output_specs
 
-    from . import _onnx_rewrite as rewrite
+    from . import _onnx_activations as activations
+    from . import _onnx_graph as editing
+    from . import _onnx_weights as weights
 
     program = at_batch(student.program)
     try:
@@ -148,21 +150,21 @@ def _translate(student: Student, precision: Precision) -> ModelProto:
         raise ExportError(_refusal(student, error)) from error
     assert exported is not None
     graph = exported.model.graph
-    rewrite.tidy(graph)
+    editing.tidy(graph)
     if precision == "w8a8":
-        rewrite.drop_saturated(graph)
-        rewrite.pad_in_convolutions(graph)
-        rewrite.pool_globally(graph)
-        rewrite.drop_requantized(graph)
-        rewrite.unsigned_activations(graph)
+        activations.drop_saturated(graph)
+        activations.pad_in_convolutions(graph)
+        activations.pool_globally(graph)
+        activations.drop_requantized(graph)
+        activations.unsigned_activations(graph)
     elif precision == "w8d8":
-        rewrite.quantize_tables(graph)
+        weights.quantize_tables(graph)
     if precision in ("w8", "w8d8", "w8a8"):
-        rewrite.gather_then_dequantize(graph)
-        rewrite.multiply_weights(graph)
-        rewrite.transpose_weights(graph)
-        rewrite.own_zero_points(graph)
-        rewrite.drop_unused(graph)
+        weights.gather_then_dequantize(graph)
+        weights.multiply_weights(graph)
+        weights.transpose_weights(graph)
+        weights.own_zero_points(graph)
+        editing.drop_unused(graph)
     return onnx_ir.to_proto(exported.model)
 
 
