@@ -1,0 +1,40 @@
+# `make demo` and `make test` each do all their own set-up; they need Python 3.11 or newer.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+WHEEL := build/wheel
+
+.PHONY: demo test lint wheel-test check clean
+
+# The main job on the embedded default: scikit-learn's digits, from the teacher to the report.
+demo: $(INSTALLED)
+	cd examples/digits && ../../$(BIN)/edgekd run
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -rs
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# The tests once more against the built wheel, from another directory: what is not packaged shows only there.
+wheel-test: $(INSTALLED)
+	rm -rf $(WHEEL) && mkdir -p $(WHEEL)/elsewhere
+	$(BIN)/python -m build --outdir $(WHEEL) . > $(WHEEL)/build.log || { cat $(WHEEL)/build.log; exit 1; }
+	$(BIN)/python -m pip install --quiet --no-deps --target $(WHEEL)/site $(WHEEL)/edgekd-*.whl
+	cd $(WHEEL)/elsewhere && export PYTHONPATH=$(abspath $(WHEEL)/site) && \
+	$(abspath $(BIN))/python -P -c "import edgekd.exporters.onnx as m; assert '$(WHEEL)/site' in m.__file__, m.__file__" && \
+	$(abspath $(BIN))/python -P -m pytest -rs -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(CURDIR)/tests
+
+check: lint test wheel-test
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c "import ensurepip, venv" || { apt-get update && apt-get install --yes python3-venv; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all,dev]"
+	touch $(INSTALLED)
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,158 @@
+"""The command line as its users meet it: in a process of its own, by what it prints and how it exits."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from edgekd.store import load_student, save_student
+from edgekd.types import Student
+
+
+def edgekd(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "edgekd.cli", *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def scaffold(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("image")
+    assert edgekd("init", str(folder), cwd=folder).returncode == 0
+    return folder
+
+
+def test_help_lists_every_command(tmp_path: Path) -> None:
+    done = edgekd("--help", cwd=tmp_path)
+
+    assert done.returncode == 0
+    commands = "init check capture distill compress export verify bench report run targets devices doctor"
+    for command in commands.split():
+        assert f"  {command} " in done.stdout
+
+
+@pytest.mark.parametrize("template", ["image", "text"])
+def test_every_template_passes_check(tmp_path: Path, template: str) -> None:
+    if template == "text":
+        pytest.importorskip("datasets")
+    made = edgekd("init", "--template", template, ".", cwd=tmp_path)
+    done = edgekd("check", "--json", cwd=tmp_path)
+
+    assert made.returncode == 0, made.stderr
+    assert done.returncode == 0, done.stderr
+    assert "train" in json.loads(done.stdout)["samples"]
+
+
+def test_init_overwrites_nothing(scaffold: Path) -> None:
+    done = edgekd("init", ".", cwd=scaffold)
+
+    assert done.returncode == 2
+    assert "edgekd.toml exists already" in done.stderr
+
+
+def test_a_wrong_recipe_is_all_its_lines_and_exit_2(tmp_path: Path) -> None:
+    (tmp_path / "edgekd.toml").write_text('name = "x"\n[data]\ntrain = "a.npz"\n[teacher]\n[student]\n')
+    done = edgekd("check", cwd=tmp_path)
+
+    assert done.returncode == 2
+    assert [line.partition(": ")[2].partition(":")[0] for line in done.stderr.splitlines()] == [
+        "data.test",
+        "teacher.model",
+        "student.model",
+        "data.train",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run",), "no edgekd.toml in"),
+        (("export", "nothing.pt2", "--target", "onnx"), "no model file at nothing.pt2"),
+        (("export", "model.pt2"), "which target?"),
+        (("export", "model.pt2", "--target", "corml"), "no exporter called 'corml'; there are"),
+        (
+            ("export", "model.pt2", "--target", "coreml", "--precision", "w8d8"),
+            "coreml has no precision 'w8d8'; it has",
+        ),
+        (("export", "model.pt2", "--target", "onnx", "--precision", "w8a8"), "give them with --calibration"),
+        (("export", "cut.pt2", "--target", "onnx"), "it is truncated"),
+        (("export", "model.pt2", "-t", "onnx", "-p", "w8a8", "--calibration", "bad.npz"), "cannot be read as .npz"),
+    ],
+)
+def test_what_goes_wrong_is_one_line(
+    tmp_path: Path, convnet_student: Student, arguments: tuple[str, ...], message: str
+) -> None:
+    save_student(tmp_path / "s", convnet_student, {})
+    shutil.copy(tmp_path / "s" / "student.pt2", tmp_path / "model.pt2")
+    (tmp_path / "cut.pt2").write_bytes((tmp_path / "model.pt2").read_bytes()[:3000])
+    (tmp_path / "bad.npz").write_bytes(b"PK")
+    done = edgekd(*arguments, cwd=tmp_path)
+
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not done.stdout
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_a_third_party_program_is_exported_and_proven(tmp_path: Path) -> None:
+    """A file that torch.export.save wrote, with two inputs, and data by arr_0 and arr_1."""
+    pytest.importorskip("onnxruntime")
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(6, 4), nn.Linear(3, 4)
+
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return torch.relu(self.left(a)) + self.right(b)
+
+    torch.manual_seed(0)
+    torch.export.save(torch.export.export(Two().eval(), (torch.zeros(1, 6), torch.zeros(1, 3))), tmp_path / "model.pt2")
+    random = np.random.default_rng(0)
+    arrays = [random.normal(size=(40, n)).astype(np.float32) for n in (6, 3)]
+    np.savez(tmp_path / "data.npz", *arrays)
+    command = "export --target onnx --precision fp32 --precision w8a8 --calibration data.npz model.pt2 -o out --json"
+    done = edgekd(*command.split(), cwd=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    listed = json.loads(done.stdout)
+    assert [(a["target"], a["precision"], a["parity"]["status"]) for a in listed] == [
+        ("onnx", "fp32", "passed"),
+        ("onnx", "w8a8", "passed"),
+    ]
+    assert set(listed[0]) >= {"target", "precision", "path", "sha256", "size_bytes", "parity"}
+    assert listed[0]["parity"]["samples"] == 10
+    manifest = json.loads((tmp_path / "out" / "onnx-w8a8" / "manifest.json").read_text())
+    assert manifest["sha256"] == listed[1]["sha256"]
+    assert manifest["card"]["calibration"]["samples"] == 30
+    assert [spec["name"] for spec in manifest["inputs"]] == ["a", "b"]
+
+
+def test_a_stage_without_the_one_before_says_which_command_makes_it(scaffold: Path) -> None:
+    for command, needed in (("distill", "edgekd capture"), ("export", "edgekd distill"), ("bench", "edgekd export")):
+        done = edgekd(command, cwd=scaffold)
+
+        assert done.returncode in (1, 2)
+        assert needed in done.stderr
+
+
+def test_targets_devices_and_doctor_speak_json(tmp_path: Path) -> None:
+    targets = json.loads(edgekd("targets", "--json", cwd=tmp_path).stdout)
+    devices = json.loads(edgekd("devices", "--json", cwd=tmp_path).stdout)
+    findings = json.loads(edgekd("doctor", "--json", cwd=tmp_path).stdout)
+
+    assert {fact["target"] for fact in targets} >= {"onnx", "coreml", "tflite"}
+    assert [fact["device"] for fact in devices if fact["reachable"]] == ["host"]
+    assert {finding["state"] for finding in findings} <= {"good", "warn", "bad"}
+
+
+def test_the_student_of_another_program_keeps_its_card(tmp_path: Path, convnet_student: Student) -> None:
+    save_student(tmp_path / "s", convnet_student, {})
+    student, _ = load_student(tmp_path / "s")
+
+    assert student.card.labels == ("a", "b", "c", "d", "e")

@@ -1,0 +1,255 @@
+"""The whole way on the image template, with ONNX Runtime: what is done once, what is done again, and after a kill."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgekd.errors import CacheError, DataError, NumericalError, ParityError
+from edgekd.recipe import load_recipe
+from edgekd.scaffold import write_template
+from edgekd.store import hash_path
+from edgekd.workspace import Workspace
+
+pytest.importorskip("onnxruntime")
+
+CHANGES = {
+    'targets = ["onnx", "coreml", "tflite"]': 'targets = ["onnx"]',
+    "epochs = 12": "epochs = 2",
+    "blocks = 6": "blocks = 1\nmin_s = 0.1",
+    "views = 4": "views = 2",
+}
+
+
+class Silent:
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def start(self, what: str, total: int, done: int = 0) -> None: ...
+
+    def advance(self, steps: int = 1, note: str = "") -> None: ...
+
+    def finish(self) -> None: ...
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def make_recipe(folder: Path, **changes: str) -> Path:
+    write_template("image", folder)
+    path = folder / "edgekd.toml"
+    text = path.read_text()
+    for old, new in {**CHANGES, **changes}.items():
+        assert old in text, old
+        text = re.sub(re.escape(old) + r"( +#.*)?", lambda _, new=new: new, text, count=1)
+    path.write_text(text)
+    return path
+
+
+def run(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "edgekd.cli", "run"], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    make_recipe(folder)
+    done = run(folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Workspace:
+    """A finished run of one's own, to spoil."""
+    shutil.copytree(finished, tmp_path / "run")
+    return Workspace(load_recipe(tmp_path / "run" / "edgekd.toml"))
+
+
+def test_a_run_leaves_everything_that_the_report_tells(finished: Path) -> None:
+    folder = finished / "runs" / "shapes"
+    report = json.loads((folder / "report.json").read_text())
+    stages = [row["stage"] for row in report["ledger"]["rows"]]
+
+    assert stages == ["teacher", "control", "student", "student", "compressed", "artifact", "artifact"]
+    assert (folder / "report.html").read_text().startswith("<!doctype html>")
+    assert {arm["arm"] for arm in report["arms"]} == {"control", "kd", "dist"}
+    assert all(a["parity"]["status"] == "passed" for a in report["artifacts"])
+    assert all(a["card"]["lineage"][0].startswith("teacher: ") for a in report["artifacts"])
+    measured = {m["precision"]: m for m in report["measurements"]}
+    assert set(measured) == {"fp32", "w8a8"}
+    assert all(m["accuracy"] is not None and m["blocks"][0]["latency_ms"] for m in measured.values())
+    assert not list(folder.glob("checkpoints/*"))
+
+
+def test_accuracy_of_the_file_is_that_of_the_program(finished: Path) -> None:
+    report = json.loads((finished / "runs" / "shapes" / "report.json").read_text())
+    rows = {(row["stage"], row["name"]): row for row in report["ledger"]["rows"]}
+    students = {row["accuracy"] for (stage, _), row in rows.items() if stage == "student"}
+
+    assert rows["artifact", "onnx-fp32"]["accuracy"] in students
+    measured = next(m for m in report["measurements"] if m["precision"] == "fp32")
+    assert measured["accuracy"] == rows["artifact", "onnx-fp32"]["accuracy"]
+
+
+def test_a_second_run_does_nothing_again_and_says_so(finished: Path) -> None:
+    again = run(finished)
+    unchanged = re.findall(r"^(\S+): unchanged, not done again$", again.stderr, re.MULTILINE)
+
+    assert again.returncode == 0
+    assert unchanged == [
+        *(f"capture-{split}" for split in ("train", "validation", "test")),
+        *(f"distill-{arm}-0" for arm in ("control", "kd", "dist")),
+        "compress-w8a8",
+        "export-onnx-fp32",
+        "export-onnx-w8a8",
+        "bench-host",
+    ]
+
+
+@pytest.mark.parametrize("moment", ["capture train: started", "kd, seed 0: started", "export onnx fp32: started"])
+def test_a_killed_run_goes_on_to_the_same_student(finished: Path, tmp_path: Path, moment: str) -> None:
+    make_recipe(tmp_path)
+    shutil.copy(finished / "teacher.safetensors", tmp_path)  # the teacher is not edgekd's to make
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgekd.cli", "run"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith(moment):
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.stderr.close()
+    assert process.wait() == -signal.SIGKILL
+    resumed = run(tmp_path)
+
+    assert resumed.returncode == 0, resumed.stderr
+    for name in (
+        *(f"students/{arm}-0/{file}" for arm in ("control", "kd", "dist") for file in ("student.pt2", "card.json")),
+        "cache/train",
+        "artifacts/onnx-fp32/model.onnx",
+        "artifacts/onnx-w8a8/model.onnx",
+    ):
+        assert hash_path(tmp_path / "runs/shapes" / name) == hash_path(finished / "runs/shapes" / name), name
+    leftovers = [p.name for p in (tmp_path / "runs/shapes").rglob(".*")]
+    assert not leftovers
+
+
+def test_only_what_changed_is_done_again(copied: Workspace) -> None:
+    path = copied.recipe.folder / "edgekd.toml"
+    path.write_text(path.read_text().replace("samples = 64 ", "samples = 32 "))
+    again = run(copied.recipe.folder)
+
+    assert again.returncode == 0, again.stderr
+    assert "distill-kd-0: unchanged" in again.stderr
+    assert "export-onnx-fp32: unchanged" not in again.stderr
+    manifest = json.loads((copied.folder.artifact("onnx", "fp32") / "manifest.json").read_text())
+    assert manifest["parity"]["samples"] == 32
+
+
+def test_verify_finds_a_file_that_was_changed(copied: Workspace) -> None:
+    from edgekd.pipeline import verify_artifacts
+
+    verify_artifacts(copied, Silent())
+    path = copied.folder.artifact("onnx", "fp32") / "model.onnx"
+    path.write_bytes(path.read_bytes() + b"\0")
+
+    with pytest.raises(ParityError, match="its sha256 differs"):
+        verify_artifacts(copied, Silent())
+
+
+def test_verify_runs_the_teacher_again(copied: Workspace) -> None:
+    from edgekd.pipeline import verify_caches
+
+    progress = Silent()
+    verify_caches(copied, progress)
+
+    assert len(progress.lines) == 3
+    assert "top class differs in 0.00%" in progress.lines[0]
+
+
+def test_a_damaged_cache_shard_stops_distill_and_is_captured_again_by_run(copied: Workspace) -> None:
+    from edgekd.pipeline import distill_stage
+
+    shard = copied.folder.cache("train") / "shard-00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 255
+    shard.write_bytes(content)
+
+    with pytest.raises(CacheError, match="damaged"):
+        distill_stage(copied, Silent())
+    assert run(copied.recipe.folder).returncode == 0
+
+
+def test_a_file_that_computes_something_else_is_kept_aside(copied: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exporter that drops an activation: the bug class that this project exists to end."""
+    import dataclasses
+
+    import edgekd.exporters.onnx as target
+    from edgekd.models import retrace
+    from edgekd.pipeline import export_stage
+    from edgekd.types import Student
+
+    write = type(target.EXPORTER).write
+
+    def dropping(self: object, student: Student, path: Path, precision: str) -> None:
+        module = student.program.module()
+        for node in list(module.graph.nodes):
+            if "relu" in str(node.target):
+                node.replace_all_uses_with(node.args[0])
+                module.graph.erase_node(node)
+                break
+        module.recompile()
+        write(self, dataclasses.replace(student, program=retrace(module, student.program)), path, precision)
+
+    good = hash_path(copied.folder.artifact("onnx", "fp32"))
+    monkeypatch.setattr(type(target.EXPORTER), "write", dropping)
+    with pytest.raises(ParityError, match=r"onnx fp32 failed its proof.*onnx-fp32\.failed.*output 'logits': max error"):
+        export_stage(copied, Silent(), precisions=["fp32"], force=True)
+
+    failed = copied.folder.path / "artifacts" / "onnx-fp32.failed"
+    assert json.loads((failed / "manifest.json").read_text())["parity"]["status"] == "failed"
+    assert hash_path(copied.folder.artifact("onnx", "fp32")) == good
+
+
+def test_nan_from_the_teacher_is_one_line(tmp_path: Path) -> None:
+    make_recipe(tmp_path)
+    model = tmp_path / "model.py"
+    source = model.read_text().replace("def teacher()", "def healthy_teacher()")
+    sick = """
+
+class Sick(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.full((len(image), 3), float("nan"))
+
+
+def teacher() -> nn.Module:
+    return Sick()
+"""
+    model.write_text(source + sick)
+    from edgekd.check import check_workspace
+    from edgekd.pipeline import capture_stage
+
+    work = Workspace(load_recipe(tmp_path / "edgekd.toml"))
+    with pytest.raises(NumericalError, match="NaN or infinity"):
+        check_workspace(work)
+    with pytest.raises(NumericalError, match="the teacher gives NaN or infinity for"):
+        capture_stage(work, Silent())
+
+
+def test_a_student_that_does_not_fit_the_teacher_is_one_line(tmp_path: Path) -> None:
+    make_recipe(tmp_path)
+    model = tmp_path / "model.py"
+    model.write_text(
+        model.read_text().replace("return _network(10)", "return nn.Sequential(nn.Flatten(), nn.Linear(256, 4))")
+    )
+    from edgekd.check import check_workspace
+
+    with pytest.raises(DataError, match="the student gives 4 classes, the teacher 3, and there are 3 labels"):
+        check_workspace(Workspace(load_recipe(tmp_path / "edgekd.toml")))
