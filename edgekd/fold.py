@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from typing import Any
 
 import torch
@@ -65,7 +66,9 @@ def folded_module(program: ExportedProgram) -> GraphModule:
     """
     if any(_in_place(node) for node in program.graph.nodes):
         # An empty table decomposes nothing: it only turns operators in place into their pure form.
-        program = program.run_decompositions({})
+        with warnings.catch_warnings():  # torch 2.13 warns of its own deprecated use of LeafSpec
+            warnings.simplefilter("ignore", FutureWarning)
+            program = program.run_decompositions({})
     module = program.module(check_guards=False)
     for node in list(module.graph.nodes):
         if _is_identity(node):
