@@ -106,7 +106,9 @@ def capture(recipe: RecipeOption = None, force: ForceOption = False) -> None:
     """Run the teacher once over every sample and view, and keep what it says."""
     from edgekd.pipeline import capture_stage
 
-    capture_stage(_workspace(recipe), _progress(), force)
+    work = _workspace(recipe)
+    with work.folder.locked():
+        capture_stage(work, _progress(), force)
 
 
 @app.command()
@@ -114,7 +116,10 @@ def distill(recipe: RecipeOption = None, force: ForceOption = False) -> None:
     """Train the students and, always, the control without a teacher."""
     from edgekd.pipeline import distill_stage
 
-    for result in distill_stage(_workspace(recipe), _progress(), force):
+    work = _workspace(recipe)
+    with work.folder.locked():
+        results = distill_stage(work, _progress(), force)
+    for result in results:
         _out(
             f"{result.arm:<12} seed {result.seed}  validation {result.validation.accuracy:.2%}  "
             f"test {result.test.accuracy:.2%}  agrees with the teacher {result.test.teacher_agreement:.2%}"
@@ -132,7 +137,9 @@ def compress(recipe: RecipeOption = None, precision: PrecisionOption = None, for
         raise UsageError(
             f"compress has no precision {wrong[0]!r}; it has {', '.join(PORTABLE)}; exporters make the others"
         )
-    compress_stage(_workspace(recipe), _progress(), [p for p in PORTABLE if p in (precision or [])], force)
+    work = _workspace(recipe)
+    with work.folder.locked():
+        compress_stage(work, _progress(), [p for p in PORTABLE if p in (precision or [])], force)
 
 
 @app.command()
@@ -178,7 +185,9 @@ def export(
     else:
         from edgekd.pipeline import export_stage
 
-        folders = export_stage(_workspace(recipe), _progress(), targets, precision or (), force)
+        work = _workspace(recipe)
+        with work.folder.locked():
+            folders = export_stage(work, _progress(), targets, precision or (), force)
     artifacts = [(load_artifact(folder), folder) for folder in folders]
     if json:
         _json([_artifact_json(artifact, folder) for artifact, folder in artifacts])
@@ -228,7 +237,9 @@ def bench(
     from edgekd import plugins
     from edgekd.pipeline import bench_stage
 
-    measured = bench_stage(_workspace(recipe), _progress(), device or (), force)
+    work = _workspace(recipe)
+    with work.folder.locked():
+        measured = bench_stage(work, _progress(), device or (), force)
     if json:
         _json([measurement.to_json() for measurement in measured])
         return
@@ -254,12 +265,12 @@ def run(recipe: RecipeOption = None, force: ForceOption = False, json: JsonOptio
     from edgekd import pipeline
 
     work, progress = _workspace(recipe), _progress()
-    pipeline.capture_stage(work, progress, force)
-    pipeline.distill_stage(work, progress, force)
-    pipeline.compress_stage(work, progress, force=force)
-    pipeline.export_stage(work, progress, force=force)
-    pipeline.bench_stage(work, progress, force=force)
-    _report(work, json)
+    with work.folder.locked():
+        pipeline.capture_stage(work, progress, force)
+        pipeline.distill_stage(work, progress, force)
+        pipeline.export_stage(work, progress, force=force)
+        pipeline.bench_stage(work, progress, force=force)
+        _report(work, json)
 
 
 @app.command()

@@ -170,7 +170,7 @@ def export_stage(
     student, _ = load_student(folder)
     exports = exports_of(work, student, targets, precisions)
     needed = [p for p in PORTABLE if p in {precision for _, precision, _ in exports}]
-    if any(not work.folder.compressed(p).exists() for p in needed):
+    if needed:
         compress_stage(work, progress, needed)
     proof = proof_of(work)
     folders = []

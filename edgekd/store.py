@@ -11,6 +11,7 @@ A run folder::
       measurements/<device>/<…>.json      raw samples
       stages/<stage>.json                 fingerprint of what went in, hashes of what came out
       report.json, report.html
+      lock                                held by the process that works here
 """
 
 from __future__ import annotations
@@ -301,6 +302,24 @@ class RunFolder:
     @property
     def report_html(self) -> Path:
         return self.path / "report.html"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run folder; two processes that write the same student would spoil it.
+
+        Raises:
+            StorageError: Another process holds it.
+        """
+        import fcntl
+
+        with _told(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            with (self.path / "lock").open("a") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when the process ends
+                except BlockingIOError:
+                    raise StorageError(f"another edgekd is at work in {self.path}; wait for it, or stop it") from None
+                yield
 
     def _stage(self, stage: str) -> Path:
         return self.path / "stages" / f"{stage}.json"

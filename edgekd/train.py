@@ -91,9 +91,11 @@ def train(
     progress.start(name, plan.epochs * steps, state.step)
     saved_at = time.monotonic()
     student.train()
+    order = _order(plan.seed, state.step // steps, len(split))
     while state.step < plan.epochs * steps:
         epoch, step = divmod(state.step, steps)
-        order = np.random.default_rng((plan.seed & 0xFFFFFFFF, epoch)).permutation(len(split))
+        if step == 0:
+            order = _order(plan.seed, epoch, len(split))
         batch = order[step * plan.batch_size : (step + 1) * plan.batch_size]
         batch = batch[accelerator.process_index :: accelerator.num_processes]
         views = (epoch + split.ids[batch] % np.uint64(cache.views)).astype(np.int64) % cache.views
@@ -128,6 +130,11 @@ def learning_rate_at(step: int, total: int, plan: TrainingPlan) -> float:
     if step < warmup:
         return plan.learning_rate * (step + 1) / warmup
     return plan.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def _order(seed: int, epoch: int, samples: int) -> np.ndarray:
+    """Positions of an epoch's samples, in the order in which they are shown."""
+    return np.random.default_rng((seed & 0xFFFFFFFF, epoch)).permutation(samples)
 
 
 @dataclass

@@ -154,3 +154,20 @@ def test_what_is_missing_names_the_command_that_makes_it(tmp_path: Path) -> None
 
     with pytest.raises(UsageError, match="edgekd distill"):
         folder.require(folder.arm("kd", 0), "distill")
+
+
+def test_two_processes_do_not_work_in_one_run_folder(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    script = "import sys; from pathlib import Path; from edgekd.store import RunFolder\n" + (
+        f"with RunFolder(Path({str(folder.path)!r})).locked(): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(StorageError, match="another edgekd is at work"), folder.locked():
+            pass
+        holder.kill()
+    with folder.locked():
+        pass
