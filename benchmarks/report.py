@@ -77,7 +77,9 @@ def _figures(rows: Sequence[Row]) -> str:
     """What a reader asks first, each with what it is compared with; the worse outcome is told like the better."""
     of = {stage: next((row for row in rows if row.stage == stage), None) for stage in ("teacher", "control", "student")}
     teacher, control, student = of["teacher"], of["control"], of["student"]
-    artifacts = [row for row in rows if row.stage == "artifact"]
+    artifacts = [
+        row for row in rows if row.stage == "artifact" and row.parity != "failed"
+    ]  # no praise for a wrong file
     cells: list[tuple[str, str, str]] = []
     if student and student.accuracy is not None:
         beside = f"teacher {format_share(teacher.accuracy)} %" if teacher and teacher.accuracy is not None else ""
@@ -119,7 +121,7 @@ def _picture(ledger: Ledger) -> str:
     return _section(
         "The picture",
         f'<div class="pictures">{"".join(figures)}</div>{_list(legend, "legend")}',
-        "Up and to the left is better. Colour is the stage or the target, shape the precision; rings share a place.",
+        "Up and to the left is better. Colour is the stage or the target, shape the precision. Files in the same place are drawn one inside the other.",
     )
 
 

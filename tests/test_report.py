@@ -117,7 +117,7 @@ def test_what_is_known_is_on_the_page() -> None:
     document = html(made_ledger(), [made_measurement(), made_measurement("onnx", "w8a8", 0.5)])
     text = Page(document).text
     for part in (
-        "94.00 %", "-1.00 points", "110 kB", "36 times smaller", "0.400 ms",
+        "94.00 %", "-1.00 points", "110 kB", "210 kB", "19 times smaller", "0.900 ms",
         "First plain", "teacher: plain", "Failed outputs: plain (off by 2.5)", "weak in the teacher",
         "0.50 (0.50 to 0.50)", "720", "60.0 MB",
     ):  # fmt: skip
@@ -132,6 +132,14 @@ def test_a_percentile_without_enough_samples_has_no_column() -> None:
     assert ">p99 ms</th>" in enough
     assert ">p99 ms</th>" not in few, "600 samples are too few"
     assert ">p90 ms</th>" in few
+
+
+def test_a_file_that_failed_parity_is_never_called_smallest_or_fastest() -> None:
+    head = Page(html(made_ledger(), [])).text.split("The picture")[0]
+    assert "210 kB" in head
+    assert "0.900 ms" in head
+    assert "110 kB" not in head
+    assert "0.400 ms" not in head
 
 
 def test_weak_classes_of_the_teacher_are_marked() -> None:
