@@ -204,9 +204,7 @@ def _svg(chart: Any, title: str, **datasets: list[dict[str, Any]]) -> str:
         titlePadding=8,
     )
     svg: str = vl_convert.vegalite_to_svg(chart.to_dict(validate=False) | {"datasets": datasets})
-    svg = re.sub(
-        r'<svg [^>]*?(viewBox="[^"]*")>', r'<svg role="img" \1>', svg, count=1
-    )
+    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")>', r'<svg role="img" \1>', svg, count=1)
     svg = svg.replace(">", f"><title>{html.escape(title)}</title>", 1)
     return re.sub(
         r'(<path aria-label="([^"]*)" [^>]*?role="graphics-symbol"[^>]*?)/>', r"\1><title>\2</title></path>", svg
