@@ -105,10 +105,11 @@ def conv_transpose(
 
 def _windows(
     x: Tensor, kernel: Ints, strides: Ints, pad_type: str, pad: Ints | None, ceil_mode: bool
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Padding of a pooling, and the rows that ``ceil_mode`` adds after it."""
+) -> tuple[Ints, list[tuple[int, int]], list[tuple[int, int]]]:
+    """Window of a pooling, its padding, and the rows that ``ceil_mode`` adds after that."""
     pairs = spatial_padding(pad_type, pad, tuple(x.shape[2:]), kernel, strides)
     extra = [(0, 0)] * len(pairs)
+    windows = list(kernel)
     if ceil_mode and pad_type in ("valid", "custom"):
         for axis, (before, after) in enumerate(pairs):
             length = x.shape[2 + axis]
@@ -116,8 +117,11 @@ def _windows(
             if (count - 1) * strides[axis] >= length + before:  # a window that would start in the padding after
                 count -= 1
             reach = (count - 1) * strides[axis] + kernel[axis]
-            extra[axis] = (0, max(0, reach - length - before - after))
-    return pairs, extra
+            if count == 1:  # one window, which may be larger than everything (a global pool written so)
+                windows[axis] = min(kernel[axis], length + before + after)
+            else:
+                extra[axis] = (0, max(0, reach - length - before - after))
+    return tuple(windows), pairs, extra
 
 
 @operator(moves=True)
@@ -130,9 +134,9 @@ def max_pool(
     ceil_mode: bool = False,
 ) -> Tensor:
     strides = strides or (1,) * (x.ndim - 2)
-    pairs, extra = _windows(x, kernel_sizes, strides, pad_type, pad, ceil_mode)
+    kernel, pairs, extra = _windows(x, kernel_sizes, strides, pad_type, pad, ceil_mode)
     padded = _pad(_pad(x, pairs, -math.inf), extra, -math.inf)
-    return _MAXIMUM[x.ndim](padded, kernel_sizes, strides)
+    return _MAXIMUM[x.ndim](padded, kernel, strides)
 
 
 @operator()
@@ -147,14 +151,14 @@ def avg_pool(
 ) -> Tensor:
     """Rows that only ``ceil_mode`` adds never count, as in PyTorch."""
     strides = strides or (1,) * (x.ndim - 2)
-    pairs, extra = _windows(x, kernel_sizes, strides, pad_type, pad, ceil_mode)
+    kernel, pairs, extra = _windows(x, kernel_sizes, strides, pad_type, pad, ceil_mode)
     pool = _AVERAGE[x.ndim]
     if not any(map(any, pairs)) and not any(map(any, extra)):
-        return pool(x, kernel_sizes, strides)
-    means = pool(_pad(_pad(x, pairs), extra), kernel_sizes, strides)
+        return pool(x, kernel, strides)
+    means = pool(_pad(_pad(x, pairs), extra), kernel, strides)
     counted = torch.ones((1, 1, *x.shape[2:]), dtype=x.dtype)
     counted = _pad(_pad(counted, pairs, 0.0 if exclude_padding_from_average else 1.0), extra)
-    return means / pool(counted, kernel_sizes, strides)
+    return means / pool(counted, kernel, strides)
 
 
 @operator()
@@ -164,9 +168,9 @@ def l2_pool(
 ) -> Tensor:  # fmt: skip
     """Root of the sum of squares in each window."""
     strides = strides or (1,) * (x.ndim - 2)
-    pairs, extra = _windows(x, kernel_sizes, strides, pad_type, pad, ceil_mode)
-    means = _AVERAGE[x.ndim](_pad(_pad(x.square(), pairs), extra), kernel_sizes, strides)
-    return torch.sqrt(means * math.prod(kernel_sizes))
+    kernel, pairs, extra = _windows(x, kernel_sizes, strides, pad_type, pad, ceil_mode)
+    means = _AVERAGE[x.ndim](_pad(_pad(x.square(), pairs), extra), kernel, strides)
+    return torch.sqrt(means * math.prod(kernel))
 
 
 @operator()

@@ -268,7 +268,7 @@ def cumsum(x: Tensor, axis: int = 0, exclusive: bool = False, reverse: bool = Fa
 
 @operator(moves=True)
 def argsort(x: Tensor, axis: int = -1, ascending: bool = False) -> Tensor:
-    return torch.argsort(x, axis, descending=not ascending, stable=True).to(torch.int32)
+    return torch.argsort(x, dim=axis, descending=not ascending, stable=True).to(torch.int32)
 
 
 @operator(moves=True)

@@ -26,8 +26,12 @@ def shape(x: Tensor) -> Tensor:
 
 @operator("reshape", moves=True)
 def reshape_(x: Tensor, shape: Ints) -> Tensor:
-    """A size of 0 is that of ``x`` on the same axis, one of -1 follows from the others."""
-    return x.reshape([x.shape[axis] if size == 0 else size for axis, size in enumerate(shape)])
+    """A size of 0 is that of ``x`` on the same axis, counted from the last one, or 1; one of -1 follows from the rest.
+
+    Before iOS 17 a 0 is allowed only where the ranks are equal, so the rule is the same.
+    """
+    known = (1,) * max(0, len(shape) - x.ndim) + tuple(x.shape)[max(0, x.ndim - len(shape)) :]
+    return x.reshape([own if size == 0 else size for size, own in zip(shape, known, strict=True)])
 
 
 @operator(moves=True)
