@@ -233,7 +233,7 @@ def bench_stage(
         raise UsageError("nothing has been exported yet; run: edgekd export")
     session = plugins.load_module("edgekd.benchmarks.session")
     spec = work.recipe.bench
-    plan = Plan(threads=spec.threads, blocks=spec.blocks, min_s=spec.min_s)
+    plan = Plan(threads=spec.threads, blocks=spec.blocks, warmup_s=spec.warmup_s, min_s=spec.min_s)
     proof = proof_of(work)
     assert proof.task is not None
     artifacts = [(load_artifact(folder), folder) for folder in folders]
@@ -253,7 +253,7 @@ def bench_stage(
             paths = []
             for (_, folder), measurement in zip(artifacts, measured, strict=True):
                 path = work.folder.measurement(name, folder.name)
-                write_json(path, measurement.to_json())
+                write_json(path, measurement.to_json(), indent=None)
                 paths.append(path)
             return paths
 

@@ -122,7 +122,8 @@ class Bench(_Table):
 
     devices: tuple[str, ...] = ("host",)
     threads: Count = 1
-    blocks: Count = 5
+    blocks: Count = 6
+    warmup_s: Annotated[float, Field(ge=0)] = 0.5
     min_s: Annotated[float, Field(gt=0)] = 1.0
 
 

@@ -111,9 +111,9 @@ def atomic_write(path: Path, content: bytes) -> None:
             part.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, readable and with a stable order."""
-    atomic_write(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Write JSON atomically and with a stable order; without an indent for what nobody reads by eye."""
+    atomic_write(path, (json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:

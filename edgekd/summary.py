@@ -17,7 +17,7 @@ from edgekd.ledger import ClassRow, Ledger, Row
 from edgekd.metrics import ClassCount, Quality, quality
 from edgekd.pipeline import measurements_of, results_of, shipped
 from edgekd.store import load_artifact, load_student, read_json, size_of, write_json
-from edgekd.types import Artifact, Measurement, Student
+from edgekd.types import Artifact, Json, Measurement, Student
 from edgekd.workspace import Workspace
 
 __all__ = ["collect", "write_report"]
@@ -82,12 +82,21 @@ def write_report(work: Workspace) -> Ledger:
         "ledger": ledger.to_json(),
         "arms": seeds,
         "artifacts": artifacts,
-        "measurements": [measurement.to_json() for measurement in measurements],
+        "measurements": [_measurement_summary(measurement) for measurement in measurements],
     }
     write_json(work.folder.report_json, content)
     report = plugins.load_module("edgekd.benchmarks.report")
     atomic_write(work.folder.report_html, report.html(ledger, measurements).encode())
     return ledger
+
+
+def _measurement_summary(measurement: Measurement) -> Json:
+    """Statistics instead of raw samples, which stay in ``measurements/``."""
+    stats = plugins.load_module("edgekd.benchmarks.stats")
+    summary = stats.summarize(measurement)
+    told = {key: value for key, value in measurement.to_json().items() if key != "blocks"}
+    conditions = measurement.blocks[-1].conditions if measurement.blocks else {}
+    return {**told, "summary": None if summary is None else summary.to_json(), "conditions": conditions}
 
 
 # ── rows ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -167,9 +176,10 @@ def _artifact_row(artifact: Artifact, name: str, measurements: Sequence[Measurem
         size_bytes=artifact.size_bytes,
         parameters=artifact.card.parameters,
         macs=artifact.card.macs,
-        latency_ms=None if measured is None else statistics.median(stats.block_medians(measured)),
+        latency_ms=None if measured is None else stats.latency_ms(measured),
         latency_device="" if measured is None else measured.device,
         parity=artifact.parity.status,
+        proof=artifact.parity,
         note=" ".join(artifact.notes),
     )
 
@@ -267,7 +277,6 @@ def _artifact_sentences(
         return []
     passed = sum(artifact.parity.status == "passed" for artifact in artifacts)
     lines = [f"{passed} of {len(artifacts)} files proved equal to their program on held-out samples."]
-    stats = plugins.load_module("edgekd.benchmarks.stats")
     measured = {m.artifact_sha256: m for m in measurements if m.status == "measured"}
     for artifact in artifacts:
         parent = next((a for a in artifacts if a.target == artifact.target and a.precision == "fp32"), None)
@@ -278,9 +287,17 @@ def _artifact_sentences(
             words.append(f"{(artifact.accuracy - parent.accuracy) * 100:+.2f} points of accuracy")
         words.append(f"{artifact.size_bytes / parent.size_bytes:.2f}× the size")
         if artifact.sha256 in measured and parent.sha256 in measured:
-            old, new = (
-                statistics.median(stats.block_medians(measured[sha])) for sha in (parent.sha256, artifact.sha256)
-            )
-            words.append(f"{new / old:.2f}× the latency on this host ({'faster' if new < old else 'not faster'})")
+            words.append(_latency_words(measured[parent.sha256], measured[artifact.sha256]))
         lines.append(f"{artifact.target} {artifact.precision} against fp32: {', '.join(words)}.")
     return lines
+
+
+def _latency_words(parent: Measurement, child: Measurement) -> str:
+    """The ratio of two latencies from one interleaved session, and whether it can be told from 1."""
+    stats = plugins.load_module("edgekd.benchmarks.stats")
+    ratio = stats.ratio(stats.block_medians(parent), stats.block_medians(child))
+    if ratio.low is None or ratio.high is None:
+        return f"{ratio.estimate:.2f}× the latency (too few blocks for an interval)"
+    word = "faster" if ratio.high < 1 else "slower" if ratio.low > 1 else "no difference that can be told"
+    interval = f"{ratio.confidence:.0%} interval {ratio.low:.2f} to {ratio.high:.2f}"
+    return f"{ratio.estimate:.2f}× the latency, {word} ({interval})"

@@ -231,7 +231,7 @@ class Plan(JsonMixin):
     """
 
     threads: int = 1
-    blocks: int = 5
+    blocks: int = 6
     warmup_runs: int = 10
     warmup_s: float = 0.5
     min_runs: int = 100

@@ -15,6 +15,10 @@ def _arrays(count: int = 40, seed: int = 0) -> dict[str, np.ndarray]:
     return {"x": random.normal(size=(count, 3)).astype(np.float32), "label": random.integers(0, 2, count)}
 
 
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    np.savez(path, allow_pickle=False, **arrays)
+
+
 def _recipe(folder: Path, data: str, labels: str = "") -> Recipe:
     (folder / "model.py").write_text("def teacher(): ...\ndef student(): ...\n")
     path = folder / "edgekd.toml"
@@ -40,8 +44,8 @@ def test_copies_of_a_sample_have_ids_of_their_own() -> None:
 
 
 def test_npz_splits_hold_out_validation_by_id(tmp_path: Path) -> None:
-    np.savez(tmp_path / "train.npz", **_arrays(200))
-    np.savez(tmp_path / "test.npz", **_arrays(30, seed=9))
+    _save(tmp_path / "train.npz", _arrays(200))
+    _save(tmp_path / "test.npz", _arrays(30, seed=9))
     splits = load_splits(_recipe(tmp_path, 'train = "train.npz"\ntest = "test.npz"\nvalidation_share = 0.2'))
 
     assert len(splits.train) + len(splits.validation) == 200
@@ -129,7 +133,7 @@ def test_an_npz_with_pickled_objects_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_truncated_npz_is_one_line(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", **_arrays())
+    _save(tmp_path / "a.npz", _arrays())
     content = (tmp_path / "a.npz").read_bytes()
     (tmp_path / "a.npz").write_bytes(content[: len(content) // 2])
 

@@ -84,7 +84,7 @@ def test_a_run_leaves_everything_that_the_report_tells(finished: Path) -> None:
     assert all(a["card"]["lineage"][0].startswith("teacher: ") for a in report["artifacts"])
     measured = {m["precision"]: m for m in report["measurements"]}
     assert set(measured) == {"fp32", "w8a8"}
-    assert all(m["accuracy"] is not None and m["blocks"][0]["latency_ms"] for m in measured.values())
+    assert all(m["accuracy"] is not None and m["summary"]["p50_ms"] > 0 for m in measured.values())
     assert not list(folder.glob("checkpoints/*"))
 
 
