@@ -86,11 +86,12 @@ def pad_in_convolutions(graph: ir.Graph) -> int:
             continue
         half = len(pads) // 2
         around = [int(pad) for pad in (*pads[2:half], *pads[half + 2 :])]
-        value = node.outputs[0]
+        value, between = node.outputs[0], []
         for step in ("QuantizeLinear", "DequantizeLinear"):
             users = [user for user, _ in value.uses()]
             if len(users) == 1 and users[0].op_type == step and not users[0].outputs[0].is_graph_output():
                 value = users[0].outputs[0]
+                between.append(value)
         readers = [(user, position) for user, position in value.uses()]
         if not readers or value.is_graph_output():
             continue
@@ -100,6 +101,8 @@ def pad_in_convolutions(graph: ir.Graph) -> int:
             own = user.attributes["pads"].as_ints() if "pads" in user.attributes else [0] * len(around)
             total = [a + b for a, b in zip(own, around, strict=True)]
             user.attributes["pads"] = ir.AttrInt64s("pads", total)
+        for smaller in between:
+            smaller.shape = source.shape
         replace_node(graph, node, source)
         dropped += 1
     return dropped
