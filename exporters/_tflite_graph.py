@@ -11,16 +11,19 @@ from torch.fx import GraphModule, Node
 from edgekd.fold import attribute, clean, set_constant
 from edgekd.types import Precision
 
-__all__ = [
-    "hoist_above_padding",
-    "merge_padding",
-    "pool_instead_of_mean",
-    "program_precision",
-    "quantized_weights",
-    "unfold_weights",
-]
+__all__ = ["prepare", "program_precision"]
 
 _ATEN = torch.ops.aten
+
+_FIXED_OUTPUTS = {
+    _ATEN.sigmoid.default: (1 / 256, -128),
+    _ATEN.softmax.int: (1 / 256, -128),
+    _ATEN._softmax.default: (1 / 256, -128),
+    _ATEN.tanh.default: (1 / 128, 0),
+    _ATEN.log_softmax.int: (16 / 256, 127),
+    _ATEN._log_softmax.default: (16 / 256, 127),
+}
+"""Scale and zero point of the only int8 output that LiteRT's plain kernels of these operators accept."""
 
 
 def _operators() -> Any:
@@ -29,7 +32,7 @@ def _operators() -> Any:
     return torch.ops.quantized_decomposed
 
 
-def quantized_weights(module: GraphModule) -> list[Node]:
+def _quantized_weights(module: GraphModule) -> list[Node]:
     """Dequantize nodes that read a constant."""
     operators = _operators()
     targets = {operators.dequantize_per_channel.default, operators.dequantize_per_tensor.default}
@@ -40,15 +43,28 @@ def quantized_weights(module: GraphModule) -> list[Node]:
     ]
 
 
+def prepare(module: GraphModule) -> GraphModule:
+    """All of this file, in place: the same numbers, in the form that the converter translates best."""
+    for rewrite in (
+        _unfold_weights,
+        _hoist_above_padding,
+        _merge_padding,
+        _pool_instead_of_mean,
+        _keep_float_where_scales_are_fixed,
+    ):
+        rewrite(module)
+    return clean(module)
+
+
 def program_precision(module: GraphModule) -> Precision:
     """What a program holds: ``w8a8`` with quantized activations, ``w8`` with quantized weights only, else ``fp32``."""
     quantize = _operators().quantize_per_tensor.default
     if any(node.target is quantize for node in module.graph.nodes):
         return "w8a8"
-    return "w8" if quantized_weights(module) else "fp32"
+    return "w8" if _quantized_weights(module) else "fp32"
 
 
-def unfold_weights(module: GraphModule) -> GraphModule:
+def _unfold_weights(module: GraphModule) -> None:
     """Int8 constants as float constants that are quantized in the graph, in place.
 
     The converter refuses to dequantize a constant, and folds this pair into the same integers: they are whole multiples
@@ -59,7 +75,7 @@ def unfold_weights(module: GraphModule) -> GraphModule:
         operators.dequantize_per_channel.default: operators.quantize_per_channel.default,
         operators.dequantize_per_tensor.default: operators.quantize_per_tensor.default,
     }
-    for node in quantized_weights(module):
+    for node in _quantized_weights(module):
         constant = node.args[0]
         arguments = [_value(module, argument) for argument in node.args]
         weight = node.target(*arguments)
@@ -67,10 +83,9 @@ def unfold_weights(module: GraphModule) -> GraphModule:
         with module.graph.inserting_before(node):
             quantized = module.graph.call_function(paired[node.target], (float_constant, *node.args[1:]))
         node.update_arg(0, quantized)
-    return clean(module)
 
 
-def hoist_above_padding(module: GraphModule) -> GraphModule:
+def _hoist_above_padding(module: GraphModule) -> None:
     """Quantize before a padding with zeros instead of after it, in place; zero is always a quantized value.
 
     Between a padding and its convolution, the quantize and dequantize pair keeps the converter from merging the two,
@@ -99,10 +114,9 @@ def hoist_above_padding(module: GraphModule) -> GraphModule:
                     operators.dequantize_per_tensor.default, (quantized, *first.args[1:])
                 )
         pad.update_arg(0, source)
-    return clean(module)
 
 
-def merge_padding(module: GraphModule) -> GraphModule:
+def _merge_padding(module: GraphModule) -> None:
     """Merge a symmetric padding with zeros into the convolutions that read it, in place."""
     for pad in [node for node in module.graph.nodes if _pads_with_zero(node)]:
         amounts = pad.args[1]
@@ -116,10 +130,9 @@ def merge_padding(module: GraphModule) -> GraphModule:
             arguments[0] = pad.args[0]
             arguments[4] = [height + amounts[2], width + amounts[0]]
             user.args = tuple(arguments)
-    return clean(module)
 
 
-def pool_instead_of_mean(module: GraphModule) -> GraphModule:
+def _pool_instead_of_mean(module: GraphModule) -> None:
     """Turn the mean over height and width into a global pool and a reshape, in place.
 
     The converter knows how to pool with the channels last; before a mean it transposes everything back.
@@ -146,7 +159,26 @@ def pool_instead_of_mean(module: GraphModule) -> GraphModule:
                 pooled = module.graph.call_function(_ATEN.flatten.using_ints, (pooled, 1))
         node.replace_all_uses_with(pooled)
         module.graph.erase_node(node)
-    return clean(module)
+
+
+def _keep_float_where_scales_are_fixed(module: GraphModule) -> None:
+    """Keep an operator in float whose int8 kernel would demand another output scale than the program's, in place.
+
+    The converter makes an int8 operator of whatever stands between a dequantize and a quantize node. Doubling and
+    halving, which is exact and which it does not fold away, comes in between.
+    """
+    operators = _operators()
+    for node in list(module.graph.nodes):
+        source = node.args[0] if node.args else None
+        if node.target not in _FIXED_OUTPUTS or not isinstance(source, Node):
+            continue
+        quantize = operators.quantize_per_tensor.default
+        scales = [user.args[1:3] for user in node.users if user.target is quantize]
+        if any(tuple(scale) != _FIXED_OUTPUTS[node.target] for scale in scales):
+            with module.graph.inserting_before(node):
+                doubled = module.graph.call_function(_ATEN.mul.Tensor, (source, 2.0))
+                halved = module.graph.call_function(_ATEN.mul.Tensor, (doubled, 0.5))
+            node.update_arg(0, halved)
 
 
 def _pads_with_zero(node: Node) -> bool:

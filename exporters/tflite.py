@@ -28,7 +28,7 @@ from edgekd.protocols import Arrays
 from edgekd.types import Precision, Student, TensorSpec
 
 from ._tflite_convert import convert, first_line, quiet, quiet_native, requantize
-from ._tflite_graph import hoist_above_padding, merge_padding, pool_instead_of_mean, program_precision, unfold_weights
+from ._tflite_graph import prepare, program_precision
 from ._tflite_metadata import append_metadata, check_intact, read_metadata
 
 __all__ = ["EXPORTER", "LiteRTRunner", "TFLiteExporter", "read_metadata"]
@@ -63,8 +63,7 @@ class TFLiteExporter:
                 f"tflite {precision} is made from a program in {_SOURCE[precision]}; {student.card.name!r} is {found}"
             )
         with quiet():
-            module = pool_instead_of_mean(merge_padding(hoist_above_padding(unfold_weights(module))))
-            fixed = retrace(module, program, batch=1)
+            fixed = retrace(prepare(module), program, batch=1)
         inputs, outputs = input_specs(fixed), output_specs(fixed)  # before the converter rewrites the program
         wide = any(spec.dtype in ("int64", "float64") for spec in (*inputs, *outputs))
         content = convert(fixed, [s.name for s in inputs], [s.name for s in outputs], keep_64_bit=wide)
@@ -158,11 +157,13 @@ def _named(details: Sequence[dict[str, Any]], names: dict[int, str]) -> list[tup
     ]
 
 
-def _interpreter(**model: Any) -> Any:
+def _interpreter(*, plain: bool = False, **model: Any) -> Any:
+    """LiteRT's interpreter; ``plain`` without XNNPACK, which is less strict than the kernels that it replaces."""
     with quiet_native():
-        from ai_edge_litert.interpreter import Interpreter
+        from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-        interpreter = Interpreter(**model, num_threads=1)
+        resolver = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES if plain else OpResolverType.AUTO
+        interpreter = Interpreter(**model, num_threads=1, experimental_op_resolver_type=resolver)
         interpreter.allocate_tensors()
     return interpreter
 
@@ -172,7 +173,7 @@ def _verify(
 ) -> LiteRTRunner:
     """Load what was written, and compare its inputs and outputs with the program's: converters have got both wrong."""
     try:
-        runner = LiteRTRunner(_interpreter(model_content=content))
+        runner = LiteRTRunner(_interpreter(plain=True, model_content=content))
     except (RuntimeError, ValueError) as error:
         raise ExportError(f"LiteRT cannot load the {precision} file that was made: {_refusal(error)}") from error
     for wanted, got in ((inputs, runner.inputs), (outputs, runner.outputs)):

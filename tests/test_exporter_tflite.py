@@ -319,6 +319,20 @@ def test_names_shapes_and_types_are_those_of_the_program(write: Write, name: str
         assert [(s.name, (1, *s.shape[1:]), s.dtype) for s in wanted] == [(s.name, s.shape, s.dtype) for s in got]
 
 
+def test_w8a8_is_legal_where_a_kernel_wants_a_scale_of_its_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.Sigmoid(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+    student = _student(net, torch.zeros(1, 8))
+    student = compress(student, "w8a8", _samples(student, 64, seed=2))
+    EXPORTER.write(student, tmp_path / "a.tflite", "w8a8")
+    operators = _operators(tmp_path / "a.tflite")  # the plain kernels refuse an int8 sigmoid of another scale
+    assert operators["FULLY_CONNECTED", "int8"] == 3
+    assert operators["LOGISTIC", "float32"] == operators["TANH", "float32"] == 1
+    for share, cosine in _differences(student, tmp_path / "a.tflite").values():
+        assert share < 0.03
+        assert cosine > 0.9995
+
+
 def test_64_bit_integers_stay_64_bit(write: Write) -> None:
     student, path = write("lookup", "fp32")
     runner = EXPORTER.load(path)
