@@ -10,7 +10,6 @@ from string import Template
 from edgekd.ledger import (
     UNKNOWN,
     Ledger,
-    Row,
     file_column,
     format_bytes,
     format_count,
@@ -68,15 +67,16 @@ def html(ledger: Ledger, measurements: Sequence[Measurement]) -> str:
         title=_text(ledger.name),
         subtitle=_text(f"edgekd, {ledger.created}"),
         verdicts=_list((_text(sentence) for sentence in ledger.sentences), "verdicts"),
-        figures=_figures(ledger.rows),
+        figures=_figures(ledger),
         sections="\n".join(section for section in sections if section),
     )
 
 
-def _figures(rows: Sequence[Row]) -> str:
+def _figures(ledger: Ledger) -> str:
     """What a reader asks first, each with what it is compared with; the worse outcome is told like the better."""
-    of = {stage: next((row for row in rows if row.stage == stage), None) for stage in ("teacher", "control", "student")}
-    teacher, control, student = of["teacher"], of["control"], of["student"]
+    rows, gain = ledger.rows, ledger.gain
+    teacher = next((row for row in rows if row.stage == "teacher"), None)
+    student = next((row for row in rows if row.is_shipped), None)
     artifacts = [
         row for row in rows if row.stage == "artifact" and row.parity != "failed"
     ]  # no praise for a wrong file
@@ -84,9 +84,9 @@ def _figures(rows: Sequence[Row]) -> str:
     if student and student.accuracy is not None:
         beside = f"teacher {format_share(teacher.accuracy)} %" if teacher and teacher.accuracy is not None else ""
         cells.append((f"{format_share(student.accuracy)} %", "student's accuracy", beside))
-        if control and control.accuracy is not None:
-            gain = (student.accuracy - control.accuracy) * 100
-            cells.append((f"{gain:+.2f} points", "from distillation", f"control {format_share(control.accuracy)} %"))
+    if gain is not None:
+        beside = f"± {gain.standard_error:.2f} standard error, {gain.seeds} {'seeds' if gain.seeds > 1 else 'seed'}"
+        cells.append((f"{gain.points:+.2f} points", "from distillation", beside))
     sized = [row for row in artifacts if row.size_bytes]
     if sized:
         least = min(sized, key=lambda row: row.size_bytes or 0)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "UNKNOWN",
     "ClassRow",
+    "Gain",
     "Ledger",
     "Row",
     "Stage",
@@ -55,6 +56,7 @@ class Row(JsonMixin):
         parity: ``passed``, ``failed``, ``not_run``; empty for a program.
         note: What a reader should know.
         proof: The whole comparison behind ``parity``, for the report.
+        is_shipped: Of a student: whether the files were made from it.
     """
 
     stage: Stage
@@ -73,6 +75,7 @@ class Row(JsonMixin):
     parity: str = ""
     note: str = ""
     proof: Parity | None = None
+    is_shipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,21 @@ class ClassRow(JsonMixin):
 
 
 @dataclass(frozen=True)
+class Gain(JsonMixin):
+    """What the teacher added: the shipped arm against the control, on the test split.
+
+    Attributes:
+        points: Difference of the mean accuracies, in percentage points.
+        standard_error: Of it, in points: over paired seeds, or from the size of the test split with one seed.
+        seeds: How many of each.
+    """
+
+    points: float
+    standard_error: float
+    seeds: int
+
+
+@dataclass(frozen=True)
 class Ledger(JsonMixin):
     """Everything a run found: the content of ``report.json``, next to the raw measurements.
 
@@ -105,6 +123,7 @@ class Ledger(JsonMixin):
         classes: In the order of the labels.
         lineage: Oldest first, each ``stage: fingerprint``.
         environment: Versions and the machine.
+        gain: None when no arm was distilled.
     """
 
     name: str
@@ -114,6 +133,7 @@ class Ledger(JsonMixin):
     classes: tuple[ClassRow, ...] = ()
     lineage: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    gain: Gain | None = None
 
 
 def format_share(share: float | None) -> str:

@@ -13,7 +13,7 @@ import edgekd
 from edgekd import plugins
 from edgekd.distill import CONTROL, ArmResult
 from edgekd.export import PORTABLE
-from edgekd.ledger import ClassRow, Ledger, Row
+from edgekd.ledger import ClassRow, Gain, Ledger, Row
 from edgekd.metrics import ClassCount, Quality, quality
 from edgekd.pipeline import measurements_of, results_of, shipped
 from edgekd.store import load_artifact, load_student, read_json, size_of, write_json
@@ -43,7 +43,7 @@ def collect(work: Workspace) -> tuple[Ledger, list[Measurement]]:
         _teacher_row(work, teacher),
         _student_row("control", control, work.folder.arm(CONTROL, chosen.seed)),
         *(
-            _student_row("student", r, work.folder.arm(r.arm, r.seed))
+            _student_row("student", r, work.folder.arm(r.arm, r.seed), is_shipped=r == chosen)
             for r in results
             if r.seed == chosen.seed and r.arm != CONTROL
         ),
@@ -64,6 +64,7 @@ def collect(work: Workspace) -> tuple[Ledger, list[Measurement]]:
         classes=classes,
         lineage=student.card.lineage,
         environment=_environment(),
+        gain=_gain(results, chosen),
     )
     return ledger, measurements
 
@@ -122,7 +123,7 @@ def _teacher_row(work: Workspace, teacher: Quality) -> Row:
     )
 
 
-def _student_row(stage: str, result: ArmResult, folder: Path) -> Row:
+def _student_row(stage: str, result: ArmResult, folder: Path, is_shipped: bool = False) -> Row:
     student, _ = load_student(folder)
     return Row(
         stage="control" if stage == "control" else "student",
@@ -135,6 +136,7 @@ def _student_row(stage: str, result: ArmResult, folder: Path) -> Row:
         size_bytes=(folder / "student.pt2").stat().st_size,
         parameters=student.card.parameters,
         macs=student.card.macs,
+        is_shipped=is_shipped,
     )
 
 
@@ -236,22 +238,30 @@ def _distillation_sentences(
     ]
     if chosen.arm == CONTROL:
         return [*lines, "It was trained without the teacher: no distilled arm was trained or chosen."]
-    gain = statistics.fmean(own) - statistics.fmean(control)
-    error = _standard_error(own, control, chosen.test.samples)
-    words = "helped" if gain > 2 * error else "hurt" if gain < -2 * error else "made no difference that can be told"
+    gain = _gain(results, chosen)
+    assert gain is not None
+    told = abs(gain.points) > 2 * gain.standard_error
+    words = ("helped" if gain.points > 0 else "hurt") if told else "made no difference that can be told"
     how = f"{len(own)} seeds each" if len(own) > 1 else "one seed each, so only the test set's own error is known"
     lines.append(
-        f"Distillation {words}: {gain * 100:+.2f} points over the same student without a teacher "
-        f"({_spread(control)}), standard error {error * 100:.2f} points, {how}."
+        f"Distillation {words}: {gain.points:+.2f} points over the same student without a teacher "
+        f"({_spread(control)}), standard error {gain.standard_error:.2f} points, {how}."
     )
     return lines
 
 
-def _standard_error(own: Sequence[float], control: Sequence[float], samples: int) -> float:
-    """Of the difference of the means: over paired seeds, or from the size of the test set when there is one seed."""
+def _gain(results: Sequence[ArmResult], chosen: ArmResult) -> Gain | None:
+    """The shipped arm against the control."""
+    if chosen.arm == CONTROL:
+        return None
+    own = [r.test.accuracy for r in results if r.arm == chosen.arm]
+    control = [r.test.accuracy for r in results if r.arm == CONTROL]
     if len(own) > 1:
-        return statistics.stdev(a - b for a, b in zip(own, control, strict=True)) / len(own) ** 0.5
-    return float(sum(p * (1 - p) / samples for p in (own[0], control[0])) ** 0.5)
+        error = statistics.stdev(a - b for a, b in zip(own, control, strict=True)) / len(own) ** 0.5
+    else:
+        error = float(sum(p * (1 - p) / chosen.test.samples for p in (own[0], control[0])) ** 0.5)
+    points = statistics.fmean(own) - statistics.fmean(control)
+    return Gain(points * 100, error * 100, len(own))
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -13,7 +13,7 @@ from edgekd.benchmarks import charts
 from edgekd.benchmarks.report import html
 from edgekd.benchmarks.session import measure_many
 from edgekd.devices.host import HostDevice
-from edgekd.ledger import ClassRow, Ledger, Row
+from edgekd.ledger import ClassRow, Gain, Ledger, Row
 from edgekd.types import Artifact, Block, Measurement, OutputParity, Parity, Plan
 
 VOID = {"meta", "br", "link", "input", "hr", "img"}
@@ -73,7 +73,7 @@ def made_ledger(text: str = "plain") -> Ledger:
         rows=(
             Row("teacher", f"{text} teacher", "", "fp32", 0.98, 1.0, 0.0, 0.01, 4_000_000, 1_000_000, 9_000_000),
             Row("control", "control", "", "fp32", 0.95, 0.96, 0.1, 0.02, 400_000, 100_000, 900_000),
-            Row("student", "student", "", "fp32", 0.94, 0.97, 0.1, 0.02, 400_000, 100_000, 900_000),
+            Row("student", "student", "", "fp32", 0.94, 0.97, 0.1, 0.02, 400_000, 100_000, 900_000, is_shipped=True),
             Row("artifact", f"a {text}", "onnx", "fp32", 0.94, 0.97, size_bytes=410_000, latency_ms=0.9,
                 latency_device=f"host {text}", parity="passed", note=text, proof=parity),
             Row("artifact", f"b {text}", text, "w8a8", 0.93, 0.97, size_bytes=110_000, latency_ms=0.4,
@@ -83,6 +83,7 @@ def made_ledger(text: str = "plain") -> Ledger:
         classes=(ClassRow(text, 10, 0.5, 0.4, None, True), ClassRow("other", 12, 0.99, 0.98, 0.97)),
         lineage=(f"teacher: {text}",),
         environment={text: text},
+        gain=Gain(-1.0, 0.4, 3),
     )  # fmt: skip
 
 
@@ -117,7 +118,7 @@ def test_what_is_known_is_on_the_page() -> None:
     document = html(made_ledger(), [made_measurement(), made_measurement("onnx", "w8a8", 0.5)])
     text = Page(document).text
     for part in (
-        "94.00 %", "-1.00 points", "110 kB", "210 kB", "19 times smaller", "0.900 ms",
+        "94.00 %", "-1.00 points", "± 0.40 standard error, 3 seeds", "110 kB", "210 kB", "19 times smaller", "0.900 ms",
         "First plain", "teacher: plain", "Failed outputs: plain (off by 2.5)", "weak in the teacher",
         "0.50 (0.50 to 0.50)", "720", "60.0 MB",
     ):  # fmt: skip
