@@ -367,6 +367,7 @@ def _artifact_json(artifact: Any, folder: Path) -> dict[str, Any]:
             "samples": parity.samples,
         },
         "accuracy": artifact.accuracy,
+        "toolchain": artifact.toolchain,
         "notes": list(artifact.notes),
     }
 

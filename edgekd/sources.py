@@ -29,6 +29,7 @@ from edgekd.models import (
     run_program,
 )
 from edgekd.protocols import Arrays
+from edgekd.quiet import quiet
 from edgekd.store import hash_path
 
 if TYPE_CHECKING:
@@ -122,25 +123,40 @@ def hugging_face_module(folder: Path, task: str | None = None) -> nn.Module:
         raise MissingToolchainError(f"hf:{folder.name}", ", ".join(absent), "hf")
     if not (folder / "config.json").is_file():
         raise ModelFileError(f"{folder} is not a transformers folder: it has no config.json")
-    from optimum.exporters.tasks import TasksManager
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     supported = ("text-classification", "image-classification", "feature-extraction")
     try:
-        task = task or TasksManager.infer_task_from_model(str(folder))
-        if task not in supported:
-            raise ModelFileError(f"{folder}: task {task!r} is not supported; there are {', '.join(supported)}")
-        model = TasksManager.get_model_from_task(
-            task, folder, framework="pt", use_safetensors=True, local_files_only=True, attn_implementation="sdpa"
-        )
+        with quiet():
+            import transformers
+            from optimum.exporters.tasks import TasksManager
+
+            transformers.logging.set_verbosity_error()
+            transformers.logging.disable_progress_bar()
+            library = {"library_name": "transformers"}
+            task = task or TasksManager.infer_task_from_model(_model_class(folder), **library)
+            if task not in supported:
+                raise ModelFileError(f"{folder}: task {task!r} is not supported; there are {', '.join(supported)}")
+            options = {"use_safetensors": True, "local_files_only": True, "attn_implementation": "sdpa", **library}
+            model = TasksManager.get_model_from_task(task, folder, framework="pt", **options)
     except ModelFileError:
         raise
     except Exception as error:
         raise ModelFileError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     image = getattr(model, "main_input_name", "input_ids") == "pixel_values"
     return (_ImageModel(model) if image else _TextModel(model)).eval()
+
+
+def _model_class(folder: Path) -> type:
+    """The class that a folder's configuration names; TasksManager infers the task from it (not from a local path)."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    name = (config.architectures or ["none"])[0]
+    found = getattr(transformers, name, None)
+    if not isinstance(found, type):
+        raise ModelFileError(
+            f"{folder / 'config.json'} names the architecture {name!r}, which transformers does not have"
+        )
+    return found
 
 
 class _TextModel(nn.Module):

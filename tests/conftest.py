@@ -1,9 +1,8 @@
 """Shared fixtures: tiny real programs, no mocks."""
 
 import hashlib
-from pathlib import Path
-
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see edgekd.cli.main
 
