@@ -5,6 +5,8 @@ Written from Apple's description of MIL (coremltools' operator reference), in to
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -241,3 +243,41 @@ def pixel_shuffle(x: Tensor, upscale_factor: int) -> Tensor:
 @operator(moves=True)
 def pixel_unshuffle(x: Tensor, downscale_factor: int) -> Tensor:
     return F.pixel_unshuffle(x, downscale_factor)
+
+
+@operator(moves=True)
+def crop(x: Tensor, crop_height: Ints, crop_width: Ints) -> Tensor:
+    """Rows and columns to cut off before and after."""
+    (top, bottom), (left, right) = crop_height, crop_width
+    return x[..., top : x.shape[-2] - bottom, left : x.shape[-1] - right]
+
+
+@operator(moves=True)
+def upsample_nearest_neighbor(x: Tensor, scale_factor_height: float = 1.0, scale_factor_width: float = 1.0) -> Tensor:
+    for axis, factor in ((-2, scale_factor_height), (-1, scale_factor_width)):
+        size, last = math.floor(x.shape[axis] * factor), x.shape[axis] - 1
+        x = x.index_select(axis, (torch.arange(size) / factor).floor().clamp(max=last).to(torch.int64))
+    return x
+
+
+@operator()
+def upsample_bilinear(
+    x: Tensor,
+    scale_factor_height: float = 1.0,
+    scale_factor_width: float = 1.0,
+    align_corners: bool = True,
+    half_pixel_centers: bool | None = None,
+) -> Tensor:
+    """The scale is recomputed from the sizes; half-pixel centers unless the corners are aligned."""
+    half = not align_corners if half_pixel_centers is None else half_pixel_centers
+    for axis, factor in ((-2, scale_factor_height), (-1, scale_factor_width)):
+        before = x.shape[axis]
+        after = math.floor(before * factor)
+        step = (before - 1) / max(after - 1, 1) if align_corners else before / after
+        points = torch.arange(after, dtype=torch.float64) * step + (0.5 * step - 0.5 if half else 0.0)
+        points = points.clamp(0, before - 1)
+        low = points.floor().to(torch.int64)
+        share = (points - low).to(x.dtype).reshape([-1 if axis == other else 1 for other in (-2, -1)])
+        upper = x.index_select(axis, (low + 1).clamp(max=before - 1))
+        x = torch.lerp(x.index_select(axis, low), upper, share)
+    return x

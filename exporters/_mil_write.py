@@ -65,21 +65,24 @@ def rename_features(model: Any, inputs: Sequence[str], outputs: Sequence[str]) -
 
     Args:
         model: The ``Model`` message with an ML Program of one function, ``main``.
-        inputs, outputs: The new names, one each.
+        inputs, outputs: The new names, one each; an output that a program gives twice is one output of a package.
 
     Raises:
         ExportError: There are more or fewer inputs or outputs than names.
     """
     function = model.mlProgram.functions["main"]
     block = function.block_specializations[function.opset]
-    present_inputs = [value.name for value in function.inputs]
-    present_outputs = list(block.outputs)
-    for what, present, wanted in (("inputs", present_inputs, inputs), ("outputs", present_outputs, outputs)):
-        if len(set(present)) != len(wanted):
+    names: dict[str, str] = {}
+    for what, present, wanted in (
+        ("inputs", [value.name for value in function.inputs], inputs),
+        ("outputs", list(block.outputs), outputs),
+    ):
+        present, wanted = list(dict.fromkeys(present)), list(dict.fromkeys(wanted))  # a value may be given out twice
+        if len(present) != len(wanted):
             raise ExportError(
                 f"the program has the {what} {', '.join(wanted)}; Core ML's converter made {', '.join(present)} of them"
             )
-    names = dict(zip((*present_inputs, *present_outputs), (*inputs, *outputs), strict=True))
+        names.update(zip(present, wanted, strict=True))
     taken = _names(function, block)
     for name in sorted(set(names.values()) - set(names)):
         if name in taken:  # an inner value has the name that an output shall have

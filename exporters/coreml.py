@@ -18,23 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch.export import ExportedProgram
-from torch.fx import Node
 
 from edgekd.errors import ExportError, UsageError
-from edgekd.fold import attribute, clean, set_constant
-from edgekd.models import at_batch, input_specs, output_specs, retrace
+from edgekd.models import at_batch, input_specs, output_specs
 from edgekd.protocols import Runner
 from edgekd.types import Card, Precision, Student, TensorSpec
 
 from ._mil import MilProgram, load_package
+from ._mil_prepare import is_quantized, prepare_program
 from ._mil_write import rename_features, write_package
 
 __all__ = ["EXPORTER", "CoreMLExporter", "load"]
-
-_QUANTIZED = "quantized_decomposed"
-_INTEGERS = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
 
 
 def load(path: Path) -> MilProgram:
@@ -68,15 +63,18 @@ class CoreMLExporter:
         program = at_batch(student.program)
         if precision not in self.precisions:
             raise UsageError(f"coreml has no precision {precision!r}; it has {', '.join(self.precisions)}")
-        if precision in ("w8", "w8a8") and not any(_is_quantized(node) for node in program.graph.nodes):
+        if precision in ("w8", "w8a8") and not any(is_quantized(node) for node in program.graph.nodes):
             raise UsageError(f"coreml {precision} takes a program with int8 weights; edgekd.compress makes one")
+        inputs, outputs = input_specs(program), output_specs(program)
+        for spec in inputs:
+            if spec.dtype == "bool":
+                raise ExportError(f"input {spec.name!r} is bool; Core ML takes float32 and int32 inputs")
         with _collected_complaints() as complaints:
-            program = _prepared(program)
-            inputs, outputs = input_specs(program), output_specs(program)
+            program = prepare_program(program)
             with tempfile.TemporaryDirectory() as folder:
                 model = _convert(program, outputs, precision, Path(folder) / "converted.mlpackage", complaints)
                 spec = model.get_spec()
-                rename_features(spec, [s.name for s in inputs], [s.name for s in _unique(outputs)])
+                rename_features(spec, [s.name for s in inputs], [s.name for s in outputs])
                 _describe(spec, student.card, precision)
                 weights = Path(model.weights_dir) if model.weights_dir else None
                 write_package(spec, weights, path)
@@ -87,77 +85,6 @@ class CoreMLExporter:
 
 
 EXPORTER = CoreMLExporter()
-
-
-def _prepared(program: ExportedProgram) -> ExportedProgram:
-    """The program in the words that coremltools knows, with only those operators decomposed that it lacks.
-
-    Raises:
-        ExportError: An operator stays that it has no translation for, or int8 numbers that Core ML cannot hold.
-    """
-    program = _with_float_biases(program)
-    _refuse_narrow_ranges(program)
-    from torch._decomp import core_aten_decompositions
-
-    known = core_aten_decompositions()
-    table: dict[Any, Any] = {}
-    while True:
-        program = program.run_decompositions(dict(table))
-        missing = {node.target: node for node in program.graph.nodes if _is_missing(node)}
-        fresh = {target: known[target] for target in missing if target in known and target not in table}
-        if not fresh:
-            break
-        table.update(fresh)
-    if missing:
-        names = ", ".join(f"{target} (output {node.name!r})" for target, node in missing.items())
-        raise ExportError(f"Core ML's converter has no translation for {names}")
-    return program
-
-
-def _is_missing(node: Node) -> bool:
-    from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY
-
-    if node.op != "call_function":
-        return False
-    target: Any = node.target
-    name = target.name() if isinstance(target, torch._ops.OpOverload) else target.__name__
-    return _TORCH_OPS_REGISTRY.get_func(name) is None
-
-
-def _is_quantized(node: Node) -> bool:
-    return node.op == "call_function" and str(getattr(node.target, "namespace", "")) == _QUANTIZED
-
-
-def _with_float_biases(program: ExportedProgram) -> ExportedProgram:
-    """Compute dequantized constants of more than 8 bits (int32 biases), which Core ML cannot hold as integers."""
-    if not any(_is_quantized(node) for node in program.graph.nodes):
-        return program
-    module = program.module(check_guards=False)
-    changed = False
-    for node in list(module.graph.nodes):
-        if not (_is_quantized(node) and "dequantize" in node.target.__name__):
-            continue
-        source = node.args[0]
-        if source.op != "get_attr" or attribute(module, source.target).dtype in _INTEGERS:
-            continue
-        args = [attribute(module, str(a.target)) if isinstance(a, Node) else a for a in node.args]
-        constant = set_constant(module, f"{source.target}_float", node.target(*args, **node.kwargs), node)
-        node.replace_all_uses_with(constant)
-        changed = True
-    return retrace(clean(module), program) if changed else program
-
-
-def _refuse_narrow_ranges(program: ExportedProgram) -> None:
-    """Core ML quantizes activations to the whole range of the type; the converter would ignore a narrower one."""
-    for node in program.graph.nodes:
-        if not (_is_quantized(node) and node.target.__name__.startswith("quantize_per_tensor")):
-            continue
-        low, high, dtype = node.args[3:6]
-        if _INTEGERS.get(dtype, (low, high)) != (low, high):
-            raise ExportError(
-                f"{node.name} quantizes to {low}..{high}; Core ML quantizes to the whole range of {dtype}, "
-                f"{_INTEGERS[dtype][0]}..{_INTEGERS[dtype][1]}"
-            )
 
 
 def _convert(
@@ -221,11 +148,6 @@ def _describe(spec: Any, card: Card, precision: Precision) -> None:
     meanings = {s.name: s.meaning for s in (*card.inputs, *card.outputs)}
     for feature in (*spec.description.input, *spec.description.output):
         feature.shortDescription = meanings.get(feature.name, "")
-
-
-def _unique(specs: tuple[TensorSpec, ...]) -> list[TensorSpec]:
-    """Outputs by name; a value that a program gives twice is one output of a package."""
-    return list({spec.name: spec for spec in specs}.values())
 
 
 @contextmanager

@@ -451,3 +451,46 @@ case(
     lambda mb, x: mb.pixel_unshuffle(x=x, downscale_factor=np.uint32(2)),
     D.reshape(1, 2, 2, 2, 3, 2).transpose(0, 1, 3, 5, 2, 4).reshape(1, 8, 2, 3),
 )
+case("crop", [C], lambda mb, x: mb.crop(x=x, crop_height=[1, 0], crop_width=[2, 1]), C[:, :, 1:, 2:-1])
+case(
+    "upsample_nearest_neighbor",
+    [C],
+    lambda mb, x: mb.upsample_nearest_neighbor(x=x, scale_factor_height=2, scale_factor_width=3),
+    C.repeat(2, 2).repeat(3, 3),
+)
+case(
+    "upsample_nearest_neighbor_by_a_fraction",
+    [C],
+    lambda mb, x: mb.upsample_nearest_neighbor(x=x, scale_factor_height=1.5, scale_factor_width=1.0),
+    C[:, :, [0, 0, 1, 2, 2, 3]],
+)
+
+
+def interpolated(x: Array, axis: int, points: list[float]) -> Array:
+    """Linear interpolation at places of an axis; beyond the ends, the ends."""
+    ends = np.arange(x.shape[axis])
+    return np.apply_along_axis(lambda line: np.interp(points, ends, line), axis, x).astype(np.float32)
+
+
+case(
+    "upsample_bilinear_with_aligned_corners",
+    [C],
+    lambda mb, x: mb.upsample_bilinear(x=x, scale_factor_height=2, scale_factor_width=1, align_corners=True),
+    interpolated(C, 2, [i * 3 / 7 for i in range(8)]),
+)
+case(
+    "upsample_bilinear_with_half_pixels",
+    [C],
+    lambda mb, x: mb.upsample_bilinear(
+        x=x, scale_factor_height=1, scale_factor_width=2, align_corners=False, half_pixel_centers=True
+    ),
+    interpolated(C, 3, [i / 2 + 0.25 - 0.5 for i in range(10)]),
+)
+case(
+    "upsample_bilinear_from_the_corner",
+    [C],
+    lambda mb, x: mb.upsample_bilinear(
+        x=x, scale_factor_height=1, scale_factor_width=2, align_corners=False, half_pixel_centers=False
+    ),
+    interpolated(C, 3, [i / 2 for i in range(10)]),
+)
