@@ -156,3 +156,24 @@ def test_the_student_of_another_program_keeps_its_card(tmp_path: Path, convnet_s
     student, _ = load_student(tmp_path / "s")
 
     assert student.card.labels == ("a", "b", "c", "d", "e")
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path: Path, convnet_student: Student) -> None:
+    """On a file system of its own with no room left."""
+    pytest.importorskip("onnxruntime")
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("this user may not mount a tmpfs")
+    try:
+        save_student(tmp_path / "s", convnet_student, {})
+        (small / "kept").write_text("kept")
+        done = edgekd("export", str(tmp_path / "s" / "student.pt2"), "-t", "onnx", "-o", str(small / "o"), cwd=tmp_path)
+
+        assert done.returncode == 1
+        assert "the disk is full" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert (small / "kept").read_text() == "kept"
+        assert not list(small.rglob("model.onnx"))
+    finally:
+        subprocess.run(["umount", str(small)], check=True)

@@ -47,7 +47,7 @@ def make_recipe(folder: Path, **changes: str) -> Path:
     text = path.read_text()
     for old, new in {**CHANGES, **changes}.items():
         assert old in text, old
-        text = re.sub(re.escape(old) + r"( +#.*)?", lambda _, new=new: new, text, count=1)
+        text = re.sub(re.escape(old) + r"( +#.*)?", new, text, count=1)
     path.write_text(text)
     return path
 
