@@ -82,7 +82,7 @@ def quantize_weights(student: Student) -> Student:
     stay float. Batch norm is folded first. An embedding is often most of a text model, so it is no exception.
 
     Raises:
-        UsageError: The student is compressed already.
+        UsageError: The student is compressed already, or has no such weights.
         NumericalError: A weight is not finite.
     """
     _refuse_compressed(student, "w8")
@@ -103,7 +103,7 @@ def quantize_static(student: Student, calibration: Arrays, observer: str = "minm
         observer: One of :data:`OBSERVER_NAMES`.
 
     Raises:
-        UsageError: There is no such observer, or the student is compressed already.
+        UsageError: There is no such observer, or the student is compressed already or has no weights to quantize.
         DataError: The samples do not fit the inputs.
         NumericalError: A sample, a weight, or what the student makes of the samples is not finite.
     """
@@ -177,7 +177,12 @@ def _refuse_compressed(student: Student, precision: str) -> None:
 
 
 def _finish(student: Student, module: GraphModule, precision: Precision, calibration: Calibration | None) -> Student:
-    program = retrace(clean(module), student.program)
+    if not any(buffer.dtype == torch.int8 for buffer in clean(module).buffers()):
+        raise UsageError(
+            f"{precision} quantizes float32 weights of convolutions, linear layers and embeddings, and "
+            f"{student.card.name!r} has none; keep it in fp32"
+        )
+    program = retrace(module, student.program)
     settings = json.dumps([precision, dataclasses.asdict(calibration) if calibration else None], sort_keys=True)
     step = hashlib.sha256(settings.encode() + program_bytes(student.program)).hexdigest()
     card = dataclasses.replace(

@@ -561,6 +561,18 @@ def test_weights_and_outputs_that_are_not_finite_are_refused(images: dict[str, n
         quantize_static(student, images)
 
 
+def test_a_student_without_weights_to_quantize_is_refused() -> None:
+    net = nn.Sequential(nn.LayerNorm(4), nn.GELU())
+    student = student_of(net.eval(), torch.zeros(1, 4))
+    with pytest.raises(UsageError, match="'net' has none; keep it in fp32"):
+        quantize_weights(student)
+    with pytest.raises(UsageError, match="'net' has none; keep it in fp32"):
+        quantize_static(student, {"x": np.ones((2, 4), np.float32)})
+    half = student_of(nn.Linear(4, 2).half().eval(), torch.zeros(1, 4, dtype=torch.float16))
+    with pytest.raises(UsageError, match="w8 quantizes float32 weights"):
+        quantize_weights(half)
+
+
 def test_cards_are_replaced_not_changed(residual: Student) -> None:
     before = replace(residual.card)
     quantize_weights(residual)
