@@ -82,7 +82,7 @@ class LineProgress:
     def advance(self, steps: int = 1, note: str = "") -> None:
         self._done += steps
         now = time.monotonic()
-        if now - self._spoke >= self.EVERY_S and self._done:
+        if now - self._spoke >= self.EVERY_S and 0 < self._done < self._total:
             self._spoke = now
             left = (now - self._began) / self._done * (self._total - self._done)
             self.say(f"{self._what}: {self._done}/{self._total}, about {left:.0f} s left{', ' + note if note else ''}")
