@@ -62,14 +62,18 @@ def main() -> None:
     except EdgekdError as error:
         _fail(str(error))
         raise SystemExit(error.exit_code) from None
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        _fail(f"the disk is full: {error.filename or 'a file'} was not written; what was there before is unchanged")
-        raise SystemExit(1) from None
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from here")
         raise SystemExit(130) from None
+    except Exception as error:  # the user's own code, or a fault of ours: one line, and where to look
+        if os.environ.get("EDGEKD_TRACEBACK"):
+            raise
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _fail(f"the disk is full: {error.filename or 'a file'} was not written; what was there before is unchanged")
+        else:
+            what = f"{type(error).__name__} at {_place(error)}: {_one_line(error)}"
+            _fail(f"{what}; EDGEKD_TRACEBACK=1 shows the way there")
+        raise SystemExit(1) from None
 
 
 @app.command()
@@ -406,6 +410,20 @@ def _say(line: str) -> None:
 
 def _fail(line: str) -> None:
     typer.echo(f"edgekd: {line}", err=True)
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line that belongs to no installed package: the user's code, or ours."""
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename and "<frozen" not in frame.filename]
+    frame = (own or list(frames))[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"
+
+
+def _one_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
 
 
 def _json(value: Any) -> None:

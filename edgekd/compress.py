@@ -9,10 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -34,6 +30,7 @@ from edgekd.fold import (
 )
 from edgekd.models import bind_inputs, example_inputs, input_specs, program_bytes, retrace
 from edgekd.protocols import Arrays
+from edgekd.quiet import quiet
 from edgekd.types import Calibration, Precision, Student
 
 __all__ = ["OBSERVER_NAMES", "choose_int8", "compress", "quantize_static", "quantize_weights"]
@@ -113,7 +110,7 @@ def quantize_static(student: Student, calibration: Arrays, observer: str = "minm
     samples = _checked(student.program, calibration)
     module = folded_module(student.program)
     names = _weight_names(module)
-    with _quiet():
+    with quiet():
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
         from edgekd.quantizer import PortableQuantizer
@@ -146,7 +143,7 @@ def choose_int8(program: ExportedProgram, precisions: tuple[Precision, ...]) -> 
     kind = f"{share:.0%} of its multiply-accumulates are convolutions"
     order: tuple[Precision, ...] = ("w8a8", "w8") if convnet else ("w8d8", "w8")
     reasons = {
-        "w8a8": f"{kind}: a convnet, which is fastest with static int8 activations",
+        "w8a8": f"{kind}: a convnet, which static int8 activations suit",
         "w8d8": f"{kind}: mostly matrix products, which keep their accuracy with dynamic int8 activations",
         "w8": f"{kind}; the target has no {order[0]}, so only the weights are int8",
     }
@@ -364,16 +361,3 @@ def _fingerprint(samples: dict[str, np.ndarray]) -> str:
         digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torchao from telling of kernels for other processors, which it logs and warns of while it is imported."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)

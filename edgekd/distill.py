@@ -25,6 +25,7 @@ from edgekd.models import (
     rename_outputs,
     run_program,
 )
+from edgekd.parity import LOGITS
 from edgekd.plugins import load_function
 from edgekd.protocols import Augmentation, Loss, Progress
 from edgekd.recipe import Recipe
@@ -129,7 +130,7 @@ def train_arm(
     card = Card(
         name=recipe.name,
         inputs=input_specs(program),
-        outputs=tuple(replace(spec, meaning="logits") for spec in output_specs(program)),
+        outputs=tuple(replace(spec, meaning=LOGITS) for spec in output_specs(program)),
         labels=splits.labels,
         preprocessing=splits.preprocessing,
         parameters=count_parameters(module),

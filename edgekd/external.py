@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from edgekd.data import load_arrays
 from edgekd.errors import ModelFileError, UsageError
 from edgekd.export import PORTABLE, Proof, export_student, resolve_precision, synthetic_samples
 from edgekd.models import bind_inputs, count_macs, count_parameters, export_program, input_specs, output_specs
+from edgekd.parity import LOGITS
 from edgekd.protocols import Arrays, Progress
 from edgekd.sources import hugging_face_example, hugging_face_module
 from edgekd.store import fingerprint, hash_path, load_student, read_json
@@ -107,7 +109,7 @@ def _from_hugging_face(folder: Path, max_length: int) -> tuple[Student, dict[str
     card = Card(
         name=folder.resolve().name,
         inputs=input_specs(program),
-        outputs=output_specs(program),
+        outputs=tuple(replace(spec, meaning=LOGITS if classifies else "") for spec in output_specs(program)),
         labels=labels,
         preprocessing=preprocessing,
         parameters=count_parameters(program),

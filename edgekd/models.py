@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import logging
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 
 from edgekd.errors import DataError, ModelFileError
 from edgekd.protocols import Arrays
+from edgekd.quiet import quiet
 from edgekd.types import TensorSpec
 
 __all__ = [
@@ -50,16 +53,14 @@ def export_program(module: nn.Module, inputs: Sequence[Tensor], *, dynamic_batch
     """
     module = module.eval()
     args = tuple(inputs)
-    if dynamic_batch:
-        pairs = tuple(torch.cat([x, x]) for x in args)
-        try:
-            batch = Dim("batch")
-            shapes = tuple({0: batch} for _ in pairs)
-            return _without_origin(torch.export.export(module, pairs, dynamic_shapes=shapes, strict=False))
-        except Exception:  # noqa: BLE001 - torch.export raises many types; the static export below decides
-            pass
     try:
-        return _without_origin(torch.export.export(module, tuple(x[:1] for x in args), strict=False))
+        with quiet(logging.ERROR):  # torch logs a page before it raises
+            if dynamic_batch:
+                with contextlib.suppress(Exception):  # of many types; the fixed batch below decides
+                    pairs, size = tuple(torch.cat([x, x]) for x in args), Dim("batch")
+                    shapes = tuple({0: size} for _ in pairs)
+                    return _without_origin(torch.export.export(module, pairs, dynamic_shapes=shapes, strict=False))
+            return _without_origin(torch.export.export(module, tuple(x[:1] for x in args), strict=False))
     except Exception as error:
         raise ModelFileError(f"torch.export cannot trace {type(module).__name__}: {_first_line(error)}") from error
 

@@ -203,7 +203,12 @@ def _module_teacher(module: nn.Module, reference: str, example: Arrays) -> Teach
 
     def logits(arrays: Arrays) -> np.ndarray:
         with torch.no_grad():
-            outputs = flatten_outputs(module(*(torch.from_numpy(array) for array in arrays.values())))
+            try:
+                outputs = flatten_outputs(module(*(torch.from_numpy(array) for array in arrays.values())))
+            except Exception as error:
+                taken = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise DataError(f"teacher {reference!r} cannot take {taken}: {reason}") from error
         return _checked(outputs[0].float().numpy() if outputs else np.empty(0), reference)
 
     program: ExportedProgram | None = None

@@ -14,7 +14,6 @@ import re
 import sys
 import tempfile
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -23,6 +22,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from edgekd.errors import ExportError
+from edgekd.quiet import quiet as silence
 
 __all__ = ["convert", "first_line", "quiet", "quiet_native", "requantize"]
 
@@ -168,25 +168,15 @@ def first_line(text: str) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Python's loggers and warnings still, and litert-torch's progress lines off stdout."""
-    root = logging.getLogger()
-    silent, disabled = logging.NullHandler(), root.manager.disable
-    # With no handler, logging.warning() would install one for good, and change the caller's logging.
-    root.addHandler(silent)
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from litert_torch._config import config
+    """``edgekd.quiet``, and litert-torch's progress lines off stdout."""
+    with silence(logging.CRITICAL):
+        from litert_torch._config import config
 
-            shown, config.show_progress = config.show_progress, False
-            try:
-                yield
-            finally:
-                config.show_progress = shown
-    finally:
-        logging.disable(disabled)
-        root.removeHandler(silent)
+        shown, config.show_progress = config.show_progress, False
+        try:
+            yield
+        finally:
+            config.show_progress = shown
 
 
 @contextmanager

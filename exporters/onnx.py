@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +12,7 @@ import numpy as np
 
 from edgekd.errors import DataError, ExportError, ModelFileError, UsageError
 from edgekd.protocols import Arrays, Exporter, Runner
+from edgekd.quiet import quiet
 from edgekd.types import Precision, Student, TensorSpec
 
 if TYPE_CHECKING:
@@ -64,7 +61,7 @@ class OnnxExporter:
         if student.card.precision != held:
             raise UsageError(f"onnx {precision} is written from a program in {held}; this is {student.card.precision}")
         _refuse_large(student)
-        with _quiet():
+        with quiet():
             model = _translate(student, precision)
             if precision == "fp16":
                 model = _halve(model)
@@ -249,16 +246,3 @@ def _spec(value: Any) -> TensorSpec:
 
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the converters' advice to themselves; their errors are exceptions."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)

@@ -177,3 +177,35 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path: Path, convnet_stu
         assert not list(small.rglob("model.onnx"))
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise FileNotFoundError('no weights; train them first')", "FileNotFoundError at model.py:"),
+        ("import no_such_package", "ModuleNotFoundError at model.py:"),
+    ],
+)
+def test_a_fault_in_the_users_own_code_is_one_line_with_its_place(tmp_path: Path, body: str, message: str) -> None:
+    edgekd("init", ".", cwd=tmp_path)
+    model = tmp_path / "model.py"
+    source = model.read_text().replace("def teacher()", "def former_teacher()")
+    model.write_text(source + f"\n\ndef teacher() -> nn.Module:\n    {body}\n")
+    done = edgekd("check", cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "EDGEKD_TRACEBACK=1" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_teacher_that_cannot_take_the_data_is_one_line(tmp_path: Path) -> None:
+    edgekd("init", ".", cwd=tmp_path)
+    model = tmp_path / "model.py"
+    source = model.read_text().replace("def teacher()", "def former_teacher()")
+    model.write_text(source + "\n\ndef teacher() -> nn.Module:\n    return nn.Linear(5, 3)\n")
+    done = edgekd("check", cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert "teacher 'model:teacher' cannot take image (32, 1, 16, 16): mat1 and mat2 shapes" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -6,7 +6,7 @@ import pytest
 from edgekd.parity import TOLERANCES, Tolerance, compare
 from edgekd.types import PRECISIONS, TensorSpec
 
-SPECS = [TensorSpec("logits", (-1, 3), "float32")]
+SPECS = [TensorSpec("logits", (-1, 3), "float32", "logits")]
 STRICT = Tolerance(1e-4, 0.9999, 0.999)
 
 
@@ -77,3 +77,15 @@ def test_features_without_classes_have_no_agreement() -> None:
 
 def test_every_precision_has_a_tolerance() -> None:
     assert set(TOLERANCES) == set(PRECISIONS)
+
+
+def test_another_largest_value_fails_only_where_it_is_a_class() -> None:
+    """An embedding's largest value says nothing; a class does."""
+    x = np.tile(np.array([[1.0, 1.001, 0.0]], np.float32), (20, 1))
+    y = x[:, [1, 0, 2]]
+    loose = Tolerance(None, 0.99, 0.9)
+    embedding = compare([TensorSpec("embedding", (-1, 3), "float32")], [x], [y], loose, "r")
+
+    assert embedding.status == "passed"
+    assert embedding.agreement == 0.0
+    assert compare(SPECS, [x], [y], loose, "r").status == "failed"
