@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from edgekd.models import export_program, input_specs, load_program, output_spec
 from edgekd.protocols import Exporter, Runner
 from edgekd.types import Card, Precision, Student
 
-pytest.importorskip("coremltools")
+# Not importorskip: importing coremltools takes seconds, which collecting the tests should not.
+pytestmark = pytest.mark.skipif(find_spec("coremltools") is None, reason="coremltools is not installed")
 
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
@@ -43,7 +45,6 @@ class MobileBlocks(nn.Module):
         self.squeeze, self.excite = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
         self.average = nn.AvgPool2d(3, stride=2, padding=1, ceil_mode=True, count_include_pad=False)
         self.largest = nn.MaxPool2d(2, stride=2, ceil_mode=True)
-        self.norm = nn.BatchNorm2d(16)
         self.head = nn.Linear(16, 5)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -51,8 +52,20 @@ class MobileBlocks(nn.Module):
         y = F.relu6(self.depthwise(x))
         gate = F.hardsigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(y, 1)))))
         x = x + y * gate
-        x = self.norm(torch.cat([self.average(x), self.largest(x)], 1))
+        x = torch.cat([self.average(x), self.largest(x)], 1)
         return torch.softmax(self.head(torch.flatten(x.mean((2, 3)), 1)), 1)
+
+
+class Norms(nn.Module):
+    """Batch norm that no convolution can take in, and the other norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch, self.group = nn.BatchNorm2d(4, eps=0.1), nn.GroupNorm(2, 4, eps=0.1)
+        self.instance = nn.InstanceNorm2d(4, eps=0.1, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.batch(F.gelu(x)) + self.group(x) - self.instance(F.silu(x)) + F.local_response_norm(x, 3)
 
 
 class TextEncoder(nn.Module):
@@ -153,6 +166,7 @@ MODELS: dict[str, Callable[[], Student]] = {
         TextEncoder(), torch.zeros(1, 9, dtype=torch.int64), torch.ones(1, 9, dtype=torch.int64)
     ),
     "text convnet": lambda: student_of(TextConvnet(), torch.zeros(1, 9, dtype=torch.int64)),
+    "norms": lambda: student_of(Norms(), torch.zeros(1, 4, 5, 6)),
     "mistranslated": lambda: student_of(Mistranslated(), torch.zeros(1, 4, 8), torch.zeros(1, 4, 8)),
 }
 TOLERANCES: dict[Precision, float] = {"fp32": 1e-5, "fp16": 1e-2, "w8": 1e-5, "w8a8": 1e-5}
@@ -161,7 +175,14 @@ WHOLE = [(model, precision) for model in ("mobile", "encoder") for precision in 
 
 @pytest.mark.parametrize(
     ("model", "precision"),
-    [*WHOLE, ("text convnet", "fp32"), ("text convnet", "fp16"), ("text convnet", "w8"), ("mistranslated", "fp32")],
+    [
+        *WHOLE,
+        ("text convnet", "fp32"),
+        ("text convnet", "fp16"),
+        ("text convnet", "w8"),
+        ("norms", "fp32"),
+        ("mistranslated", "fp32"),
+    ],
 )
 def test_a_package_computes_what_its_program_computes(model: str, precision: Precision, tmp_path: Path) -> None:
     runner, student, samples = written(MODELS[model](), tmp_path / "model.mlpackage", precision)

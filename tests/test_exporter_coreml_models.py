@@ -17,8 +17,10 @@ from edgekd.exporters.coreml import EXPORTER
 from edgekd.models import export_program, input_specs, output_specs, run_program
 from edgekd.types import Card, Precision, Student
 
-pytestmark = pytest.mark.slow
-pytest.importorskip("coremltools")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("coremltools") is None, reason="coremltools is not installed"),
+]
 
 DAISY, BELL_COTE = 985, 442  # what the two photographs of scikit-learn show, in ImageNet's numbering
 
