@@ -1,6 +1,7 @@
 """Core ML: an ML Program in a ``.mlpackage``, for iOS 17 and macOS 14 and later.
 
-One operator set for every precision: ``w8a8`` needs that of iOS 17, and what is proven once should serve everywhere.
+One operator set for every precision. ``w8a8`` needs that of iOS 17; the others could be written for iOS 16, which the
+iPhone 8 and X run, but then half of the packages would be proven with operators of another definition.
 
 Off macOS there is no Core ML, so a package is proven by edgekd's reference evaluator (``_mil.py``), which reads the
 saved file. coremltools' ``predict`` is never called.

@@ -178,7 +178,6 @@ WHOLE = [(model, precision) for model in ("mobile", "encoder") for precision in 
     [
         *WHOLE,
         ("text convnet", "fp32"),
-        ("text convnet", "fp16"),
         ("text convnet", "w8"),
         ("norms", "fp32"),
         ("mistranslated", "fp32"),
@@ -231,10 +230,9 @@ def test_weights_of_w8_are_a_quarter(tmp_path: Path) -> None:
 
 def test_the_same_program_gives_the_same_bytes_in_another_process(convnet_student: Student, tmp_path: Path) -> None:
     samples = samples_of(convnet_student)
+    # The two that differ most from a plain translation; fp32 and w8 take the same way.
     programs: dict[Precision, Student] = {
-        "fp32": convnet_student,
         "fp16": convnet_student,
-        "w8": compress(convnet_student, "w8"),
         "w8a8": compress(convnet_student, "w8a8", samples),
     }
     for precision, student in programs.items():
@@ -246,7 +244,7 @@ def test_the_same_program_gives_the_same_bytes_in_another_process(convnet_studen
         "from edgekd.types import Card, Student\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "card = Card.from_json(json.loads((folder / 'card.json').read_text()))\n"
-        "for precision in EXPORTER.precisions:\n"
+        "for precision in ('fp16', 'w8a8'):\n"
         "    student = Student(load_program(folder / f'{precision}.pt2'), card)\n"
         "    EXPORTER.write(student, folder / 'there' / f'{precision}.mlpackage', precision)\n"
     )
@@ -258,7 +256,7 @@ def test_the_same_program_gives_the_same_bytes_in_another_process(convnet_studen
         [sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
     )
     assert (other.returncode, other.stderr, other.stdout) == (0, "", "")  # and coremltools says nothing
-    for precision in EXPORTER.precisions:
+    for precision in programs:
         here, there = (tmp_path / where / f"{precision}.mlpackage" for where in ("here", "there"))
         EXPORTER.write(Student(load_program(tmp_path / f"{precision}.pt2"), card), here, precision)
         files = sorted(p.relative_to(here) for p in here.rglob("*") if p.is_file())
