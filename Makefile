@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	cd examples/digits && ../../$(BIN)/edgekd run
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -rs
+	$(BIN)/python -m pytest -rs --numprocesses 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -26,7 +26,7 @@ wheel-test: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(WHEEL)/site $(WHEEL)/edgekd-*.whl
 	cd $(WHEEL)/elsewhere && export PYTHONPATH=$(abspath $(WHEEL)/site) && \
 	$(abspath $(BIN))/python -P -c "import edgekd.exporters.onnx as m; assert '$(WHEEL)/site' in m.__file__, m.__file__" && \
-	$(abspath $(BIN))/python -P -m pytest -rs -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(CURDIR)/tests
+	$(abspath $(BIN))/python -P -m pytest -rs --numprocesses 2 --dist loadfile -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(CURDIR)/tests
 
 check: lint test wheel-test
 
