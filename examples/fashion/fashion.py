@@ -137,7 +137,7 @@ def teacher() -> nn.Module:
     from safetensors.torch import load_file
 
     if not WEIGHTS.is_file():
-        raise FileNotFoundError(f"no {WEIGHTS}; python train_teacher.py makes it (about 35 minutes on one core)")
+        raise FileNotFoundError(f"no {WEIGHTS}; python train_teacher.py makes it (about 45 minutes on one core)")
     model = Teacher()
     model.load_state_dict(load_file(WEIGHTS))
     return model.eval()
