@@ -29,7 +29,7 @@ from edgekd.parity import LOGITS
 from edgekd.plugins import load_function
 from edgekd.protocols import Augmentation, Loss, Progress
 from edgekd.recipe import Recipe
-from edgekd.sources import load_student_module
+from edgekd.sources import load_student_module, module_fingerprint
 from edgekd.store import RunFolder, fingerprint, read_json, save_student
 from edgekd.train import Objective, TrainingPlan, train
 from edgekd.types import Card, Json, Student
@@ -60,14 +60,21 @@ def arms_of(recipe: Recipe) -> tuple[str, ...]:
     return (CONTROL, *(arm for arm in dict.fromkeys(recipe.distill.arms) if arm != CONTROL))
 
 
-def arm_inputs(recipe: Recipe, arm: str, seed: int, code: str, data: Json) -> Json:
-    """Everything a trained student depends on: its fingerprint says whether it must be trained again."""
+def arm_inputs(recipe: Recipe, splits: Splits, arm: str, seed: int, data: Json) -> Json:
+    """Everything a trained student depends on: its fingerprint says whether it must be trained again.
+
+    Student and loss go in by what they do, not by their source: a changed comment trains nothing again.
+
+    Args:
+        data: Keys of the caches it learns from and is judged on.
+    """
     distill = recipe.distill
     temperature, label_weight = (None, 1.0) if arm == CONTROL else distill.options(arm)
     return {
         "arm": arm,
         "seed": seed,
-        "student": code,
+        "student": _student_fingerprint(recipe, splits, seed),
+        "loss": None if arm == CONTROL else _loss_fingerprint(_loss(recipe, arm)),
         "data": data,
         "temperature": temperature,
         "label_weight": label_weight,
@@ -79,6 +86,33 @@ def arm_inputs(recipe: Recipe, arm: str, seed: int, code: str, data: Json) -> Js
         "threads": threads_of(recipe),
         "torch": torch.__version__,
     }
+
+
+def _student_fingerprint(recipe: Recipe, splits: Splits, seed: int) -> str:
+    """Of a fresh student: its layers, its first weights, and what it makes of two samples."""
+    module = load_student_module(recipe.student.model, recipe.folder, tuple(splits.train.inputs), seed)
+    with torch.no_grad():
+        outputs = module.eval()(*_example(splits))
+    values = outputs.tolist() if isinstance(outputs, Tensor) else None
+    return fingerprint([repr(module), module_fingerprint(module), values])
+
+
+def _loss_fingerprint(loss: Loss) -> str:
+    """Of a loss: its values on fixed logits."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 8, 5, generator=generator)
+    return fingerprint([float(loss(student, teacher, temperature)) for temperature in (1.0, 4.0)])
+
+
+def _example(splits: Splits) -> list[Tensor]:
+    """Two samples, or the only one."""
+    arrays = splits.train.arrays(np.arange(min(2, len(splits.train))))
+    return [torch.from_numpy(array) for array in arrays.values()]
+
+
+def _loss(recipe: Recipe, arm: str) -> Loss:
+    loss: Loss = LOSSES[arm] if arm in LOSSES else load_function(arm, recipe.folder)
+    return loss
 
 
 def threads_of(recipe: Recipe) -> int:
@@ -109,7 +143,7 @@ def train_arm(
     """
     torch.set_num_threads(threads_of(recipe))
     folder = RunFolder(recipe.run_folder)
-    example = [torch.from_numpy(a) for a in splits.train.arrays(np.arange(min(2, len(splits.train)))).values()]
+    example = _example(splits)
     module = load_student_module(recipe.student.model, recipe.folder, tuple(splits.train.inputs), seed)
     check_outputs(module.eval()(*example), caches["train"].classes, len(splits.labels))
     plan = TrainingPlan(
@@ -212,7 +246,7 @@ def _objective(recipe: Recipe, arm: str) -> Objective:
             return torch.nn.functional.cross_entropy(student, labels), {}
 
         return labels_only
-    loss: Loss = LOSSES[arm] if arm in LOSSES else load_function(arm, recipe.folder)
+    loss = _loss(recipe, arm)
     temperature, label_weight = recipe.distill.options(arm)
 
     def objective(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:

@@ -65,10 +65,9 @@ def distill_stage(work: Workspace, progress: Progress, force: bool = False) -> l
     recipe = work.recipe
     caches = {name: work.cache(name) for name in SPLITS}
     data = {name: work.capture_key(name).to_json() for name in SPLITS}
-    code = work.code(recipe.student.model)
     for seed in recipe.distill.seeds:
         for arm in arms_of(recipe):
-            inputs = arm_inputs(recipe, arm, seed, code if ":" not in arm else f"{code} {work.code(arm)}", data)
+            inputs = arm_inputs(recipe, work.splits, arm, seed, data)
 
             def make(arm: str = arm, seed: int = seed, inputs: Json = inputs) -> list[Path]:
                 train_arm(recipe, work.splits, caches, work.augment, arm, seed, inputs, progress)

@@ -16,7 +16,9 @@ from edgekd.data import Split
 from edgekd.errors import DataError
 from edgekd.protocols import Augmentation
 
-__all__ = ["view_batch", "view_seeds"]
+__all__ = ["augmentation_fingerprint", "view_batch", "view_seeds"]
+
+PROBES = 16
 
 
 def view_seeds(ids: np.ndarray, views: np.ndarray, seed: int) -> np.ndarray:
@@ -54,3 +56,17 @@ def view_batch(
         for name in columns:
             views[name].append(view[name])
     return tuple(torch.stack(rows) for rows in views.values())
+
+
+def augmentation_fingerprint(split: Split, augment: Augmentation) -> str:
+    """Sixteen hex digits of what an augmentation does: of its views of a few samples.
+
+    Not of its source: a changed comment, or a student in the same file, must not cost the teacher's work again, and a
+    changed function that it calls must.
+    """
+    positions = np.argsort(split.ids)[:PROBES]
+    views = view_batch(split, positions, view_seeds(split.ids[positions], np.zeros(len(positions)), 0), augment)
+    digest = hashlib.sha256()
+    for view in views:
+        digest.update(f"{tuple(view.shape)}{view.dtype}".encode() + view.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

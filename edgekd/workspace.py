@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from edgekd.recipe import Recipe
-from edgekd.store import RunFolder, fingerprint, hash_path
+from edgekd.store import RunFolder
 
 if TYPE_CHECKING:
     from edgekd.capture import CaptureKey, TeacherCache
@@ -68,12 +68,13 @@ class Workspace:
     def capture_key(self, split: str) -> CaptureKey:
         """What the cache of a split depends on."""
         from edgekd.capture import CaptureKey
+        from edgekd.views import augmentation_fingerprint
 
         train = split == "train"
         return CaptureKey(
             teacher=self.teacher.fingerprint,
             data=self.split(split).fingerprint,
-            augmentation=self.code(self.recipe.data.augment) if train and self.recipe.data.augment else "",
+            augmentation=augmentation_fingerprint(self.splits.train, self.augment) if train and self.augment else "",
             views=self.recipe.data.views if train else 1,
             seed=self.recipe.distill.seeds[0],
         )
@@ -87,15 +88,3 @@ class Workspace:
         from edgekd.capture import open_cache
 
         return open_cache(self.folder.cache(split), self.capture_key(split))
-
-    def code(self, reference: str) -> str:
-        """Fingerprint of what a ``module:function`` or ``prefix:path`` names: the reference and its file's content."""
-        module, _, rest = reference.partition(":")
-        candidates = (
-            self.recipe.folder.joinpath(*module.split(".")).with_suffix(".py"),
-            self.recipe.folder / rest,
-        )
-        for path in candidates:
-            if path.exists() and rest:
-                return fingerprint([reference, hash_path(path)])
-        return fingerprint(reference)

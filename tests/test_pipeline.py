@@ -153,6 +153,30 @@ def test_only_what_changed_is_done_again(copied: Workspace) -> None:
     assert manifest["parity"]["samples"] == 32
 
 
+def test_a_comment_costs_nothing_and_another_student_costs_no_teacher(copied: Workspace) -> None:
+    model = copied.recipe.folder / "model.py"
+    model.write_text(model.read_text() + "\n# A comment.\n")
+    commented = run(copied.recipe.folder)
+    model.write_text(model.read_text().replace("return _network(10)", "return _network(11)"))
+    wider = run(copied.recipe.folder)
+
+    assert commented.stderr.count("unchanged, not done again") == 10
+    assert wider.returncode == 0, wider.stderr
+    assert "capture-train: unchanged" in wider.stderr
+    assert "distill-kd-0: unchanged" not in wider.stderr
+
+
+def test_another_augmentation_is_captured_again(copied: Workspace) -> None:
+    model = copied.recipe.folder / "model.py"
+    before = copied.capture_key("train").augmentation
+    model.write_text(model.read_text().replace("image.flip(-1)", "image.flip(-2)"))
+    shutil.move(copied.recipe.folder, copied.recipe.folder.with_name("moved"))  # a module of another name
+    changed = Workspace(load_recipe(copied.recipe.folder.with_name("moved") / "edgekd.toml"))
+
+    assert changed.capture_key("train").augmentation != before
+    assert changed.capture_key("test").augmentation == ""
+
+
 def test_verify_finds_a_file_that_was_changed(copied: Workspace) -> None:
     from edgekd.pipeline import verify_artifacts
 
