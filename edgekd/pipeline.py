@@ -278,9 +278,9 @@ def verify_caches(work: Workspace, progress: Progress) -> None:
         found = verify_cache(work.cache(name), work.split(name), work.teacher, work.augment_for(name))
         line = (
             f"cache {name}: {found.records} records run again, top class differs in {found.top1_differs:.2%}, "
-            f"largest error {found.max_abs:.2g}"
+            f"largest relative error {found.max_relative:.2g}"
         )
-        if found.top1_differs > 0.01 or found.max_abs > 0.05:
+        if found.top1_differs > 0.01 or found.max_relative > 0.01:
             raise CacheError(f"{line}; this is another teacher, augmentation or data set; run: edgekd capture --force")
         progress.say(line)
 

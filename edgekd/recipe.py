@@ -272,7 +272,7 @@ def _cross_faults(table: Json, folder: Path) -> list[str]:
                 f"distill.arms.{index}: no loss called {arm!r}; there are {', '.join(known)}, or module:function"
             )
     ship = distill.get("ship", "best")
-    if ship not in ("best", *(each("distill", "arms") or known)):
+    if ship not in ("best", "control", *(each("distill", "arms") or known)):
         faults.append(f"distill.ship: {ship!r} is not an arm; 'best' or one of distill.arms would work")
     for index, target in enumerate(each("export", "targets")):
         if target not in plugins.exporter_names():

@@ -1,7 +1,12 @@
-"""Documentation is run: the help pages in docs/cli.md are the real ones, and the README's commands exist."""
+"""Documentation is run: help pages and tables are the real ones, and the README's commands exist.
 
+Run this file to write docs/cli.md and the README's tables anew.
+"""
+
+import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+EXAMPLES = ("digits", "fashion", "spam")
+ARMS = ("control", "kd", "dist")
 COMMANDS = ["init", "check", "capture", "distill", "compress", "export", "verify", "bench", "report", "run"]
 COMMANDS += ["targets", "devices", "doctor", "schema"]
 
@@ -33,6 +41,58 @@ def cli_page() -> str:
     intro = "# The command line\n\nWritten by `python tests/test_docs.py`; a test holds it equal to the real help.\n"
     pages = [f"## edgekd {command}".rstrip() + f"\n\n```\n{help_page(command)}\n```\n" for command in ["", *COMMANDS]]
     return "\n".join([intro, *pages])
+
+
+def results_tables() -> str:
+    """The README's tables, from what was measured: benchmarks/results/*.json."""
+    reports = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in EXAMPLES}
+    lines = [
+        "| example | test samples | teacher | student | without teacher | kd | dist | gain of the shipped arm |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, report in reports.items():
+        rows = report["ledger"]["rows"]
+        teacher = next(row for row in rows if row["stage"] == "teacher")
+        student = next(row for row in rows if row["is_shipped"])
+        share = f"{student['parameters'] / teacher['parameters']:.1%} of its parameters"
+        arms = [_spread([a["test"]["accuracy"] for a in report["arms"] if a["arm"] == arm]) for arm in ARMS]
+        gain = report["ledger"]["gain"]
+        told = f"{student['name']}: {gain['points']:+.2f} ± {gain['standard_error']:.2f} points"
+        samples = report["arms"][0]["test"]["samples"]
+        lines.append(
+            f"| [{name}](examples/{name}) | {samples:,} | {teacher['accuracy'] * 100:.2f} % | {share} | "
+            f"{' | '.join(arms)} | {told} |"
+        )
+    lines += [
+        "",
+        "| example | file | accuracy | agrees with the teacher | size | p50 on the host | error to its program |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, report in reports.items():
+        for row in (row for row in report["ledger"]["rows"] if row["stage"] == "artifact"):
+            latency = "not run" if row["latency_ms"] is None else f"{row['latency_ms']:.3g} ms"
+            lines.append(
+                f"| {name} | {row['target']} {row['precision']} | {row['accuracy'] * 100:.2f} % | "
+                f"{row['teacher_agreement'] * 100:.2f} % | {row['size_bytes'] / 1000:,.1f} kB | {latency} | "
+                f"{row['proof']['max_abs']:.2g} ({row['parity']}) |"
+            )
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.fmean(values) * 100:.2f} ± {statistics.stdev(values) * 100:.2f} %"
+
+
+def readme_with_results() -> str:
+    """README.md with its tables made anew."""
+    text = (ROOT / "README.md").read_text()
+    before, _, rest = text.partition("<!-- results -->\n")
+    _, _, after = rest.partition("<!-- /results -->")
+    return f"{before}<!-- results -->\n{results_tables()}\n<!-- /results -->{after}"
+
+
+def test_the_readmes_tables_are_what_was_measured() -> None:
+    assert (ROOT / "README.md").read_text() == readme_with_results()
 
 
 def test_the_documented_help_is_the_real_one() -> None:
@@ -62,3 +122,4 @@ def test_every_relative_link_leads_somewhere() -> None:
 
 if __name__ == "__main__":
     (ROOT / "docs" / "cli.md").write_text(cli_page())
+    (ROOT / "README.md").write_text(readme_with_results())
