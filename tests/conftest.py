@@ -14,6 +14,16 @@ from edgekd.models import export_program, input_specs, output_specs
 from edgekd.types import Artifact, Card, Parity, Student, TensorSpec
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Slow and device tests run when they are asked for with -m; else they are skipped aloud, and counted."""
+    if config.option.markexpr:
+        return
+    for item in items:
+        for marker in ("slow", "device"):
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=f"{marker}: run with -m {marker}"))
+
+
 @pytest.fixture(scope="session")
 def small_convnet() -> nn.Module:
     """A convnet with everything that compression has to fold or fuse; (batch, 1, 12, 12) to (batch, 5)."""
