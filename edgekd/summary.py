@@ -14,7 +14,7 @@ from edgekd import plugins
 from edgekd.distill import CONTROL, ArmResult
 from edgekd.export import PORTABLE
 from edgekd.ledger import ClassRow, Gain, Ledger, Row
-from edgekd.metrics import ClassCount, Quality, quality
+from edgekd.metrics import ClassCount, Quality, accuracy, quality
 from edgekd.pipeline import measurements_of, results_of, shipped
 from edgekd.store import load_artifact, load_student, read_json, size_of, write_json
 from edgekd.types import Artifact, Json, Measurement, Student
@@ -24,6 +24,9 @@ __all__ = ["collect", "write_report"]
 
 WEAK_CLASS_MARGIN = 0.05
 """A teacher is called weak in a class whose share of right answers is this far under its accuracy over all."""
+
+UNREADABLE_VIEWS_MARGIN = 0.05
+"""Views are told of when the teacher's accuracy on them is this far under that on plain samples."""
 
 
 def collect(work: Workspace) -> tuple[Ledger, list[Measurement]]:
@@ -53,6 +56,7 @@ def collect(work: Workspace) -> tuple[Ledger, list[Measurement]]:
     classes = _class_rows(work.splits.labels, teacher, control.test, chosen.test)
     sentences = (
         *_distillation_sentences(results, chosen, teacher, student, work.teacher.parameters),
+        *_view_sentences(work),
         *_weakness_sentences(classes),
         *_artifact_sentences([artifact for artifact, _ in artifacts], chosen, measurements),
     )
@@ -268,6 +272,25 @@ def _spread(values: Sequence[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.2%}"
     return f"{statistics.fmean(values) * 100:.2f} ± {statistics.stdev(values) * 100:.2f} %"
+
+
+def _view_sentences(work: Workspace) -> list[str]:
+    """A warning where the augmentation makes views that the teacher itself cannot read."""
+    on_views = _teacher_accuracy(work, "train")
+    plain = _teacher_accuracy(work, "validation")
+    if plain - on_views <= UNREADABLE_VIEWS_MARGIN:
+        return []
+    return [
+        f"The teacher is right on only {on_views:.1%} of the training views, and on {plain:.1%} of plain held-out "
+        "samples: students learn its mistakes on views that it cannot read; a milder data.augment may help."
+    ]
+
+
+def _teacher_accuracy(work: Workspace, split: str) -> float:
+    """Over all captured views of a split."""
+    cache, samples = work.cache(split), work.split(split)
+    assert samples.labels is not None
+    return statistics.fmean(accuracy(cache.logits(samples.ids, view), samples.labels) for view in range(cache.views))
 
 
 def _weakness_sentences(classes: Sequence[ClassRow]) -> list[str]:

@@ -277,3 +277,35 @@ def test_a_student_that_does_not_fit_the_teacher_is_one_line(tmp_path: Path) -> 
 
     with pytest.raises(DataError, match="the student gives 4 classes, the teacher 3, and there are 3 labels"):
         check_workspace(Workspace(load_recipe(tmp_path / "edgekd.toml")))
+
+
+def test_a_loss_of_the_users_own_is_an_arm(tmp_path: Path) -> None:
+    from edgekd.pipeline import capture_stage, distill_stage
+
+    make_recipe(tmp_path, **{'arms = ["control", "kd", "dist"]': 'arms = ["model:squared"]', "views = 2": "views = 1"})
+    model = tmp_path / "model.py"
+    loss = "def squared(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:\n"
+    model.write_text(model.read_text() + f"\n\n{loss}    return (student - teacher).square().mean()\n")
+    work = Workspace(load_recipe(tmp_path / "edgekd.toml"))
+    capture_stage(work, Silent())
+    results = distill_stage(work, Silent())
+
+    assert [result.arm for result in results] == ["control", "model:squared"]
+    assert (work.folder.arm("model:squared", 0) / "student.pt2").is_file()
+
+
+def test_views_that_the_teacher_cannot_read_are_told(finished: Path, tmp_path: Path) -> None:
+    """An augmentation that drowns the image: the lesson of the spam example, where masked mails misled the students."""
+    from edgekd.pipeline import capture_stage
+    from edgekd.summary import _view_sentences
+
+    make_recipe(tmp_path)
+    model = tmp_path / "model.py"
+    drowned = "image = image + 9 * torch.randn(image.shape, generator=generator)\n    return {"
+    model.write_text(model.read_text().replace('return {"image": image}', drowned + '"image": image}'))
+    shutil.copy(finished / "teacher.safetensors", tmp_path)
+    work = Workspace(load_recipe(tmp_path / "edgekd.toml"))
+    capture_stage(work, Silent())
+
+    assert "a milder data.augment may help" in _view_sentences(work)[0]
+    assert _view_sentences(Workspace(load_recipe(finished / "edgekd.toml"))) == []

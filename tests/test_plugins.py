@@ -1,5 +1,8 @@
 """Plugins by name, and the user's own functions."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +52,30 @@ def test_a_function_that_is_not_there_names_the_near_ones(tmp_path: Path) -> Non
         plugins.load_function("mine:techer", tmp_path)
     with pytest.raises(UsageError, match="no module 'nobody' beside the recipe"):
         plugins.load_function("nobody:f", tmp_path)
+
+
+def test_a_package_of_someone_else_adds_a_target_by_entry_point(tmp_path: Path) -> None:
+    """Installed as pip would leave it: a module, and a .dist-info with its entry points."""
+    (tmp_path / "their_target.py").write_text(
+        "class Theirs:\n"
+        "    suffix, requires, extra, precisions = '.theirs', (), 'theirs', ('fp32',)\n"
+        "    def write(self, student, path, precision): path.write_bytes(b'theirs')\n"
+        "    def load(self, path): raise NotImplementedError\n"
+        "EXPORTER = Theirs()\n"
+    )
+    info = tmp_path / "their_target-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-target\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[edgekd.exporters]\ntheirs = their_target:EXPORTER\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "edgekd.cli", "targets"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert [line.split() for line in done.stdout.splitlines() if line.startswith("theirs")] == [
+        ["theirs", "fp32", "ready"]
+    ]

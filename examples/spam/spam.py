@@ -1,16 +1,14 @@
-"""The student of edgekd.toml, and its augmentation: a convolutional text classifier on MiniLM's word embeddings."""
+"""The student of edgekd.toml: a convolutional text classifier on MiniLM's word embeddings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 TEACHER_WEIGHTS = Path(__file__).parent / "teacher" / "model.safetensors"
 WORDS = 30_522
-PADDING, UNKNOWN, MASK = 0, 100, 103
 
 
 class Student(nn.Module):
@@ -73,11 +71,3 @@ def principal_components(width: int) -> Tensor:
     directions = torch.linalg.eigh(table.T @ table).eigenvectors.flip(1)[:, :width]
     components = table @ directions
     return (components / components.std()).float()
-
-
-def augment(sample: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:
-    """Mask a random share, none to a third, of the tokens: the reader must not lean on a single word."""
-    words = sample["input_ids"]
-    share = torch.rand((), generator=generator) / 3
-    hidden = (torch.rand(words.shape, generator=generator) < share) & (words > MASK)
-    return {"input_ids": words.masked_fill(hidden, MASK), "attention_mask": sample["attention_mask"]}
