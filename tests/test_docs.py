@@ -80,6 +80,8 @@ def results_tables() -> str:
 
 
 def _spread(values: list[float]) -> str:
+    if not values:
+        return "–"
     return f"{statistics.fmean(values) * 100:.2f} ± {statistics.stdev(values) * 100:.2f} %"
 
 
