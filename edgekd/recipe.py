@@ -114,7 +114,7 @@ class Export(_Table):
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("onnx", "coreml", "tflite")
     precisions: Annotated[tuple[PrecisionName, ...], Field(min_length=1)] = ("fp32", "int8")
     samples: Count = 64
-    accuracy_samples: Count = 1000
+    accuracy_samples: Count = 10_000
 
 
 class Bench(_Table):
