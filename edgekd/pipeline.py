@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 import edgekd
 from edgekd import plugins
 from edgekd.capture import capture, verify_cache
 from edgekd.compress import compress
-from edgekd.distill import ArmResult, arm_inputs, arms_of, choose_arm, evaluate, load_result, train_arm
+from edgekd.distill import ArmResult, arm_inputs, arms_of, choose_arm, evaluate, load_result, threads_of, train_arm
 from edgekd.errors import CacheError, UsageError
 from edgekd.export import PORTABLE, Proof, export_student, resolve_precision, toolchain, verify_artifact
 from edgekd.protocols import Progress
@@ -63,6 +64,7 @@ def distill_stage(work: Workspace, progress: Progress, force: bool = False) -> l
         CacheError: Nothing, or something else, has been captured.
     """
     recipe = work.recipe
+    torch.set_num_threads(threads_of(recipe))  # before any student is made: another number adds up in another order
     caches = {name: work.cache(name) for name in SPLITS}
     data = {name: work.capture_key(name).to_json() for name in SPLITS}
     for seed in recipe.distill.seeds:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from edgekd.errors import CacheError, DataError, NumericalError, ParityError
 from edgekd.recipe import load_recipe
@@ -284,10 +285,16 @@ def test_a_loss_of_the_users_own_is_an_arm(tmp_path: Path) -> None:
 
     make_recipe(tmp_path, **{'arms = ["control", "kd", "dist"]': 'arms = ["model:squared"]', "views = 2": "views = 1"})
     model = tmp_path / "model.py"
+    # The first weights of a student may depend on the number of threads, so that is set before it is made.
+    source = model.read_text().replace(
+        "return _network(10)", "assert torch.get_num_threads() == 1\n    return _network(10)"
+    )
+    model.write_text(source)
     loss = "def squared(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:\n"
     model.write_text(model.read_text() + f"\n\n{loss}    return (student - teacher).square().mean()\n")
     work = Workspace(load_recipe(tmp_path / "edgekd.toml"))
     capture_stage(work, Silent())
+    torch.set_num_threads(2)
     results = distill_stage(work, Silent())
 
     assert [result.arm for result in results] == ["control", "model:squared"]
