@@ -7,7 +7,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "runs" / "spam"
+RESULTS = Path(__file__).parent / "runs" / "spam" / "students"
 
 
 def spam_scores(classes: list[dict[str, int]]) -> dict[str, float]:
@@ -25,7 +25,7 @@ def spam_scores(classes: list[dict[str, int]]) -> dict[str, float]:
 def main() -> None:
     """Print one line for each arm."""
     arms: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for path in sorted(RESULTS.rglob("result.json")):
+    for path in sorted(RESULTS.glob("*/result.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         arms[result["arm"]].append(spam_scores(result["test"]["classes"]))
     if not arms:
