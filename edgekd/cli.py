@@ -41,7 +41,7 @@ TargetOption = Annotated[
 ]
 PrecisionOption = Annotated[
     list[str] | None,
-    typer.Option("--precision", "-p", help="fp32, fp16, w8, w8d8, w8a8, or int8 (chosen by rule); repeat it."),
+    typer.Option("--precision", "-p", help="fp32, int8 (chosen by rule), or another that edgekd targets lists."),
 ]
 
 
@@ -133,7 +133,7 @@ def distill(recipe: RecipeOption = None, force: ForceOption = False) -> None:
 @app.command()
 def compress(recipe: RecipeOption = None, precision: PrecisionOption = None, force: ForceOption = False) -> None:
     """Quantize the chosen student, once for all targets (w8, w8a8)."""
-    from edgekd.export import PORTABLE
+    from edgekd.compress import PORTABLE
     from edgekd.pipeline import compress_stage
 
     wrong = [word for word in precision or [] if word not in PORTABLE]
@@ -161,11 +161,16 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the artifacts of a model file.")] = Path(
         "artifacts"
     ),
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", help="What a target alone can be told: key=value or target.key=value; repeat it."),
+    ] = None,
     recipe: RecipeOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
     """Write the model for each target and prove each file against the program it came from."""
+    from edgekd.recipe import parse_options
     from edgekd.store import load_artifact
 
     targets = _targets(target)
@@ -184,14 +189,16 @@ def export(
             samples=samples,
             observer=observer,
             max_length=max_length,
+            options=parse_options(option or (), targets),
         )
         folders = [out / f"{artifact.target}-{artifact.precision}" for artifact in made]
     else:
         from edgekd.pipeline import export_stage
 
         work = _workspace(recipe)
+        options = parse_options(option or (), targets or work.recipe.export.targets)
         with work.folder.locked():
-            folders = export_stage(work, _progress(), targets, precision or (), force)
+            folders = export_stage(work, _progress(), targets, precision or (), force, options)
     artifacts = [(load_artifact(folder), folder) for folder in folders]
     if json:
         _json([_artifact_json(artifact, folder) for artifact, folder in artifacts])
@@ -205,6 +212,8 @@ def export(
         )
         for note in artifact.notes:
             _say(f"  {note}")
+        if artifact.warnings:
+            _say(f"  the toolchain complained {len(artifact.warnings)} times; manifest.json has the lines")
 
 
 @app.command()
@@ -372,7 +381,9 @@ def _artifact_json(artifact: Any, folder: Path) -> dict[str, Any]:
         },
         "accuracy": artifact.accuracy,
         "toolchain": artifact.toolchain,
+        "options": artifact.options,
         "notes": list(artifact.notes),
+        "warnings": list(artifact.warnings),
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -33,7 +34,10 @@ from edgekd.protocols import Arrays
 from edgekd.quiet import quiet
 from edgekd.types import Calibration, Precision, Student
 
-__all__ = ["OBSERVER_NAMES", "choose_int8", "compress", "quantize_static", "quantize_weights"]
+__all__ = ["OBSERVER_NAMES", "PORTABLE", "choose_int8", "compress", "quantize_static", "quantize_weights"]
+
+PORTABLE: tuple[Precision, ...] = ("w8", "w8a8")
+"""Precisions that are programs: decided here, once for all targets. The exporters make the others from ``fp32``."""
 
 OBSERVER_NAMES = ("minmax", "percentile")
 
@@ -125,7 +129,7 @@ def quantize_static(student: Student, calibration: Arrays, observer: str = "minm
     return _finish(student, converted, "w8a8", Calibration(_fingerprint(samples), count, observer))
 
 
-def choose_int8(program: ExportedProgram, precisions: tuple[Precision, ...]) -> tuple[Precision, str]:
+def choose_int8(program: ExportedProgram, precisions: Collection[Precision]) -> tuple[Precision, str]:
     """The int8 precision that suits a model, out of those that a target has, and one sentence why.
 
     A convnet gets static ``w8a8``. A model of attention and linear layers gets dynamic ``w8d8``, because outliers

@@ -19,13 +19,13 @@ from edgekd.compress import choose_int8
 from edgekd.errors import ParityError, UsageError
 from edgekd.metrics import accuracy, agreement
 from edgekd.models import bind_inputs, example_inputs, input_specs, program_bytes, run_program
-from edgekd.parity import TOLERANCES, compare, run_file
-from edgekd.protocols import Arrays, Exporter
+from edgekd.parity import compare, run_file
+from edgekd.protocols import Arrays, Exporter, Options
+from edgekd.quiet import collected
 from edgekd.store import MANIFEST, hash_path, load_artifact, replace_folder, size_of, staging_folder, write_json
-from edgekd.types import PRECISIONS, Artifact, Precision, Student, TensorSpec
+from edgekd.types import Artifact, Precision, Student, TensorSpec
 
 __all__ = [
-    "PORTABLE",
     "Proof",
     "export_student",
     "resolve_precision",
@@ -33,9 +33,6 @@ __all__ = [
     "toolchain",
     "verify_artifact",
 ]
-
-PORTABLE: tuple[Precision, ...] = ("w8", "w8a8")
-"""Precisions that are programs (``edgekd.compress``); the others are made by the exporter from fp32."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def resolve_precision(word: str, target: str, exporter: Exporter, student: Stude
         return choose_int8(student.program, exporter.precisions)
     if word not in exporter.precisions:
         raise UsageError(f"{target} has no precision {word!r}; it has {', '.join(exporter.precisions)}, and int8")
-    return next(p for p in PRECISIONS if p == word), ""
+    return word, ""
 
 
 def export_student(
@@ -81,6 +78,7 @@ def export_student(
     folder: Path,
     proof: Proof,
     notes: Sequence[str] = (),
+    options: Options | None = None,
 ) -> Artifact:
     """Write, run, compare, describe; ``folder`` then holds the model and its manifest, or is untouched.
 
@@ -88,6 +86,7 @@ def export_student(
         student: Its program already has ``precision`` where that is portable, else fp32.
         assets: Files that belong beside the model.
         folder: Of the artifact; replaced as a whole.
+        options: Of the exporter; its defaults when None.
 
     Raises:
         ParityError: The file computes something else; it is kept in ``<folder>.failed`` with its manifest.
@@ -98,13 +97,14 @@ def export_student(
     plugins.require(target, exporter)
     name = "model" + exporter.suffix
     failed = folder.with_name(folder.name + ".failed")
+    conversion, options = exporter.precisions[precision], options or exporter.options()
     with staging_folder(folder) as part:
-        exporter.write(student, part / name, precision)
+        with collected() as warnings:
+            exporter.write(student, part / name, precision, options)
         runner = exporter.load(part / name)
         reference = list(run_program(student.program, proof.samples).values())
-        parity = compare(
-            student.card.outputs, reference, run_file(runner, proof.samples), TOLERANCES[precision], runner.runtime
-        )
+        file = run_file(runner, proof.samples)
+        parity = compare(student.card.outputs, reference, file, conversion.tolerance, runner.runtime)
         task = run_file(runner, proof.task)[0] if proof.task is not None and parity.status == "passed" else None
         artifact = Artifact(
             target=target,
@@ -122,7 +122,9 @@ def export_student(
             teacher_agreement=agreement(task, proof.teacher)
             if task is not None and proof.teacher is not None
             else None,
+            options=options.model_dump(mode="json"),
             notes=tuple(note for note in (*notes, proof.note) if note),
+            warnings=tuple(warnings),
         )
         for asset, content in assets.items():
             (part / asset).write_bytes(content)
@@ -151,7 +153,8 @@ def verify_artifact(folder: Path, student: Student, proof: Proof) -> Artifact:
     runner = exporter.load(path)
     reference = list(run_program(student.program, proof.samples).values())
     file = run_file(runner, proof.samples)
-    parity = compare(student.card.outputs, reference, file, TOLERANCES[artifact.precision], runner.runtime)
+    tolerance = exporter.precisions[artifact.precision].tolerance
+    parity = compare(student.card.outputs, reference, file, tolerance, runner.runtime)
     if parity.status != "passed":
         raise ParityError(f"{path} failed its proof: {parity.reason}")
     return replace(artifact, parity=parity)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from edgekd import plugins
 from edgekd.compress import compress
 from edgekd.data import load_arrays
 from edgekd.errors import ModelFileError, UsageError
-from edgekd.export import PORTABLE, Proof, export_student, resolve_precision, synthetic_samples
+from edgekd.export import Proof, export_student, resolve_precision, synthetic_samples
 from edgekd.models import bind_inputs, count_macs, count_parameters, export_program, input_specs, output_specs
 from edgekd.parity import LOGITS
-from edgekd.protocols import Arrays, Progress
+from edgekd.protocols import Arrays, Options, Progress
 from edgekd.sources import hugging_face_example, hugging_face_module
 from edgekd.store import fingerprint, hash_path, load_student, read_json
 from edgekd.types import Artifact, Card, Precision, Student
@@ -37,6 +37,7 @@ def export_external(
     samples: Path | None = None,
     observer: str = "minmax",
     max_length: int = 128,
+    options: Mapping[str, Options] | None = None,
 ) -> list[Artifact]:
     """Export a model by reference; see ``export_student`` for what is proven.
 
@@ -49,6 +50,7 @@ def export_external(
         samples: ``.npz`` to prove with; without it, the last quarter of ``calibration`` is held out; without either,
             the samples are random and the manifest says so.
         max_length: Tokens, for a text model from a folder.
+        options: By target.
 
     Raises:
         UsageError: A target lacks a precision, or ``w8a8`` has no calibration.
@@ -59,21 +61,22 @@ def export_external(
     student, assets = load_external(reference, max_length)
     calibrating, proof = _samples(student, calibration, samples)
     exports: dict[tuple[str, Precision], str] = {}
+    chosen = options or {}
     for target, exporter in exporters.items():
         for word in precisions:
             precision, why = resolve_precision(word, target, exporter, student)
             exports.setdefault((target, precision), f"int8 is {precision} here: {why}" if why else "")
-    if any(precision == "w8a8" for _, precision in exports) and calibrating is None:
+    if any(exporters[t].precisions[p].source == "w8a8" for t, p in exports) and calibrating is None:
         raise UsageError("w8a8 takes its scales from real samples; give them with --calibration data.npz")
     programs = {"fp32": student}
     artifacts = []
     for (target, precision), note in exports.items():
         progress.start(f"export {target} {precision}", 1)
-        source = precision if precision in PORTABLE else "fp32"
+        source = exporters[target].precisions[precision].source
         if source not in programs:
-            programs[source] = compress(student, precision, calibrating, observer)
-        folder = out / f"{target}-{precision}"
-        artifacts.append(export_student(programs[source], assets, target, precision, folder, proof, [note]))
+            programs[source] = compress(student, source, calibrating, observer)
+        folder, said = out / f"{target}-{precision}", chosen.get(target)
+        artifacts.append(export_student(programs[source], assets, target, precision, folder, proof, [note], said))
         progress.advance()
         progress.finish()
     return artifacts

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,7 +53,7 @@ def export_program(module: nn.Module, inputs: Sequence[Tensor], *, dynamic_batch
     module = module.eval()
     args = tuple(inputs)
     try:
-        with quiet(logging.ERROR):  # torch logs a page before it raises
+        with quiet():  # torch logs a page before it raises
             if dynamic_batch:
                 with contextlib.suppress(Exception):  # of many types; the fixed batch below decides
                     pairs, size = tuple(torch.cat([x, x]) for x in args), Dim("batch")

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from edgekd.models import bind_inputs
 from edgekd.protocols import Arrays, Runner
-from edgekd.types import OutputParity, Parity, Precision, TensorSpec
+from edgekd.types import Conversion, OutputParity, Parity, Precision, TensorSpec, Tolerance
 
-__all__ = ["TOLERANCES", "Tolerance", "compare", "run_file"]
+__all__ = ["TOLERANCES", "compare", "conversions", "run_file"]
 
 
 LOGITS = "logits"
 """The meaning of an output whose largest value is a class; only there can a different top class fail a file."""
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """When a file counts as the same.
-
-    Attributes:
-        relative: Largest difference, as a share of the largest absolute output (at least 1) of the program; None where
-            single values may differ by more (a rounding tie in integer arithmetic moves a value by a whole step).
-        cosine: Smallest mean cosine.
-        agreement: Smallest share of samples with the same top class, for outputs that mean logits.
-    """
-
-    relative: float | None
-    cosine: float
-    agreement: float
 
 
 TOLERANCES: dict[Precision, Tolerance] = {
@@ -42,6 +25,17 @@ TOLERANCES: dict[Precision, Tolerance] = {
     "w8a8": Tolerance(None, 0.98, 0.9),
 }
 """By precision. fp32, w8 and w8a8 are compared with a program of the same numbers; fp16 and w8d8 with fp32."""
+
+
+def conversions(*precisions: Precision) -> Mapping[Precision, Conversion]:
+    """The precisions that mean the same on every target, for ``Exporter.precisions``.
+
+    ``fp16`` and ``w8d8`` are written from ``fp32``; the others are written from a program of their own.
+
+    Raises:
+        KeyError: A word is a target's own.
+    """
+    return {p: Conversion("fp32" if p in ("fp16", "w8d8") else p, TOLERANCES[p]) for p in precisions}
 
 
 def run_file(runner: Runner, inputs: Arrays) -> list[np.ndarray]:

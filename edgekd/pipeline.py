@@ -5,7 +5,7 @@ A stage whose inputs' fingerprint is unchanged, and whose outputs are still as i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,11 @@ import torch
 import edgekd
 from edgekd import plugins
 from edgekd.capture import capture, verify_cache
-from edgekd.compress import compress
+from edgekd.compress import PORTABLE, compress
 from edgekd.distill import ArmResult, arm_inputs, arms_of, choose_arm, evaluate, load_result, threads_of, train_arm
 from edgekd.errors import CacheError, UsageError
-from edgekd.export import PORTABLE, Proof, export_student, resolve_precision, toolchain, verify_artifact
-from edgekd.protocols import Progress
+from edgekd.export import Proof, export_student, resolve_precision, toolchain, verify_artifact
+from edgekd.protocols import Options, Progress
 from edgekd.store import hash_path, load_artifact, load_student, read_json, save_student, write_json
 from edgekd.types import Artifact, Json, Measurement, Plan, Precision, Student
 from edgekd.workspace import SPLITS, Workspace
@@ -104,7 +104,7 @@ def compress_stage(
     """
     _, folder = shipped(work)
     student, assets = load_student(folder)
-    wanted = precisions or [p for p in PORTABLE if p in {precision for _, precision, _ in exports_of(work, student)}]
+    wanted = precisions or _programs(exports_of(work, student))
     if not wanted:
         progress.say("compress: no precision of this recipe needs it")
     for precision in wanted:
@@ -131,6 +131,12 @@ def compress_stage(
         _once(work, f"compress-{precision}", inputs, make, progress, force)
 
 
+def _programs(exports: Sequence[tuple[str, Precision, str]]) -> list[Precision]:
+    """The compressed programs that exports are written from."""
+    sources = {plugins.load_exporter(target).precisions[precision].source for target, precision, _ in exports}
+    return [precision for precision in PORTABLE if precision in sources]
+
+
 def calibration_split(work: Workspace, samples: int) -> Split:
     """Training samples that set the scales: the first by id, so the choice is random but stable."""
     return work.splits.train.take(np.argsort(work.splits.train.ids)[:samples])
@@ -147,7 +153,7 @@ def exports_of(
     wanted: dict[tuple[str, Precision], str] = {}
     for target in targets or work.recipe.export.targets:
         exporter = plugins.load_exporter(target)
-        for word in precisions or work.recipe.export.precisions:
+        for word in precisions or work.recipe.export.precisions_of(target):
             precision, why = resolve_precision(word, target, exporter, student)
             note = f"int8 is {precision} here: {why}" if why else ""
             wanted[target, precision] = wanted.get((target, precision)) or note
@@ -160,6 +166,7 @@ def export_stage(
     targets: Sequence[str] = (),
     precisions: Sequence[str] = (),
     force: bool = False,
+    options: Mapping[str, Options] | None = None,
 ) -> list[Path]:
     """Every target in every precision, each proven; returns the artifact folders.
 
@@ -170,21 +177,24 @@ def export_stage(
     _, folder = shipped(work)
     student, _ = load_student(folder)
     exports = exports_of(work, student, targets, precisions)
-    needed = [p for p in PORTABLE if p in {precision for _, precision, _ in exports}]
+    needed = _programs(exports)
     if needed:
         compress_stage(work, progress, needed)
+    told = {target: work.recipe.export.options_of(target) for target, _, _ in exports} | dict(options or {})
     proof = proof_of(work)
     folders = []
     for target, precision, note in exports:
-        source = work.folder.compressed(precision) if precision in PORTABLE else folder
-        program, assets = load_student(source)
         exporter = plugins.load_exporter(target)
+        held = exporter.precisions[precision].source
+        source = folder if held == "fp32" else work.folder.compressed(held)
+        program, assets = load_student(source)
         plugins.require(target, exporter)
         destination = work.folder.artifact(target, precision)
         inputs: Json = {
             "source": hash_path(source / "student.pt2"),
             "card": hash_path(source / "card.json"),
             "precision": precision,
+            "options": told[target].model_dump(mode="json"),
             "toolchain": toolchain(exporter),
             "samples": work.recipe.export.samples,
             "accuracy_samples": work.recipe.export.accuracy_samples,
@@ -201,7 +211,7 @@ def export_stage(
             note: str = note,
         ) -> list[Path]:
             progress.start(f"export {target} {precision}", 1)
-            export_student(program, assets, target, precision, destination, proof, [note])
+            export_student(program, assets, target, precision, destination, proof, [note], told[target])
             progress.advance()
             progress.finish()
             return [destination]
@@ -301,8 +311,9 @@ def verify_artifacts(work: Workspace, progress: Progress) -> list[Artifact]:
     proof = proof_of(work)
     proven = []
     for folder in folders:
-        precision = load_artifact(folder).precision
-        source = work.folder.compressed(precision) if precision in PORTABLE else shipped_folder
+        found = load_artifact(folder)
+        held = plugins.load_exporter(found.target).precisions[found.precision].source
+        source = shipped_folder if held == "fp32" else work.folder.compressed(held)
         artifact = verify_artifact(folder, load_student(source)[0], proof)
         progress.say(f"{folder.name}: {artifact.parity.status}, max error {artifact.parity.max_abs:.3g}")
         proven.append(artifact)

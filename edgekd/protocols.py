@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
-from edgekd.types import Artifact, Block, DeviceStatus, Plan, Precision, Student, TensorSpec
+from edgekd.types import Artifact, Block, Conversion, DeviceStatus, Plan, Precision, Student, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-__all__ = ["Arrays", "Augmentation", "Device", "Exporter", "Loss", "Progress", "Runner", "Step"]
+__all__ = ["Arrays", "Augmentation", "Device", "Exporter", "Loss", "Options", "Progress", "Runner", "Step"]
 
 Arrays: TypeAlias = Mapping[str, np.ndarray]
 """Arrays by input or output name, samples on the first axis."""
@@ -38,6 +39,15 @@ class Runner(Protocol):
         """Run once. ``inputs`` go by the file's names and in its shapes; integer types are cast to the file's."""
 
 
+class Options(BaseModel):
+    """What a target alone can be told: ``[export.<target>]`` in a recipe, ``--option key=value`` on the command line.
+
+    A target with something to set has a subclass; every field has a default and a description.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
 class Exporter(Protocol):
     """A target: ``exporters/<target>.py`` with ``EXPORTER``, or an entry point in group ``edgekd.exporters``.
 
@@ -45,22 +55,30 @@ class Exporter(Protocol):
         suffix: Of the file: ``.onnx``.
         requires: Modules that must be importable.
         extra: Name of the extra that installs them.
-        precisions: What it can write. ``w8`` and ``w8a8`` arrive as programs that already hold quantize/dequantize
-            nodes and are translated number for number; ``fp16`` and ``w8d8`` are made by the exporter from ``fp32``.
+        precisions: What it can write, by word: from which program, and how near the file must come to it. Those that
+            all targets share are in ``edgekd.parity.conversions``. ``w8`` and ``w8a8`` arrive as programs that already
+            hold quantize/dequantize nodes and are translated number for number.
+        options: What can be set.
     """
 
     suffix: str
     requires: tuple[str, ...]
     extra: str
-    precisions: tuple[Precision, ...]
+    precisions: Mapping[Precision, Conversion]
+    options: type[Options]
 
-    def write(self, student: Student, path: Path, precision: Precision) -> None:
-        """Write the file (or package folder) for a batch of one; the same program gives the same bytes.
+    def write(self, student: Student, path: Path, precision: Precision, options: Any) -> None:
+        """Write the file (or package folder); the same program and options give the same bytes.
 
-        The file keeps the program's input and output names, and float inputs and outputs.
+        By default the file is for a batch of one, and keeps the program's input and output names and its float inputs
+        and outputs. What the toolchain complains of is collected by the caller: nothing is printed.
+
+        Args:
+            options: An instance of ``self.options``.
 
         Raises:
             ExportError: The converter refuses; the message names the operator.
+            UsageError: The program or the options do not go with the precision.
         """
 
     def load(self, path: Path) -> Runner:

@@ -1,6 +1,7 @@
 """Toolchains talk of themselves: that a release is untested, that a kernel for another processor is missing.
 
-None of it is the user's to mend, and it would drown the one line that is. Errors are exceptions and pass through.
+It would drown the one line that is the user's to mend, so none of it reaches the terminal. What is said while a file is
+written is collected for its manifest. Errors are exceptions and pass through.
 """
 
 from __future__ import annotations
@@ -9,22 +10,49 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
-__all__ = ["quiet"]
+__all__ = ["collected", "quiet"]
+
+_LONGEST = 300  # characters of a complaint that are kept
+
+_listener: ContextVar[list[str] | None] = ContextVar("listener", default=None)
 
 
 @contextmanager
-def quiet(level: int = logging.WARNING) -> Iterator[None]:
-    """Keep Python's warnings, and log records up to ``level``, to themselves."""
-    root = logging.getLogger()
-    silent, disabled = logging.NullHandler(), root.manager.disable
-    # Without any handler, logging.warning() would install one for good and so change the caller's logging.
-    root.addHandler(silent)
-    logging.disable(level)
+def collected() -> Iterator[list[str]]:
+    """The complaints of every :func:`quiet` inside, one line each, each once, in the order of their first time."""
+    complaints: list[str] = []
+    token = _listener.set(complaints)
+    try:
+        yield complaints
+    finally:
+        _listener.reset(token)
+
+
+@contextmanager
+def quiet() -> Iterator[list[str]]:
+    """Keep Python's warnings and all log records off the terminal; yields what was said at ``WARNING`` or above."""
+    said: list[str] = []
+
+    def keep(_: logging.Logger, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            said.append(record.getMessage())
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        said.append(f"{category.__name__}: {message}")
+
+    # A handler would not do: libraries have handlers of their own, and loggers that do not propagate.
+    handled = logging.Logger.callHandlers
+    logging.Logger.callHandlers = keep  # type: ignore[assignment, method-assign]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+            warnings.simplefilter("always")
+            warnings.showwarning = show
+            yield said
     finally:
-        logging.disable(disabled)
-        root.removeHandler(silent)
+        logging.Logger.callHandlers = handled  # type: ignore[method-assign]
+        listener = _listener.get()
+        if listener is not None:
+            lines = (" ".join(text.split())[:_LONGEST] for text in said)
+            listener += [line for line in dict.fromkeys(lines) if line and line not in listener]

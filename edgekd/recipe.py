@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,15 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from edgekd import plugins
 from edgekd.errors import RecipeError, UsageError
-from edgekd.types import PRECISIONS, Json
+from edgekd.protocols import Options
+from edgekd.types import Json, Precision
 
-__all__ = ["FILE_NAME", "Recipe", "find_recipe", "json_schema", "known_losses", "load_recipe"]
+__all__ = ["FILE_NAME", "Recipe", "find_recipe", "json_schema", "known_losses", "load_recipe", "parse_options"]
 
 FILE_NAME = "edgekd.toml"
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
-PrecisionName = Literal["fp32", "fp16", "w8", "w8d8", "w8a8", "int8"]
 
 
 class _Table(BaseModel):
@@ -109,12 +110,30 @@ class Compress(_Table):
 
 
 class Export(_Table):
-    """What is written, and how many held-out samples prove it."""
+    """What is written, and how many held-out samples prove it; ``[export.<target>]`` is for one target alone.
+
+    The table of a target holds its own ``precisions``, which replace the general ones, and what its exporter can be
+    told (``Exporter.options``).
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
 
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("onnx", "coreml", "tflite")
-    precisions: Annotated[tuple[PrecisionName, ...], Field(min_length=1)] = ("fp32", "int8")
+    precisions: Annotated[tuple[str, ...], Field(min_length=1)] = ("fp32", "int8")
     samples: Count = 64
     accuracy_samples: Count = 10_000
+
+    def precisions_of(self, target: str) -> tuple[Precision, ...]:
+        """What a target is written in; may hold ``int8``."""
+        return tuple(self._own(target).get("precisions", self.precisions))
+
+    def options_of(self, target: str) -> Options:
+        """What a target is told."""
+        own = {key: value for key, value in self._own(target).items() if key != "precisions"}
+        return plugins.load_exporter(target).options.model_validate(own)
+
+    def _own(self, target: str) -> Json:
+        return (self.__pydantic_extra__ or {}).get(target, {})
 
 
 class Bench(_Table):
@@ -192,8 +211,42 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def json_schema() -> Json:
-    """JSON Schema of edgekd.toml, for editors."""
-    return Recipe.model_json_schema()
+    """JSON Schema of edgekd.toml, for editors, with the options of every target."""
+    schema = Recipe.model_json_schema()
+    export = schema["$defs"]["Export"]
+    for target in plugins.exporter_names():
+        own = plugins.load_exporter(target).options.model_json_schema()
+        own.setdefault("properties", {})["precisions"] = export["properties"]["precisions"]
+        export["properties"][target] = own
+    export["additionalProperties"] = False
+    return schema
+
+
+def parse_options(words: Sequence[str], targets: Sequence[str]) -> dict[str, Options]:
+    """What targets are told on the command line: ``target.key=value``, or ``key=value`` where there is one target.
+
+    A value is read as in edgekd.toml (``true``, ``3``, ``[1, 8]``); what is no TOML is text.
+
+    Raises:
+        UsageError: A word is no such pair, or names no target of the call.
+        RecipeError: With everything that is wrong with the values.
+    """
+    tables: dict[str, Json] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        target, dot, name = key.rpartition(".")
+        target = target if dot else targets[0] if len(targets) == 1 else ""
+        if not equals or target not in targets:
+            raise UsageError(f"--option {word!r} is not target.key=value with a target of {', '.join(targets)}")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        tables.setdefault(target, {})[name] = value
+    faults = [fault for target, values in tables.items() for fault in _option_faults(target, values)]
+    if faults:
+        raise RecipeError(faults)
+    return {target: plugins.load_exporter(target).options.model_validate(table) for target, table in tables.items()}
 
 
 def _faults(error: ValidationError) -> list[str]:
@@ -210,8 +263,6 @@ def _faults(error: ValidationError) -> list[str]:
             text = "missing; it has no default"
         elif item["type"] == "literal_error":
             wanted = item["ctx"]["expected"].replace("'", "")
-            if "precisions" in where:
-                wanted = f"{', '.join(PRECISIONS)} or int8"
             text = f"{item['input']!r} is not known; there are {wanted}"
         else:
             text = f"{item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}"
@@ -274,11 +325,7 @@ def _cross_faults(table: Json, folder: Path) -> list[str]:
     ship = distill.get("ship", "best")
     if ship not in ("best", "control", *(each("distill", "arms") or known)):
         faults.append(f"distill.ship: {ship!r} is not an arm; 'best' or one of distill.arms would work")
-    for index, target in enumerate(each("export", "targets")):
-        if target not in plugins.exporter_names():
-            faults.append(
-                f"export.targets.{index}: no target {target!r}; there are {', '.join(plugins.exporter_names())}"
-            )
+    faults += _export_faults(section("export"), each("export", "targets"), each("export", "precisions"))
     for index, device in enumerate(each("bench", "devices")):
         if device not in plugins.device_names():
             faults.append(f"bench.devices.{index}: no device {device!r}; there are {', '.join(plugins.device_names())}")
@@ -286,6 +333,57 @@ def _cross_faults(table: Json, folder: Path) -> list[str]:
     if isinstance(labels, list) and len({str(label) for label in labels}) != len(labels):
         faults.append("labels: a name stands twice; every class needs its own")
     return faults
+
+
+def _export_faults(table: Json, targets: list[str], precisions: list[str]) -> list[str]:
+    """Targets, precisions and options: what the exporters know, and no type does."""
+    faults = []
+    known = plugins.exporter_names()
+    for index, target in enumerate(targets):
+        if target not in known:
+            faults.append(f"export.targets.{index}: no target {target!r}; there are {', '.join(known)}")
+    for key, own in table.items():
+        if key in Export.model_fields:
+            continue
+        if key not in known:
+            near = difflib.get_close_matches(key, [*Export.model_fields, *known], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join((*Export.model_fields, *known))}"
+            faults.append(f"export.{key}: no such key; {hint}")
+        elif not isinstance(own, dict):
+            faults.append(f"export.{key}: {own!r} is not a table; [export.{key}] holds what {key} alone is told")
+        else:
+            faults += _option_faults(key, {name: value for name, value in own.items() if name != "precisions"})
+    lacking: dict[str, str] = {}
+    for target in [name for name in targets if name in known] or Export().targets:
+        own = table.get(target, {})
+        words = own.get("precisions") if isinstance(own, dict) else None
+        where = "export.precisions" if words is None else f"export.{target}.precisions"
+        has = plugins.load_exporter(target).precisions
+        for index, word in enumerate(precisions if words is None else words):
+            if word not in has and word != "int8":
+                hint = "" if words is not None else f"; [export.{target}] precisions would be its own"
+                text = f"{target} has no precision {word!r}; it has {', '.join(has)}, and int8{hint}"
+                lacking.setdefault(f"{where}.{index}", text)
+    return faults + [f"{where}: {text}" for where, text in lacking.items()]
+
+
+def _option_faults(target: str, values: Json) -> list[str]:
+    """What is wrong with what a target is told, by ``export.<target>.<option>``."""
+    options = plugins.load_exporter(target).options
+    try:
+        options.model_validate(values)
+    except ValidationError as error:
+        faults = []
+        for item in error.errors():
+            where = ".".join(str(part) for part in item["loc"])
+            if item["type"] == "extra_forbidden":
+                has = ", ".join(options.model_fields)
+                text = f"{target} has no such option; " + (f"it has {has}" if has else "it has none")
+            else:
+                text = f"{item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}"
+            faults.append(f"export.{target}.{where}: {text}")
+        return faults
+    return []
 
 
 def known_losses() -> tuple[str, ...]:

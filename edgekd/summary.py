@@ -11,8 +11,8 @@ from pathlib import Path
 
 import edgekd
 from edgekd import plugins
+from edgekd.compress import PORTABLE
 from edgekd.distill import CONTROL, ArmResult
-from edgekd.export import PORTABLE
 from edgekd.ledger import ClassRow, Gain, Ledger, Row
 from edgekd.metrics import ClassCount, Quality, accuracy, quality
 from edgekd.pipeline import measurements_of, results_of, shipped

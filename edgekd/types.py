@@ -13,28 +13,33 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 __all__ = [
-    "PRECISIONS",
     "Artifact",
     "Block",
     "Calibration",
     "Card",
+    "Contents",
+    "Conversion",
     "DeviceStatus",
     "Json",
     "Measurement",
+    "OperatorFact",
     "OutputParity",
     "Parity",
     "Plan",
     "Precision",
     "Student",
     "TensorSpec",
+    "Tolerance",
+    "WeightFact",
 ]
 
 Json: TypeAlias = dict[str, Any]
 
-Precision = Literal["fp32", "fp16", "w8", "w8d8", "w8a8"]
-"""Spelled by bits: w = weights, d = activations quantized as they come, a = activations with static scales."""
+Precision: TypeAlias = str
+"""Spelled by bits: w = weights, d = activations quantized as they come, a = activations with static scales.
 
-PRECISIONS: tuple[Precision, ...] = typing.get_args(Precision)
+``fp32``, ``fp16``, ``w8``, ``w8d8`` and ``w8a8`` mean the same on every target that has them; a target may have more.
+"""
 
 
 class JsonMixin:
@@ -108,7 +113,7 @@ class Card(JsonMixin):
         inputs, outputs: With the batch axis first.
         labels: Class names in the order of the last output axis; empty when there are none.
         preprocessing: What the app does before the model, as plain data (see ``edgekd.data``).
-        precision: Of the program itself: ``fp32``, ``w8`` or ``w8a8``.
+        precision: Of the program itself: ``fp32``, or one of those that ``edgekd.compress`` makes.
         parameters: Count of trained numbers.
         macs: Multiply-accumulates for one sample, counted, not estimated; None when not counted.
         lineage: From the teacher to this program, oldest first, each ``stage: fingerprint``.
@@ -141,6 +146,80 @@ class Student:
 
     program: ExportedProgram
     card: Card
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """When a file counts as the same as its program.
+
+    Attributes:
+        relative: Largest difference, as a share of the largest absolute output (at least 1) of the program; None where
+            single values may differ by more (a rounding tie in integer arithmetic moves a value by a whole step).
+        cosine: Smallest mean cosine.
+        agreement: Smallest share of samples with the same top class, for outputs that mean logits.
+    """
+
+    relative: float | None
+    cosine: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How a target comes by one of its precisions.
+
+    Attributes:
+        source: Precision of the program that the file is written from: ``fp32``, or one of those that
+            ``edgekd.compress`` makes, which the file then translates number for number.
+        tolerance: How far the file may be from that program.
+    """
+
+    source: Precision
+    tolerance: Tolerance
+
+
+@dataclass(frozen=True)
+class WeightFact(JsonMixin):
+    """One constant of a file that takes room.
+
+    Attributes:
+        name: As the file calls it.
+        dtype: As it is stored: ``float32``, ``int8``, ``int4``, ``uint4`` for a palette of 16 …
+        size_bytes: As stored, without scales or palettes.
+        elements: How many numbers it holds.
+        reader: Type of the operator that computes with it, dequantization aside.
+    """
+
+    name: str
+    dtype: str
+    size_bytes: int
+    elements: int
+    reader: str
+
+
+@dataclass(frozen=True)
+class OperatorFact(JsonMixin):
+    """One operator of a file, as its runtime would run it.
+
+    Attributes:
+        name: Of the operator or of its first output.
+        type: As the format calls it.
+        kind: What of it matters to a lint, in words that all formats share.
+        size_bytes: Of its first output for one inference; 0 where the file does not tell.
+    """
+
+    name: str
+    type: str
+    kind: Literal["quantize", "dequantize", "transpose", "cast", "batch_norm", "embedding", "other"]
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Contents(JsonMixin):
+    """What is really in a file: the evidence for ``edgekd.lint``."""
+
+    operators: tuple[OperatorFact, ...]
+    weights: tuple[WeightFact, ...]
 
 
 @dataclass(frozen=True)
@@ -202,7 +281,9 @@ class Artifact(JsonMixin):
         parity: Against that program.
         accuracy: Share of right classes on the test split; None when the data has no labels.
         teacher_agreement: Share of samples with the teacher's top class; None without a teacher.
+        options: What the target was told, by name (``Exporter.options``).
         notes: What a user should know: why ``int8`` became this precision, a file larger than its parent …
+        warnings: What the toolchain complained of while it wrote the file, each once.
     """
 
     target: str
@@ -218,7 +299,9 @@ class Artifact(JsonMixin):
     parity: Parity
     accuracy: float | None = None
     teacher_agreement: float | None = None
+    options: Json = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

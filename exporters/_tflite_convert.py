@@ -8,7 +8,6 @@ int8, and quantizes operators that the program leaves in float). Tried with lite
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import sys
@@ -169,7 +168,7 @@ def first_line(text: str) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """``edgekd.quiet``, and litert-torch's progress lines off stdout."""
-    with silence(logging.CRITICAL):
+    with silence():
         from litert_torch._config import config
 
         shown, config.show_progress = config.show_progress, False

@@ -23,7 +23,8 @@ from torch.export import ExportedProgram
 
 from edgekd.errors import ExportError, UsageError
 from edgekd.models import at_batch, input_specs, output_specs
-from edgekd.protocols import Runner
+from edgekd.parity import conversions
+from edgekd.protocols import Options, Runner
 from edgekd.types import Card, Precision, Student, TensorSpec
 
 from ._mil import MilProgram, load_package
@@ -52,9 +53,10 @@ class CoreMLExporter:
     suffix = ".mlpackage"
     requires: tuple[str, ...] = ("coremltools",)
     extra = "coreml"
-    precisions: tuple[Precision, ...] = ("fp32", "fp16", "w8", "w8a8")
+    precisions = conversions("fp32", "fp16", "w8", "w8a8")
+    options = Options
 
-    def write(self, student: Student, path: Path, precision: Precision) -> None:
+    def write(self, student: Student, path: Path, precision: Precision, options: Options = Options()) -> None:
         """Write the package for a batch of one; the same program gives the same bytes.
 
         Raises:
@@ -62,9 +64,7 @@ class CoreMLExporter:
             UsageError: The program does not hold the int8 numbers that the precision asks for.
         """
         program = at_batch(student.program)
-        if precision not in self.precisions:
-            raise UsageError(f"coreml has no precision {precision!r}; it has {', '.join(self.precisions)}")
-        if precision in ("w8", "w8a8") and not any(is_quantized(node) for node in program.graph.nodes):
+        if self.precisions[precision].source != "fp32" and not any(is_quantized(node) for node in program.graph.nodes):
             raise UsageError(f"coreml {precision} takes a program with int8 weights; edgekd.compress makes one")
         inputs, outputs = input_specs(program), output_specs(program)
         for spec in inputs:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.errors import DataError, ExportError, ModelFileError, UsageError
-from edgekd.protocols import Arrays, Exporter, Runner
+from edgekd.parity import conversions
+from edgekd.protocols import Arrays, Exporter, Options, Runner
 from edgekd.quiet import quiet
 from edgekd.types import Precision, Student, TensorSpec
 
@@ -52,14 +53,15 @@ class OnnxExporter:
     suffix = ".onnx"
     requires: tuple[str, ...] = ("onnx", "onnxruntime", "onnxscript")
     extra = "onnx"
-    precisions: tuple[Precision, ...] = ("fp32", "fp16", "w8", "w8d8", "w8a8")
+    precisions = conversions("fp32", "fp16", "w8", "w8d8", "w8a8")
+    options = Options
 
-    def write(self, student: Student, path: Path, precision: Precision) -> None:
-        held: Precision = precision if precision in ("w8", "w8a8") else "fp32"
-        if precision not in self.precisions:
-            raise UsageError(f"onnx has no precision {precision!r}; it has {', '.join(self.precisions)}")
-        if student.card.precision != held:
-            raise UsageError(f"onnx {precision} is written from a program in {held}; this is {student.card.precision}")
+    def write(self, student: Student, path: Path, precision: Precision, options: Options = Options()) -> None:
+        source = self.precisions[precision].source
+        if student.card.precision != source:
+            raise UsageError(
+                f"onnx {precision} is written from a program in {source}; this is {student.card.precision}"
+            )
         _refuse_large(student)
         with quiet():
             model = _translate(student, precision)

@@ -24,7 +24,8 @@ import numpy as np
 from edgekd.errors import DataError, ExportError, ModelFileError
 from edgekd.fold import folded_module
 from edgekd.models import input_specs, output_specs, retrace
-from edgekd.protocols import Arrays
+from edgekd.parity import conversions
+from edgekd.protocols import Arrays, Options
 from edgekd.types import Precision, Student, TensorSpec
 
 from ._tflite_convert import convert, first_line, quiet, quiet_native, requantize
@@ -33,9 +34,6 @@ from ._tflite_metadata import append_metadata, check_intact, read_metadata
 
 __all__ = ["EXPORTER", "LiteRTRunner", "TFLiteExporter", "read_metadata"]
 
-_SOURCE: dict[Precision, Precision] = {"fp32": "fp32", "fp16": "fp32", "w8d8": "fp32", "w8": "w8", "w8a8": "w8a8"}
-"""The precision of the program that each precision is written from."""
-
 
 class TFLiteExporter:
     """Target ``tflite``; see :class:`edgekd.protocols.Exporter`."""
@@ -43,9 +41,10 @@ class TFLiteExporter:
     suffix = ".tflite"
     requires = ("litert_torch", "ai_edge_litert", "ai_edge_quantizer")
     extra = "tflite"
-    precisions: tuple[Precision, ...] = ("fp32", "fp16", "w8", "w8d8", "w8a8")
+    precisions = conversions("fp32", "fp16", "w8", "w8d8", "w8a8")
+    options = Options
 
-    def write(self, student: Student, path: Path, precision: Precision) -> None:
+    def write(self, student: Student, path: Path, precision: Precision, options: Options = Options()) -> None:
         """Write a file for a batch of one; the same program and card give the same bytes.
 
         The file's signature has the program's input and output names; :func:`read_metadata` gives the card's facts.
@@ -57,10 +56,10 @@ class TFLiteExporter:
         """
         program = student.program
         module = folded_module(program)
-        found = program_precision(module)
-        if found != _SOURCE[precision]:
+        found, source = program_precision(module), self.precisions[precision].source
+        if found != source:
             raise ExportError(
-                f"tflite {precision} is made from a program in {_SOURCE[precision]}; {student.card.name!r} is {found}"
+                f"tflite {precision} is made from a program in {source}; {student.card.name!r} is {found}"
             )
         with quiet():
             fixed = retrace(prepare(module), program, batch=1)

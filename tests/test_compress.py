@@ -24,7 +24,8 @@ from edgekd.models import (
     program_bytes,
     run_program,
 )
-from edgekd.types import PRECISIONS, Card, Student
+from edgekd.parity import TOLERANCES
+from edgekd.types import Card, Student
 
 
 class Residual(nn.Module):
@@ -464,6 +465,7 @@ import hashlib, numpy as np, torch
 from torch import nn
 from edgekd.compress import compress
 from edgekd.models import export_program, input_specs, output_specs, program_bytes
+from edgekd.parity import TOLERANCES
 from edgekd.types import Card, Student
 torch.manual_seed(0)
 net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).eval()
@@ -493,14 +495,14 @@ def test_same_input_gives_the_same_bytes_in_another_process() -> None:
 
 
 def test_int8_of_a_convnet_is_static(residual: Student) -> None:
-    precision, reason = choose_int8(residual.program, PRECISIONS)
+    precision, reason = choose_int8(residual.program, TOLERANCES)
     assert precision == "w8a8"
     assert "convnet" in reason
     assert choose_int8(residual.program, ("fp32", "w8"))[0] == "w8"
 
 
 def test_int8_of_a_transformer_is_dynamic_where_the_target_has_it(encoder: Student) -> None:
-    assert choose_int8(encoder.program, PRECISIONS)[0] == "w8d8"
+    assert choose_int8(encoder.program, TOLERANCES)[0] == "w8d8"
     precision, reason = choose_int8(encoder.program, ("fp32", "fp16", "w8", "w8a8"))
     assert precision == "w8"
     assert "no w8d8" in reason
@@ -517,7 +519,7 @@ def test_precisions_that_are_not_programs_are_refused(residual: Student, images:
         with pytest.raises(UsageError, match=f"{precision} is made by the exporter"):
             compress(residual, precision)
     with pytest.raises(UsageError, match="no precision called 'w4' to compress to; there are fp32, w8, w8a8"):
-        compress(residual, "w4")  # type: ignore[arg-type]
+        compress(residual, "w4")
     with pytest.raises(UsageError, match="w8a8 takes its scales from real samples"):
         compress(residual, "w8a8")
     with pytest.raises(UsageError, match="no observer called 'entropy'; there are minmax, percentile"):

@@ -380,7 +380,7 @@ for pt2, out, precision in zip(*[iter(sys.argv[1:])] * 3):
 def test_same_bytes_in_another_process_without_a_word(write: Write, tmp_path: Path) -> None:
     arguments, pairs = [], []
     for name, precision in (("residual", "w8a8"), ("encoder", "w8d8")):
-        student, first = write(name, precision)  # type: ignore[arg-type]
+        student, first = write(name, precision)
         pt2, second = tmp_path / f"{name}.pt2", tmp_path / f"{name}.tflite"
         pt2.write_bytes(program_bytes(student.program))
         arguments += [str(pt2), str(second), precision]

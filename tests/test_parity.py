@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from edgekd.parity import TOLERANCES, Tolerance, compare
-from edgekd.types import PRECISIONS, TensorSpec
+from edgekd.parity import TOLERANCES, compare, conversions
+from edgekd.types import TensorSpec, Tolerance
 
 SPECS = [TensorSpec("logits", (-1, 3), "float32", "logits")]
 STRICT = Tolerance(1e-4, 0.9999, 0.999)
@@ -75,8 +75,10 @@ def test_features_without_classes_have_no_agreement() -> None:
     assert compare([TensorSpec("h", (-1, 7, 3), "float32")], [x], [x], STRICT, "r").agreement is None
 
 
-def test_every_precision_has_a_tolerance() -> None:
-    assert set(TOLERANCES) == set(PRECISIONS)
+def test_what_every_target_shares_is_written_from_fp32_or_from_a_program_of_its_own() -> None:
+    sources = {precision: conversion.source for precision, conversion in conversions(*TOLERANCES).items()}
+
+    assert sources == {"fp32": "fp32", "fp16": "fp32", "w8": "w8", "w8d8": "fp32", "w8a8": "w8a8"}
 
 
 def test_another_largest_value_fails_only_where_it_is_a_class() -> None:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgekd.compress import choose_int8, compress
-from edgekd.export import PORTABLE
 from edgekd.models import count_parameters, export_program, input_specs, output_specs, run_program
-from edgekd.parity import LOGITS, TOLERANCES, compare, run_file
+from edgekd.parity import LOGITS, compare, run_file
 from edgekd.plugins import exporter_names, load_exporter, missing
 from edgekd.protocols import Runner
 from edgekd.store import size_of
@@ -79,14 +78,14 @@ def written(
     if missing(exporter.requires):
         pytest.skip(f"{target} is not installed")
     parameters = count_parameters(student.program)
-    if precision in PORTABLE:
-        student = compress(student, precision, {name: array[:48] for name, array in samples.items()})
+    conversion = exporter.precisions[precision]
+    student = compress(student, conversion.source, {name: array[:48] for name, array in samples.items()})
     path = folder / f"model{exporter.suffix}"
-    exporter.write(student, path, precision)
+    exporter.write(student, path, precision, exporter.options())
     runner = exporter.load(path)
     held_out = {name: array[-16:] for name, array in samples.items()}
     program = list(run_program(student.program, held_out).values())
-    parity = compare(student.card.outputs, program, run_file(runner, held_out), TOLERANCES[precision], runner.runtime)
+    parity = compare(student.card.outputs, program, run_file(runner, held_out), conversion.tolerance, runner.runtime)
     assert parity.status == "passed", parity.reason
     assert size_of(path) < parameters * BYTES[precision] * 1.15
     return runner

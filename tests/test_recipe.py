@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from edgekd.errors import RecipeError, UsageError
-from edgekd.recipe import find_recipe, json_schema, load_recipe
+from edgekd.recipe import find_recipe, json_schema, load_recipe, parse_options
 
 GOOD = """
 name = "x"
@@ -71,7 +71,7 @@ precisions = ["int9"]
         "distill.arms.1: no loss called 'kdd'; there are control, kd, dist",
         "distill.epochs: 0",
         "export.targets.0: no target 'onxx'; there are coreml, onnx, tflite",
-        "export.precisions.0: 'int9' is not known; there are fp32, fp16, w8, w8d8, w8a8 or int8",
+        "export.precisions.0: onnx has no precision 'int9'; it has fp32, fp16, w8,",
     ):
         assert line in faults
 
@@ -135,3 +135,24 @@ def test_every_template_and_example_is_a_good_recipe() -> None:
         faults += caught.value.faults
     # data and teachers of the long examples are fetched by hand; nothing else may be wrong
     assert all("beside the recipe" in fault for fault in faults), faults
+
+
+def test_a_target_has_precisions_and_options_of_its_own(tmp_path: Path) -> None:
+    recipe = load_recipe(_write(tmp_path, GOOD + '\n[export.onnx]\nprecisions = ["w8d8"]\n'))
+
+    assert recipe.export.precisions_of("onnx") == ("w8d8",)
+    assert recipe.export.precisions_of("coreml") == recipe.export.precisions
+    with pytest.raises(RecipeError, match=r"export.coreml.images: coreml has no such option"):
+        load_recipe(_write(tmp_path, GOOD + "\n[export.coreml]\nimages = true\n"))
+    with pytest.raises(RecipeError, match=r"export.coreml.precisions.0: coreml has no precision 'w8d8'; it has fp32"):
+        load_recipe(_write(tmp_path, GOOD + '\n[export.coreml]\nprecisions = ["w8d8"]\n'))
+    with pytest.raises(RecipeError, match=r"export.onyx: no such key; did you mean onnx\?"):
+        load_recipe(_write(tmp_path, GOOD + "\n[export.onyx]\n"))
+
+
+def test_options_on_the_command_line_name_their_target_where_there_are_several() -> None:
+    with pytest.raises(RecipeError, match=r"export.onnx.speed: onnx has no such option"):
+        parse_options(["speed=3"], ["onnx"])
+    with pytest.raises(UsageError, match=r"'speed=3' is not target.key=value with a target of onnx, coreml"):
+        parse_options(["speed=3"], ["onnx", "coreml"])
+    assert parse_options([], ["onnx"]) == {}

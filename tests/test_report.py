@@ -60,7 +60,7 @@ def made_measurement(
         )
         for _ in range(blocks)
     )
-    return Measurement("0" * 64, target, precision, "host (a processor)", "measured", blocks=made)  # type: ignore[arg-type]
+    return Measurement("0" * 64, target, precision, "host (a processor)", "measured", blocks=made)
 
 
 def made_ledger(text: str = "plain") -> Ledger:

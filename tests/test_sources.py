@@ -39,7 +39,8 @@ def test_an_onnx_file_is_a_teacher(
     tmp_path: Path, images: dict[str, np.ndarray], expected: np.ndarray, convnet_student: Student
 ) -> None:
     pytest.importorskip("onnxruntime")
-    load_exporter("onnx").write(convnet_student, tmp_path / "t.onnx", "fp32")
+    exporter = load_exporter("onnx")
+    exporter.write(convnet_student, tmp_path / "t.onnx", "fp32", exporter.options())
     teacher = load_teacher("onnx:t.onnx", tmp_path, images)
 
     np.testing.assert_allclose(teacher.logits(images), expected, atol=1e-4)
