@@ -19,11 +19,11 @@ from edgekd.compress import choose_int8
 from edgekd.errors import ParityError, UsageError
 from edgekd.metrics import accuracy, agreement
 from edgekd.models import bind_inputs, example_inputs, input_specs, program_bytes, run_program
-from edgekd.parity import compare, run_file
-from edgekd.protocols import Arrays, Exporter, Options
+from edgekd.parity import compare, first_overflow, run_file
+from edgekd.protocols import Arrays, Exporter, Options, Runner
 from edgekd.quiet import collected
 from edgekd.store import MANIFEST, hash_path, load_artifact, replace_folder, size_of, staging_folder, write_json
-from edgekd.types import Artifact, Precision, Student, TensorSpec
+from edgekd.types import Artifact, Parity, Precision, Student, TensorSpec, Tolerance
 
 __all__ = [
     "Proof",
@@ -102,9 +102,7 @@ def export_student(
         with collected() as warnings:
             exporter.write(student, part / name, precision, options)
         runner = exporter.load(part / name)
-        reference = list(run_program(student.program, proof.samples).values())
-        file = run_file(runner, proof.samples)
-        parity = compare(student.card.outputs, reference, file, conversion.tolerance, runner.runtime)
+        parity = _prove(student, runner, proof.samples, conversion.tolerance)
         task = run_file(runner, proof.task)[0] if proof.task is not None and parity.status == "passed" else None
         artifact = Artifact(
             target=target,
@@ -151,13 +149,18 @@ def verify_artifact(folder: Path, student: Student, proof: Proof) -> Artifact:
     if program_hash(student) != artifact.source:
         raise ParityError(f"{path} was exported from another program than the one at hand; run: edgekd export")
     runner = exporter.load(path)
-    reference = list(run_program(student.program, proof.samples).values())
-    file = run_file(runner, proof.samples)
-    tolerance = exporter.precisions[artifact.precision].tolerance
-    parity = compare(student.card.outputs, reference, file, tolerance, runner.runtime)
+    parity = _prove(student, runner, proof.samples, exporter.precisions[artifact.precision].tolerance)
     if parity.status != "passed":
         raise ParityError(f"{path} failed its proof: {parity.reason}")
     return replace(artifact, parity=parity)
+
+
+def _prove(student: Student, runner: Runner, samples: Arrays, tolerance: Tolerance) -> Parity:
+    """The file's outputs against the program's; a file that fails is asked where it first went too far."""
+    reference = list(run_program(student.program, samples).values())
+    parity = compare(student.card.outputs, reference, run_file(runner, samples), tolerance, runner.runtime)
+    overflow = first_overflow(runner, samples) if parity.status == "failed" else ""
+    return replace(parity, reason=f"{parity.reason}; {overflow}") if overflow else parity
 
 
 def toolchain(exporter: Exporter) -> dict[str, str]:

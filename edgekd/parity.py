@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from edgekd.models import bind_inputs
-from edgekd.protocols import Arrays, Runner
+from edgekd.protocols import Arrays, Runner, Tracing
 from edgekd.types import Conversion, OutputParity, Parity, Precision, TensorSpec, Tolerance
 
-__all__ = ["TOLERANCES", "compare", "conversions", "run_file"]
+__all__ = ["TOLERANCES", "compare", "conversions", "first_overflow", "run_file"]
 
 
 LOGITS = "logits"
@@ -49,6 +49,22 @@ def run_file(runner: Runner, inputs: Arrays) -> list[np.ndarray]:
         for part, spec in zip(parts, runner.outputs, strict=True):
             part.append(np.asarray(outputs[spec.name]))
     return [np.concatenate(part) for part in parts]
+
+
+def first_overflow(runner: Runner, inputs: Arrays) -> str:
+    """Where a file goes beyond its number type, as far as its runner can say: one line, or nothing.
+
+    For files that failed; a reduced precision that overflows is the most common reason, and the outputs do not show it.
+    """
+    if not isinstance(runner, Tracing):
+        return ""
+    bound = bind_inputs(runner.inputs, inputs)
+    step = max(1, runner.inputs[0].shape[0])
+    for start in range(0, len(next(iter(bound.values()))), step):
+        found = runner.first_overflow({name: array[start : start + step] for name, array in bound.items()})
+        if found is not None:
+            return f"first overflow: {found}"
+    return ""
 
 
 def compare(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -14,7 +14,7 @@ from edgekd.types import Artifact, Block, Conversion, DeviceStatus, Plan, Precis
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-__all__ = ["Arrays", "Augmentation", "Device", "Exporter", "Loss", "Options", "Progress", "Runner", "Step"]
+__all__ = ["Arrays", "Augmentation", "Device", "Exporter", "Loss", "Options", "Progress", "Runner", "Step", "Tracing"]
 
 Arrays: TypeAlias = Mapping[str, np.ndarray]
 """Arrays by input or output name, samples on the first axis."""
@@ -37,6 +37,14 @@ class Runner(Protocol):
 
     def __call__(self, inputs: Arrays) -> dict[str, np.ndarray]:
         """Run once. ``inputs`` go by the file's names and in its shapes; integer types are cast to the file's."""
+
+
+@runtime_checkable
+class Tracing(Protocol):
+    """What a runner may offer beside its call: to say where a file goes astray."""
+
+    def first_overflow(self, inputs: Arrays) -> str | None:
+        """The first operator whose result its type cannot hold, in one line; None when every value is finite."""
 
 
 class Options(BaseModel):

@@ -30,7 +30,7 @@ def _along(value: Tensor, axis: int | None, rank: int) -> Tensor:
     return value.reshape(shape)
 
 
-@operator(moves=True)
+@operator(moves=True, since="CoreML7")
 def quantize(
     input: Tensor, scale: Tensor, output_dtype: str, zero_point: Tensor | None = None, axis: int | None = None
 ) -> Tensor:
@@ -48,7 +48,7 @@ def quantize(
     return steps.clamp(low, high).to(dtype)
 
 
-@operator()
+@operator(since="CoreML7")
 def dequantize(input: Tensor, scale: Tensor, zero_point: Tensor | None = None, axis: int | None = None) -> Tensor:
     """(input - zero_point) · scale."""
     values = input.to(torch.float32)
@@ -57,12 +57,12 @@ def dequantize(input: Tensor, scale: Tensor, zero_point: Tensor | None = None, a
     return values * _along(scale, axis, input.ndim)
 
 
-@operator()
+@operator(since="CoreML6")
 def constexpr_affine_dequantize(quantized_data: Tensor, zero_point: Tensor, scale: Tensor, axis: int) -> Tensor:
     return dequantize(quantized_data, scale, zero_point, axis)
 
 
-@operator()
+@operator(since="CoreML8")
 def constexpr_blockwise_shift_scale(data: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
     """(data - offset) · scale, one scale per block; the rank is that of ``data``, the blocks are of equal size."""
     values = data.to(torch.float32)
@@ -71,14 +71,14 @@ def constexpr_blockwise_shift_scale(data: Tensor, scale: Tensor, offset: Tensor 
     return values * _spread(scale, data.shape)
 
 
-@operator()
+@operator(since="CoreML6")
 def constexpr_cast(source_val: Tensor, output_dtype: str) -> Tensor:
     if output_dtype != "fp32":
         raise ExportError(f"casts to {output_dtype!r}; MIL allows fp32")
     return source_val.to(torch.float32)
 
 
-@operator(moves=True)
+@operator(moves=True, since="CoreML6", later={"vector_axis": "CoreML8"})
 def constexpr_lut_to_dense(
     indices: Tensor, lut: Tensor, shape: Ints | None = None, vector_axis: int | None = None
 ) -> Tensor:
@@ -99,7 +99,7 @@ def constexpr_lut_to_dense(
     return values.movedim(-1, axis + 1).flatten(axis, axis + 1)
 
 
-@operator(moves=True)
+@operator(moves=True, since="CoreML6")
 def constexpr_sparse_to_dense(nonzero_data: Tensor, mask: Tensor, shape: Ints | None = None) -> Tensor:
     """Zero but where the mask says; iOS 16 packs the mask in bytes, iOS 18 gives it the result's shape."""
     if shape is not None:
@@ -110,6 +110,29 @@ def constexpr_sparse_to_dense(nonzero_data: Tensor, mask: Tensor, shape: Ints | 
         raise ModelFileError(f"the mask keeps {int(mask.sum())} values; there are {nonzero_data.numel()}")
     dense[mask.bool()] = nonzero_data.reshape(-1)
     return dense
+
+
+@operator(moves=True, since="CoreML8")
+def constexpr_lut_to_sparse(
+    indices_mask: Tensor, indices_nonzero_data: Tensor, lut: Tensor, vector_axis: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Looked up where the mask says; the mask, and the values in its order."""
+    indices = constexpr_sparse_to_dense(indices_nonzero_data, indices_mask)
+    dense = constexpr_lut_to_dense(indices, lut, None, vector_axis)
+    mask = indices_mask
+    if dense.shape != mask.shape:
+        assert vector_axis is not None
+        mask = mask.repeat_interleave(lut.shape[-1], vector_axis)
+    return mask, dense[mask.bool()]
+
+
+@operator(since="CoreML8")
+def constexpr_sparse_blockwise_shift_scale(
+    data_mask: Tensor, nonzero_data: Tensor, scale: Tensor, offset: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Shifted and scaled where the mask says; the mask, and the values in its order."""
+    dense = constexpr_blockwise_shift_scale(constexpr_sparse_to_dense(nonzero_data, data_mask), scale, offset)
+    return data_mask, dense[data_mask.bool()]
 
 
 def _spread(value: Tensor, shape: torch.Size) -> Tensor:

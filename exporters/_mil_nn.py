@@ -90,10 +90,10 @@ def conv_transpose(
 ) -> Tensor:
     """Transposed convolution; ``weight`` is (in, out / groups, *kernel), ``pad`` is cut off the full result."""
     rank = x.ndim - 2
-    if pad_type not in ("valid", "custom"):
-        raise ExportError(f"has pad_type {pad_type!r}; the evaluator knows valid and custom")
-    pairs = [(0, 0)] * rank if pad_type == "valid" or not pad else list(zip(pad[::2], pad[1::2], strict=True))
-    full = _CONV_TRANSPOSE[x.ndim](x, weight, None, strides or (1,) * rank, 0, 0, groups, dilations or (1,) * rank)
+    strides, dilations = strides or (1,) * rank, dilations or (1,) * rank
+    kernel = tuple((k - 1) * d + 1 for k, d in zip(weight.shape[2:], dilations, strict=True))
+    pairs = _cuts(pad_type, pad, kernel, strides)
+    full = _CONV_TRANSPOSE[x.ndim](x, weight, None, strides, 0, 0, groups, dilations)
     for axis, (before, after) in enumerate(pairs, start=2):
         size = output_shape[axis] if output_shape else full.shape[axis] - before - after
         missing = before + size - full.shape[axis]
@@ -101,6 +101,23 @@ def conv_transpose(
             full = F.pad(full, [0, 0] * (full.ndim - 1 - axis) + [0, missing])
         full = full.narrow(axis, before, size)
     return full if bias is None else full + bias.reshape(-1, *[1] * rank)
+
+
+def _cuts(pad_type: str, pad: Ints | None, kernel: Ints, strides: Ints) -> list[tuple[int, int]]:
+    """What a transposed convolution cuts off (below zero: appends) before and after each axis.
+
+    ``same`` makes the result ``strides`` times as large as the input, so it cuts what the convolution of that padding
+    would have padded.
+    """
+    if pad_type == "valid":
+        return [(0, 0)] * len(kernel)
+    if pad_type == "custom":
+        pad = pad or (0,) * 2 * len(kernel)
+        return list(zip(pad[::2], pad[1::2], strict=True))
+    if pad_type != "same":
+        raise ExportError(f"has the unknown pad_type {pad_type!r}")
+    totals = [window - stride for window, stride in zip(kernel, strides, strict=True)]
+    return [(max(total, 0) // 2, total - max(total, 0) // 2) for total in totals]
 
 
 def _windows(
@@ -228,7 +245,7 @@ def einsum(values: Tensors, equation: str) -> Tensor:
     return torch.einsum(equation, *values)
 
 
-@operator()
+@operator(since="CoreML8")
 def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
     """Attention with the scale 1/√E; a Boolean mask says who takes part, a float mask is added."""
     return F.scaled_dot_product_attention(query, key, value, attn_mask)

@@ -247,12 +247,12 @@ def reduce_prod(x: Tensor, axes: Ints | None = None, keep_dims: bool = False) ->
     return x
 
 
-@operator(moves=True)
+@operator(moves=True, later={"output_dtype": "CoreML7"})
 def reduce_argmax(x: Tensor, axis: int = -1, keep_dims: bool = False, output_dtype: str = "int32") -> Tensor:
     return torch.argmax(x, axis, keepdim=keep_dims).to(_STORAGE[output_dtype])
 
 
-@operator(moves=True)
+@operator(moves=True, later={"output_dtype": "CoreML7"})
 def reduce_argmin(x: Tensor, axis: int = -1, keep_dims: bool = False, output_dtype: str = "int32") -> Tensor:
     return torch.argmin(x, axis, keepdim=keep_dims).to(_STORAGE[output_dtype])
 
@@ -271,7 +271,7 @@ def argsort(x: Tensor, axis: int = -1, ascending: bool = False) -> Tensor:
     return torch.argsort(x, dim=axis, descending=not ascending, stable=True).to(torch.int32)
 
 
-@operator(moves=True)
+@operator(moves=True, later={"sort": "CoreML6", "return_indices": "CoreML6", "output_indices_dtype": "CoreML7"})
 def topk(
     x: Tensor,
     k: int = 1,

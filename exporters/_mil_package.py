@@ -10,7 +10,7 @@ import importlib.util
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -52,6 +52,7 @@ _PACKED = {
     "UINT6": (6, False),
 }
 _NAMES = {"BOOL": "bool", "STRING": "str"}
+_CONTAINERS = {"dictionaryType": "DICTIONARY", "listType": "LIST"}
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,14 @@ class Type:
     """Declared type of a value.
 
     Attributes:
-        kind: MIL's name of the element type (``FLOAT32``), ``STRING``, or ``DICTIONARY``.
-        shape: Sizes; -1 where the program leaves one open; None for texts and dictionaries.
+        kind: MIL's name of the element type (``FLOAT32``), ``STRING``, ``DICTIONARY`` or ``LIST``.
+        shape: Sizes; -1 where the program leaves one open; None for texts, dictionaries and lists.
+        state: Whether it is a place that lasts from call to call, of that type.
     """
 
     kind: str
     shape: tuple[int, ...] | None
+    state: bool = False
 
     @property
     def storage(self) -> torch.dtype | None:
@@ -99,8 +102,10 @@ class Package:
     def type_of(self, proto: Any) -> Type:
         """Read a ``ValueType`` message."""
         which = proto.WhichOneof("type")
+        if which == "stateType":
+            return replace(self.type_of(proto.stateType.wrappedType), state=True)
         if which != "tensorType":
-            return Type("DICTIONARY" if which == "dictionaryType" else str(which), None)
+            return Type(_CONTAINERS.get(which, str(which)), None)
         tensor = proto.tensorType
         kind = model_proto().MIL__pb2.DataType.Name(tensor.dataType)
         if kind == "STRING":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -17,12 +17,32 @@ from torch import Tensor
 
 from edgekd.errors import ExportError
 
-__all__ = ["OPERATORS", "Bools", "Ints", "Operator", "Tensors", "Texts", "operator", "to_python"]
+__all__ = [
+    "OPERATORS", "OPSETS", "REFUSED", "Bools", "Ints", "Operator", "Tensors", "Texts", "operator", "to_python",
+]  # fmt: skip
 
 Ints: TypeAlias = tuple[int, ...]
 Bools: TypeAlias = tuple[bool, ...]
 Tensors: TypeAlias = tuple[Tensor, ...]
 Texts: TypeAlias = tuple[str, ...]
+
+OPSETS: dict[str, tuple[str, int]] = {
+    "CoreML5": ("iOS 15", 6),
+    "CoreML6": ("iOS 16", 7),
+    "CoreML7": ("iOS 17", 8),
+    "CoreML8": ("iOS 18", 9),
+}
+"""Operator set to the first system that has it and the specification version of its packages, oldest first."""
+
+REFUSED: dict[str, str] = {
+    "random_bernoulli": "its numbers cannot be reproduced",
+    "random_categorical": "its numbers cannot be reproduced",
+    "random_normal": "its numbers cannot be reproduced",
+    "random_uniform": "its numbers cannot be reproduced",
+    "conv_quantized": "it is experimental, and its packing is not published; constexpr operators took its place",
+    "custom_layer": "it is computed by code of the app",
+}
+"""Operators that a package may hold and the evaluator does not compute, each with the reason."""
 
 
 @dataclass(frozen=True)
@@ -33,26 +53,29 @@ class Operator:
         name: MIL's.
         function: Computes it.
         forms: Parameter name to the type in which the function takes it.
+        required: Parameters without a default.
         moves: Only moves or selects numbers, so that nothing has to be rounded after it.
+        since: First operator set that has it.
+        later: Parameters that came with a later operator set.
     """
 
     name: str
     function: Callable[..., Any]
     forms: dict[str, Any]
+    required: tuple[str, ...]
     moves: bool
-
-    @property
-    def required(self) -> tuple[str, ...]:
-        parameters = inspect.signature(self.function).parameters.values()
-        return tuple(p.name for p in parameters if p.default is p.empty)
+    since: str
+    later: Mapping[str, str]
 
 
 OPERATORS: dict[str, Operator] = {}
 """Every operator by MIL's name, filled by the modules that define them."""
 
 
-def operator(name: str | None = None, *, moves: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Enter a function into the table, under its own name or the given one."""
+def operator(
+    name: str | None = None, *, moves: bool = False, since: str = "CoreML5", later: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Enter a function into the table, under its own name or the given one; see :class:`Operator`."""
 
     def enter(function: Callable[..., Any]) -> Callable[..., Any]:
         key = name or function.__name__
@@ -60,7 +83,10 @@ def operator(name: str | None = None, *, moves: bool = False) -> Callable[[Calla
             raise ValueError(f"operator {key!r} is defined twice")
         hints = typing.get_type_hints(function)
         hints.pop("return", None)
-        OPERATORS[key] = Operator(key, function, {k: _form(hint) for k, hint in hints.items()}, moves)
+        forms = {k: _form(hint) for k, hint in hints.items()}
+        parameters = inspect.signature(function).parameters.values()
+        required = tuple(p.name for p in parameters if p.default is p.empty)
+        OPERATORS[key] = Operator(key, function, forms, required, moves, since, later or {})
         return function
 
     return enter

@@ -5,13 +5,11 @@ Written from Apple's description of MIL (coremltools' operator reference), in to
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.errors import DataError, ExportError
+from edgekd.errors import ExportError, ModelFileError
 
 from ._mil_registry import Bools, Ints, Tensors, operator
 
@@ -34,6 +32,15 @@ def reshape_(x: Tensor, shape: Ints) -> Tensor:
     """
     known = (1,) * max(0, len(shape) - x.ndim) + tuple(x.shape)[max(0, x.ndim - len(shape)) :]
     return x.reshape([own if size == 0 else size for size, own in zip(shape, known, strict=True)])
+
+
+@operator(moves=True, since="CoreML6")
+def reshape_like(x: Tensor, ref_tensors: Tensors, begins: Tensors, ends: Tensors, end_masks: Tensors) -> Tensor:
+    """To sizes taken from other tensors, one stretch of axes of each; a masked end is open."""
+    shape: list[int] = []
+    for ref, begin, end, mask in zip(ref_tensors, begins, ends, end_masks, strict=True):
+        shape += ref.shape[int(begin) : None if bool(mask) else int(end)]
+    return x.reshape(shape)
 
 
 @operator(moves=True)
@@ -63,6 +70,23 @@ def squeeze(x: Tensor, axes: Ints | None = None) -> Tensor:
 @operator(moves=True)
 def reverse(x: Tensor, axes: Ints | None = None) -> Tensor:
     return x.flip(tuple(range(x.ndim)) if axes is None else axes)
+
+
+@operator(moves=True)
+def reverse_sequence(x: Tensor, lengths: Ints, seq_axis: int = 0, batch_axis: int = 0) -> Tensor:
+    """The first ``lengths[i]`` steps of sample i backwards."""
+    steps = torch.arange(x.shape[seq_axis])
+    rows = []
+    for row, length in zip(x.split(1, batch_axis), lengths, strict=True):
+        rows.append(row.index_select(seq_axis, torch.where(steps < length, length - 1 - steps, steps)))
+    return torch.cat(rows, batch_axis)
+
+
+@operator(moves=True)
+def sliding_windows(x: Tensor, axis: int, size: int, stride: int = 1) -> Tensor:
+    """Every window of an axis, which becomes (windows, size)."""
+    axis = axis % x.ndim
+    return x.unfold(axis, size, stride).movedim(-1, axis + 1)
 
 
 @operator(moves=True)
@@ -104,23 +128,69 @@ def slice_by_index(
     squeeze_mask: Bools | None = None,
 ) -> Tensor:
     """NumPy's slicing, axis by axis; a masked bound is open, a squeezed axis is indexed by ``begin``."""
+    chosen = _chosen(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)
+    for axis in reversed(range(x.ndim)):  # from the last one, so that the others keep their place
+        places = chosen[axis]
+        if isinstance(places, int):
+            x = x.select(axis, places)
+        elif places == range(x.shape[axis]):
+            continue
+        elif places.step > 0:
+            x = x[(slice(None),) * axis + (slice(places.start, max(places.stop, places.start), places.step),)]
+        else:  # torch has no slices that run backwards
+            x = x.index_select(axis, torch.tensor(list(places), dtype=torch.int64))
+    return x
+
+
+@operator(moves=True, since="CoreML8")
+def slice_update(
+    x: Tensor,
+    update: Tensor,
+    begin: Ints,
+    end: Ints,
+    stride: Ints | None = None,
+    begin_mask: Bools | None = None,
+    end_mask: Bools | None = None,
+    squeeze_mask: Bools | None = None,
+) -> Tensor:
+    """``x`` with that slice replaced; see ``slice_by_index``."""
+    chosen = _chosen(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)
+    kept = [axis for axis, places in enumerate(chosen) if not isinstance(places, int)]
+    if update.shape != tuple(len(chosen[axis]) for axis in kept):  # type: ignore[arg-type]
+        raise ModelFileError(f"writes {tuple(update.shape)} into a slice of another shape")
+    index = []
+    for axis, places in enumerate(chosen):
+        if isinstance(places, int):
+            index.append(torch.tensor(places))
+        else:
+            shape = [-1 if other == axis else 1 for other in kept]
+            index.append(torch.tensor(list(places), dtype=torch.int64).reshape(shape))
+    result = x.clone()
+    result[tuple(index)] = update
+    return result
+
+
+def _chosen(
+    x: Tensor,
+    begin: Ints,
+    end: Ints,
+    stride: Ints | None,
+    begin_mask: Bools | None,
+    end_mask: Bools | None,
+    squeeze_mask: Bools | None,
+) -> list[range | int]:
+    """What a slice takes of each axis: places, or one place of an axis that it drops."""
     none = (False,) * x.ndim
     stride, begin_mask, end_mask = stride or (1,) * x.ndim, begin_mask or none, end_mask or none
-    squeeze_mask = squeeze_mask or none
-    for axis in reversed(range(x.ndim)):  # from the last one, so that the others keep their place
-        if squeeze_mask[axis]:
-            x = x.select(axis, begin[axis])
-            continue
-        if begin_mask[axis] and end_mask[axis] and stride[axis] == 1:
+    chosen: list[range | int] = []
+    for axis, squeezed in enumerate(squeeze_mask or none):
+        if squeezed:
+            chosen.append(range(x.shape[axis])[begin[axis]])
             continue
         first = None if begin_mask[axis] else begin[axis]
         last = None if end_mask[axis] else end[axis]
-        chosen = range(x.shape[axis])[first : last : stride[axis]]
-        if chosen.step > 0:
-            x = x[(slice(None),) * axis + (slice(chosen.start, max(chosen.stop, chosen.start), chosen.step),)]
-        else:  # torch has no slices that run backwards
-            x = x.index_select(axis, torch.tensor(list(chosen), dtype=torch.int64))
-    return x
+        chosen.append(range(x.shape[axis])[first : last : stride[axis]])
+    return chosen
 
 
 @operator(moves=True)
@@ -133,60 +203,11 @@ def slice_by_size(x: Tensor, begin: Ints, size: Ints) -> Tensor:
 
 
 @operator(moves=True)
-def gather(
-    x: Tensor, indices: Tensor, axis: int = 0, batch_dims: int = 0, validate_indices: bool | None = None
-) -> Tensor:
-    """Slices of ``x`` along an axis; shape D[:axis] + N[batch_dims:] + D[axis+1:]."""
-    axis = axis % x.ndim
-    indices = _checked(indices, x.shape[axis], validate_indices)
-    shape = x.shape[:axis] + indices.shape[batch_dims:] + x.shape[axis + 1 :]
-    if batch_dims == 0:
-        return x.index_select(axis, indices.reshape(-1)).reshape(shape)
-    rows = x.flatten(0, batch_dims - 1)
-    places = indices.flatten(0, batch_dims - 1)
-    parts = [row.index_select(axis - batch_dims, place.reshape(-1)) for row, place in zip(rows, places, strict=True)]
-    return torch.stack(parts).reshape(shape)
-
-
-@operator(moves=True)
-def gather_along_axis(x: Tensor, indices: Tensor, axis: int = 0, validate_indices: bool | None = None) -> Tensor:
-    """``indices`` has the shape of ``x`` but for the axis."""
-    return torch.gather(x, axis, _checked(indices, x.shape[axis], validate_indices))
-
-
-@operator(moves=True)
-def gather_nd(x: Tensor, indices: Tensor, batch_dims: int = 0, validate_indices: bool | None = None) -> Tensor:
-    """The last axis of ``indices`` holds places in ``x``, after ``batch_dims`` common axes."""
-    depth = indices.shape[-1]
-    sizes = x.shape[batch_dims : batch_dims + depth]
-    places = [_checked(indices[..., i], size, validate_indices) for i, size in enumerate(sizes)]
-    ranks = indices.ndim - 1
-    batch = [torch.arange(x.shape[i]).reshape([-1 if j == i else 1 for j in range(ranks)]) for i in range(batch_dims)]
-    return x[(*batch, *places)]
-
-
-def _checked(indices: Tensor, size: int, validate: bool | None) -> Tensor:
-    """Indices as int64, from zero.
-
-    From iOS 17 on (the operators that have ``validate_indices``) a negative index is out of bounds, and what a device
-    answers to that is undefined; before, it counts from the end.
-    """
-    indices = indices.to(torch.int64)
-    lowest = -size if validate is None else 0
-    if indices.numel() and (int(indices.min()) < lowest or int(indices.max()) >= size):
-        raise DataError(
-            f"indices {int(indices.min())} to {int(indices.max())} leave the range {lowest} to {size - 1}, "
-            "where Core ML answers anything"
-        )
-    return torch.where(indices < 0, indices + size, indices) if validate is None else indices
-
-
-@operator(moves=True)
 def fill(shape: Ints, value: Tensor | None = None) -> Tensor:
     return torch.zeros(shape) if value is None else value.reshape(()).expand(shape).clone()
 
 
-@operator(moves=True)
+@operator(moves=True, since="CoreML6")
 def fill_like(ref_tensor: Tensor, value: Tensor | None = None) -> Tensor:
     return fill(tuple(ref_tensor.shape), value)
 
@@ -240,7 +261,7 @@ def pixel_shuffle(x: Tensor, upscale_factor: int) -> Tensor:
     return F.pixel_shuffle(x, upscale_factor)
 
 
-@operator(moves=True)
+@operator(moves=True, since="CoreML6")
 def pixel_unshuffle(x: Tensor, downscale_factor: int) -> Tensor:
     return F.pixel_unshuffle(x, downscale_factor)
 
@@ -253,31 +274,38 @@ def crop(x: Tensor, crop_height: Ints, crop_width: Ints) -> Tensor:
 
 
 @operator(moves=True)
-def upsample_nearest_neighbor(x: Tensor, scale_factor_height: float = 1.0, scale_factor_width: float = 1.0) -> Tensor:
-    for axis, factor in ((-2, scale_factor_height), (-1, scale_factor_width)):
-        size, last = math.floor(x.shape[axis] * factor), x.shape[axis] - 1
-        x = x.index_select(axis, (torch.arange(size) / factor).floor().clamp(max=last).to(torch.int64))
-    return x
+def depth_to_space(x: Tensor, block_size: int) -> Tensor:
+    """Channel (i · b + j) · C + c to pixel (i, j) of the blocks of channel c."""
+    n, channels, height, width = x.shape
+    blocks = x.reshape(n, block_size, block_size, channels // block_size**2, height, width)
+    return blocks.permute(0, 3, 4, 1, 5, 2).reshape(n, -1, height * block_size, width * block_size)
 
 
-@operator()
-def upsample_bilinear(
-    x: Tensor,
-    scale_factor_height: float = 1.0,
-    scale_factor_width: float = 1.0,
-    align_corners: bool = True,
-    half_pixel_centers: bool | None = None,
-) -> Tensor:
-    """The scale is recomputed from the sizes; half-pixel centers unless the corners are aligned."""
-    half = not align_corners if half_pixel_centers is None else half_pixel_centers
-    for axis, factor in ((-2, scale_factor_height), (-1, scale_factor_width)):
-        before = x.shape[axis]
-        after = math.floor(before * factor)
-        step = (before - 1) / max(after - 1, 1) if align_corners else before / after
-        points = torch.arange(after, dtype=torch.float64) * step + (0.5 * step - 0.5 if half else 0.0)
-        points = points.clamp(0, before - 1)
-        low = points.floor().to(torch.int64)
-        share = (points - low).to(x.dtype).reshape([-1 if axis == other else 1 for other in (-2, -1)])
-        upper = x.index_select(axis, (low + 1).clamp(max=before - 1))
-        x = torch.lerp(x.index_select(axis, low), upper, share)
-    return x
+@operator(moves=True)
+def space_to_depth(x: Tensor, block_size: int) -> Tensor:
+    """The inverse of ``depth_to_space``."""
+    n, channels, height, width = x.shape
+    blocks = x.reshape(n, channels, height // block_size, block_size, width // block_size, block_size)
+    return blocks.permute(0, 3, 5, 1, 2, 4).reshape(n, -1, height // block_size, width // block_size)
+
+
+@operator(moves=True)
+def space_to_batch(x: Tensor, block_shape: Ints, paddings: Ints) -> Tensor:
+    """Zeros around the image, then pixel (i, j) of every block to sample (i · width of a block + j) · n + sample."""
+    rows, columns = block_shape
+    top, bottom, left, right = paddings
+    x = F.pad(x, (left, right, top, bottom))
+    n, channels, height, width = x.shape
+    blocks = x.reshape(n, channels, height // rows, rows, width // columns, columns)
+    return blocks.permute(3, 5, 0, 1, 2, 4).reshape(-1, channels, height // rows, width // columns)
+
+
+@operator(moves=True)
+def batch_to_space(x: Tensor, block_shape: Ints, crops: Ints) -> Tensor:
+    """The inverse of ``space_to_batch``."""
+    rows, columns = block_shape
+    top, bottom, left, right = crops
+    _, channels, height, width = x.shape
+    blocks = x.reshape(rows, columns, -1, channels, height, width).permute(2, 3, 4, 0, 5, 1)
+    whole = blocks.reshape(-1, channels, height * rows, width * columns)
+    return whole[..., top : height * rows - bottom, left : width * columns - right]

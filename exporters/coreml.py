@@ -27,24 +27,15 @@ from edgekd.parity import conversions
 from edgekd.protocols import Options, Runner
 from edgekd.types import Card, Precision, Student, TensorSpec
 
-from ._mil import MilProgram, load_package
+from ._mil import load_package
 from ._mil_prepare import is_quantized, prepare_program
 from ._mil_write import rename_features, write_package
 
 __all__ = ["EXPORTER", "CoreMLExporter", "load"]
 
 
-def load(path: Path) -> MilProgram:
-    """Load any ``.mlpackage`` with an ML Program into the reference evaluator, whoever made it.
-
-    See ``docs/coreml-evaluator.md`` for what this proves and what it does not.
-
-    Raises:
-        ModelFileError: The package is damaged, or holds no ML Program.
-        ExportError: The program uses an operator that the evaluator does not know; the message names it.
-        MissingToolchainError: coremltools is not installed.
-    """
-    return load_package(path)
+load = load_package
+"""Any ``.mlpackage`` with an ML Program in the reference evaluator, whoever made it: see docs/coreml-evaluator.md."""
 
 
 class CoreMLExporter:

@@ -27,6 +27,7 @@ class Case:
         build: Takes coremltools' builder and the inputs as variables, returns one variable or several.
         answers: One per result, float32 or int32 (Booleans and small integers are cast to int32).
         tolerance: Largest difference.
+        opset: Of the program.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Case:
     build: Callable[..., Any]
     answers: tuple[Array, ...]
     tolerance: float = 2e-6
+    opset: str = "iOS17"
 
 
 CASES: list[Case] = []
@@ -50,9 +52,14 @@ def positive(*shape: int) -> Array:
 
 
 def case(
-    name: str, inputs: Sequence[Array], build: Callable[..., Any], *answers: Array, tolerance: float = 2e-6
+    name: str,
+    inputs: Sequence[Array],
+    build: Callable[..., Any],
+    *answers: Array,
+    tolerance: float = 2e-6,
+    opset: str = "iOS17",
 ) -> None:
-    CASES.append(Case(name, tuple(inputs), build, answers, tolerance))
+    CASES.append(Case(name, tuple(inputs), build, answers, tolerance, opset))
 
 
 # Number by number ---------------------------------------------------------------------------------------------------

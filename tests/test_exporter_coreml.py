@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgekd.compress import compress
-from edgekd.errors import DataError, ExportError, ModelFileError, UsageError
+from edgekd.errors import DataError, ExportError, ModelFileError, ParityError, UsageError
+from edgekd.export import Proof, export_student
 from edgekd.exporters._mil_package import model_proto
 from edgekd.exporters._mil_write import rename_features
 from edgekd.exporters.coreml import EXPORTER
@@ -297,6 +299,31 @@ def test_coremltools_can_read_the_package(convnet_student: Student, tmp_path: Pa
 def test_the_exporter_fulfils_the_seam() -> None:
     exporter: Exporter = EXPORTER
     assert (exporter.suffix, exporter.requires, exporter.extra) == (".mlpackage", ("coremltools",), "coreml")
+
+
+class Overflowing(nn.Module):
+    """Finite in single precision, beyond 65504 in the middle, and small again at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        large = torch.relu(self.first(x)) * 3000
+        return self.second(large * large / 1e8)
+
+
+def test_a_student_that_overflows_in_half_precision_fails_its_proof_with_the_operator(tmp_path: Path) -> None:
+    student = student_of(Overflowing(), torch.zeros(1, 8))
+    proof = Proof(samples_of(student, 8))
+    assert export_student(student, {}, "coreml", "fp32", tmp_path / "fp32", proof).parity.status == "passed"
+    with pytest.raises(ParityError) as raised:
+        export_student(student, {}, "coreml", "fp16", tmp_path / "fp16", proof)
+    reason = str(raised.value)
+    assert re.search(r"; first overflow: operator 'mul' \(output '\w+'\) reaches \S+; float16 ends at 65504$", reason)
+    assert "\n" not in reason
+    manifest = json.loads((tmp_path / "fp16.failed" / "manifest.json").read_text())
+    assert manifest["parity"]["reason"] in reason
 
 
 # Programs that are refused ------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekd.errors import ModelFileError
+from edgekd.errors import DataError, ExportError, ModelFileError
 from edgekd.exporters._mil_blob import WeightFile, unpack_bits
+from edgekd.exporters._mil_package import model_proto
 from edgekd.exporters.coreml import load
 
 # Not importorskip: importing coremltools takes seconds, which collecting the tests should not.
@@ -210,3 +212,237 @@ def test_another_version_of_the_weight_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "weight.bin").write_bytes(b"\1\0\0\0\3\0\0\0" + bytes(64))
     with pytest.raises(ModelFileError, match=r"not MIL blob storage version 2 \(its header says 3\)"):
         WeightFile(tmp_path / "weight.bin")
+
+
+# What plain converters write ----------------------------------------------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.layer = kind(5, 4, num_layers=2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+class Attention(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(6, 6, dtype=torch.bool).tril()
+        return torch.nn.functional.scaled_dot_product_attention(x, x + 1, x, attn_mask=mask)
+
+
+class Scattered(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, 1:3] = x[:, :2] * 2
+        return x.scatter_add(1, torch.tensor([[0, 1], [2, 2]]), torch.ones(2, 2))
+
+
+class Resized(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        f = torch.nn.functional
+        up = f.interpolate(x, scale_factor=2.0, mode="bilinear")
+        return up + f.interpolate(x, size=(8, 12), mode="nearest")
+
+
+@pytest.mark.parametrize("opset", ["iOS15", "iOS16", "iOS17", "iOS18"])
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (Recurrent(nn.LSTM), (2, 6, 5)),
+        (Recurrent(nn.GRU), (2, 6, 5)),
+        (Recurrent(nn.RNN), (2, 6, 5)),
+        (Attention(), (1, 2, 6, 8)),
+        (Scattered(), (2, 5)),
+        (Resized(), (1, 4, 4, 6)),
+    ],
+    ids=["lstm", "gru", "rnn", "attention", "scatter", "resize"],
+)
+def test_what_coremltools_converts_is_what_pytorch_computes(
+    module: nn.Module, shape: tuple[int, ...], opset: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    model = converted((module.eval(), x), opset)
+    found = answer(model, tmp_path / "model.mlpackage", x)
+    np.testing.assert_allclose(found, module(x).detach().numpy(), atol=1e-5)
+
+
+def test_integer_labels_of_a_classifier_are_given(network: Any, tmp_path: Path) -> None:
+    import coremltools as ct
+
+    module, image = network
+    converted(network, "iOS17", classifier_config=ct.ClassifierConfig(list(range(100, 164)))).save(
+        str(tmp_path / "model.mlpackage")
+    )
+    outputs = load(tmp_path / "model.mlpackage")({"image": image.numpy()})
+    assert outputs["classLabel"].item() == 100 + int(module(image).argmax())
+
+
+class Counter(nn.Module):
+    """A total that lasts, and a cache that is written a row at a time."""
+
+    total: Tensor
+    rows: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(3))
+        self.register_buffer("rows", torch.zeros(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.total.add_(x)
+        self.rows[1:2] = x.unsqueeze(0)
+        return self.total * 2 + self.rows.sum(0)
+
+
+def test_states_last_from_call_to_call_and_start_at_zero(tmp_path: Path) -> None:
+    import coremltools as ct
+
+    x = torch.tensor([1.0, 2.0, 3.0])
+    model = ct.convert(
+        torch.jit.trace(Counter().eval(), x),
+        inputs=[ct.TensorType("x", (3,))],
+        states=[ct.StateType(ct.TensorType(shape=(3,)), "total"), ct.StateType(ct.TensorType(shape=(4, 3)), "rows")],
+        minimum_deployment_target=ct.target.iOS18,
+        skip_model_load=True,
+    )
+    model.save(str(tmp_path / "model.mlpackage"))
+    program = load(tmp_path / "model.mlpackage")
+    assert set(program.states) == {"total", "rows"}
+    output = program.outputs[0].name
+    reference, state = Counter(), program.make_state()
+    for step in range(3):
+        given = x * (step + 1)
+        np.testing.assert_allclose(program({"x": given.numpy()}, state)[output], reference(given).numpy(), atol=1e-2)
+    np.testing.assert_allclose(state["total"].value.numpy(), reference.total.numpy())
+    fresh = Counter()(x).numpy()  # without a state, every call is the first
+    for _ in range(2):
+        np.testing.assert_allclose(program({"x": x.numpy()})[output], fresh, atol=1e-2)
+    with pytest.raises(DataError, match="has the states"):
+        program({"x": x.numpy()}, {})
+
+
+def test_functions_of_one_package_are_loaded_by_name(network: Any, tmp_path: Path) -> None:
+    import coremltools as ct
+
+    module, image = network
+    other = nn.Sequential(module, nn.Hardtanh(0.0, 0.01)).eval()
+    for name, part in (("first", module), ("second", other)):
+        converted((part, image), "iOS18").save(str(tmp_path / f"{name}.mlpackage"))
+    several = ct.utils.MultiFunctionDescriptor()
+    several.add_function(str(tmp_path / "first.mlpackage"), "main", "plain")
+    several.add_function(str(tmp_path / "second.mlpackage"), "main", "clipped")
+    several.default_function_name = "plain"
+    ct.utils.save_multifunction(several, str(tmp_path / "both.mlpackage"))
+    parts: list[tuple[str | None, nn.Module]] = [(None, module), ("plain", module), ("clipped", other)]
+    for wanted, part in parts:
+        program = load(tmp_path / "both.mlpackage", wanted)
+        found = program({"image": image.numpy()})[program.outputs[0].name]
+        np.testing.assert_allclose(found, part(image).detach().numpy(), atol=1e-6)
+    with pytest.raises(ModelFileError, match="has no function 'third'; there are"):
+        load(tmp_path / "both.mlpackage", "third")
+
+
+def test_flexible_shapes_run_in_every_shape_that_the_package_takes(tmp_path: Path) -> None:
+    import coremltools as ct
+
+    module = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)).eval()
+    kinds = {
+        "list": (ct.EnumeratedShapes([(1, 3, 8, 8), (1, 3, 8, 12)]), (1, 3, 8, 12), (1, 3, 8, 10)),
+        "range": (ct.Shape((ct.RangeDim(1, 4), 3, 8, ct.RangeDim(4, 16))), (3, 3, 8, 5), (5, 3, 8, 8)),
+    }
+    for name, (shape, taken, refused) in kinds.items():
+        path = tmp_path / f"{name}.mlpackage"
+        converted((module, torch.zeros(1, 3, 8, 8)), "iOS17", inputs=[ct.TensorType("image", shape)]).save(str(path))
+        program = load(path)
+        x = torch.randn(taken)
+        found = program({"image": x.numpy()})[program.outputs[0].name]
+        np.testing.assert_allclose(found, module(x).detach().numpy(), atol=1e-5)
+        with pytest.raises(DataError, match=r"takes (one of|sizes of)"):
+            program({"image": np.zeros(refused, np.float32)})
+
+
+def test_an_input_with_a_default_need_not_be_given(tmp_path: Path) -> None:
+    import coremltools as ct
+
+    class Sum(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+    example = (torch.zeros(2, 3), torch.zeros(2, 3))
+    model = ct.convert(
+        torch.jit.trace(Sum(), example),
+        inputs=[ct.TensorType("x", (2, 3)), ct.TensorType("y", (2, 3), default_value=np.full((2, 3), 7, np.float32))],
+        compute_precision=ct.precision.FLOAT32,
+        minimum_deployment_target=ct.target.iOS16,
+        skip_model_load=True,
+    )
+    model.save(str(tmp_path / "model.mlpackage"))
+    program = load(tmp_path / "model.mlpackage")
+    found = program({"x": np.ones((2, 3), np.float32)})[program.outputs[0].name]
+    np.testing.assert_array_equal(found, np.full((2, 3), 8, np.float32))
+
+
+def test_random_numbers_are_refused_with_the_reason(tmp_path: Path) -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.randn(2, 3)
+
+    converted((Noisy(), torch.zeros(2, 3)), "iOS17").save(str(tmp_path / "model.mlpackage"))
+    with pytest.raises(ExportError, match=r"'random_normal' \(output '\w+'\): its numbers cannot be reproduced"):
+        load(tmp_path / "model.mlpackage")
+
+
+def test_operators_of_a_later_system_than_declared_are_refused(network: Any, tmp_path: Path) -> None:
+    path = tmp_path / "model.mlpackage"
+    model = converted((Attention(), torch.zeros(1, 2, 6, 8)), "iOS18")
+    model.save(str(path))
+    file = path / "Data/com.apple.CoreML/model.mlmodel"
+    proto = model_proto().Model.FromString(file.read_bytes())
+    main = proto.mlProgram.functions["main"]
+    main.block_specializations["CoreML7"].CopyFrom(main.block_specializations[main.opset])
+    main.opset = "CoreML7"
+    file.write_bytes(proto.SerializeToString())
+    with pytest.raises(ModelFileError, match=r"'scaled_dot_product_attention'.* is of CoreML8 \(iOS 18\)"):
+        load(path)
+    main.opset = "CoreML8"
+    proto.specificationVersion = 8
+    file.write_bytes(proto.SerializeToString())
+    with pytest.raises(ModelFileError, match=r"CoreML8 \(iOS 18\), which takes specification version 9"):
+        load(path)
+    main.opset = "CoreML99"
+    file.write_bytes(proto.SerializeToString())
+    with pytest.raises(ModelFileError, match="uses the operator set 'CoreML99'; the evaluator knows CoreML5"):
+        load(path)
+
+
+class Overflowing(nn.Module):
+    """Finite in single precision; the square of the second layer is beyond what half precision holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(torch.tanh(self.first(x)) * 300)
+        return torch.softmax(torch.sqrt(y * y + 1), -1)
+
+
+def test_the_first_operator_that_overflows_in_half_precision_is_named(tmp_path: Path) -> None:
+    import coremltools as ct
+
+    torch.manual_seed(0)
+    module, x = Overflowing().eval(), torch.randn(1, 4) * 9
+    nn.init.constant_(module.second.weight, 1.0)
+    model = converted((module, x), "iOS17", compute_precision=ct.precision.FLOAT16)
+    model.save(str(tmp_path / "half.mlpackage"))
+    program = load(tmp_path / "half.mlpackage")
+    line = program.first_overflow({program.inputs[0].name: x.numpy()})
+    assert line is not None
+    assert re.fullmatch(r"operator 'mul' \(output '\w+'\) reaches [\d.e+]+; float16 ends at 65504", line)
+    assert program.first_overflow({program.inputs[0].name: x.numpy() * 1e-3}) is None
+    converted((module, x), "iOS17").save(str(tmp_path / "single.mlpackage"))
+    single = load(tmp_path / "single.mlpackage")
+    assert single.first_overflow({single.inputs[0].name: x.numpy()}) is None
