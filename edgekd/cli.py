@@ -165,6 +165,9 @@ def export(
         list[str] | None,
         typer.Option("--option", help="What a target alone can be told: key=value or target.key=value; repeat it."),
     ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Choose int8 by measuring its forms on this machine, not by rule.")
+    ] = False,
     recipe: RecipeOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
@@ -179,7 +182,7 @@ def export(
 
         if not targets:
             raise UsageError("which target? --target onnx, coreml, tflite, or all")
-        made = export_external(
+        folders = export_external(
             model,
             targets,
             precision or ["fp32"],
@@ -190,15 +193,15 @@ def export(
             observer=observer,
             max_length=max_length,
             options=parse_options(option or (), targets),
+            tuned=tune,
         )
-        folders = [out / f"{artifact.target}-{artifact.precision}" for artifact in made]
     else:
         from edgekd.pipeline import export_stage
 
         work = _workspace(recipe)
         options = parse_options(option or (), targets or work.recipe.export.targets)
         with work.folder.locked():
-            folders = export_stage(work, _progress(), targets, precision or (), force, options)
+            folders = export_stage(work, _progress(), targets, precision or (), force, options, tune)
     artifacts = [(load_artifact(folder), folder) for folder in folders]
     if json:
         _json([_artifact_json(artifact, folder) for artifact, folder in artifacts])
@@ -212,8 +215,46 @@ def export(
         )
         for note in artifact.notes:
             _say(f"  {note}")
+        for line in artifact.regressions:
+            _say(f"  worse than fp32: {line}")
+        for finding in artifact.findings:
+            _say(f"  {finding.message}")
         if artifact.warnings:
             _say(f"  the toolchain complained {len(artifact.warnings)} times; manifest.json has the lines")
+
+
+@app.command()
+def lint(
+    file: Annotated[Path, typer.Argument(help="A model file, whoever made it, or the folder of an artifact.")],
+    precision: Annotated[
+        str | None,
+        typer.Option("--precision", "-p", help="What it claims; by default what its manifest says, or w8."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Say what a file holds in float and what its converter added, each with its cost."""
+    from edgekd import plugins
+    from edgekd.lint import lint
+    from edgekd.store import MANIFEST, load_artifact
+
+    folder = file if (file / MANIFEST).is_file() else file.parent
+    artifact = load_artifact(folder) if (folder / MANIFEST).is_file() else None
+    path = folder / artifact.path if artifact is not None and folder == file else file
+    target = plugins.exporter_of(path)
+    exporter = plugins.load_exporter(target)
+    plugins.require(target, exporter)
+    contents = exporter.contents(path)
+    findings = lint(contents, precision or (artifact.precision if artifact is not None else "w8"))
+    if json:
+        _json({"findings": [finding.to_json() for finding in findings], "contents": contents.to_json()})
+        return
+    by_type: dict[str, int] = {}
+    for weight in contents.weights:
+        by_type[weight.dtype] = by_type.get(weight.dtype, 0) + weight.size_bytes
+    _out("weights: " + ", ".join(f"{size:,} bytes of {dtype}" for dtype, size in sorted(by_type.items())))
+    _out(f"operators: {len(contents.operators)}")
+    for finding in findings:
+        _out(finding.message)
 
 
 @app.command()
@@ -384,6 +425,8 @@ def _artifact_json(artifact: Any, folder: Path) -> dict[str, Any]:
         "options": artifact.options,
         "notes": list(artifact.notes),
         "warnings": list(artifact.warnings),
+        "regressions": list(artifact.regressions),
+        "findings": [finding.to_json() for finding in artifact.findings],
     }
 
 

@@ -16,22 +16,26 @@ import numpy as np
 import edgekd
 from edgekd import plugins
 from edgekd.compress import choose_int8
-from edgekd.errors import ParityError, UsageError
+from edgekd.errors import ExportError, ParityError, UsageError
+from edgekd.lint import lint
 from edgekd.metrics import accuracy, agreement
 from edgekd.models import bind_inputs, example_inputs, input_specs, program_bytes, run_program
 from edgekd.parity import compare, first_overflow, run_file
-from edgekd.protocols import Arrays, Exporter, Options, Runner
+from edgekd.protocols import Arrays, Exporter, Options, Progress, Runner
 from edgekd.quiet import collected
 from edgekd.store import MANIFEST, hash_path, load_artifact, replace_folder, size_of, staging_folder, write_json
 from edgekd.types import Artifact, Parity, Precision, Student, TensorSpec, Tolerance
 
 __all__ = [
     "Proof",
+    "Request",
     "export_student",
+    "requests_of",
     "resolve_precision",
     "synthetic_samples",
     "toolchain",
     "verify_artifact",
+    "write_request",
 ]
 
 
@@ -52,6 +56,62 @@ class Proof:
     labels: np.ndarray | None = None
     teacher: np.ndarray | None = None
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One file to write.
+
+    Attributes:
+        note: Why ``int8`` became this precision; empty otherwise.
+        is_asked: Whether the user named it; else it is only measured against.
+        is_candidate: Whether it is one of the forms that ``int8`` may take, to be measured.
+    """
+
+    target: str
+    precision: Precision
+    note: str = ""
+    is_asked: bool = True
+    is_candidate: bool = False
+
+
+def requests_of(
+    words: Mapping[str, Sequence[str]], student: Student, candidates: Sequence[Precision] = ()
+) -> list[Request]:
+    """What to write, without repeats, from what the user wrote.
+
+    Args:
+        words: Precisions by target; ``int8`` may be among them.
+        student: In fp32.
+        candidates: Forms of ``int8`` that will be measured beside fp32; without them, a rule decides.
+
+    Raises:
+        UsageError: A target lacks a precision.
+    """
+    found: dict[tuple[str, Precision], Request] = {}
+
+    def add(request: Request) -> None:
+        key = request.target, request.precision
+        before = found.get(key, request)
+        found[key] = Request(
+            *key,
+            before.note or request.note,
+            before.is_asked or request.is_asked,
+            before.is_candidate or request.is_candidate,
+        )
+
+    for target, asked in words.items():
+        exporter = plugins.load_exporter(target)
+        for word in asked:
+            if word == "int8" and candidates:
+                add(Request(target, "fp32", is_asked=False))
+                for precision in candidates:
+                    if precision in exporter.precisions:
+                        add(Request(target, precision, is_asked=False, is_candidate=True))
+                continue
+            precision, why = resolve_precision(word, target, exporter, student)
+            add(Request(target, precision, f"int8 is {precision} here: {why}" if why else ""))
+    return list(found.values())
 
 
 def resolve_precision(word: str, target: str, exporter: Exporter, student: Student) -> tuple[Precision, str]:
@@ -123,6 +183,7 @@ def export_student(
             options=options.model_dump(mode="json"),
             notes=tuple(note for note in (*notes, proof.note) if note),
             warnings=tuple(warnings),
+            findings=lint(exporter.contents(part / name), precision, student.program),
         )
         for asset, content in assets.items():
             (part / asset).write_bytes(content)
@@ -132,6 +193,30 @@ def export_student(
         raise ParityError(f"{target} {precision} failed its proof and is kept in {failed}: {parity.reason}")
     shutil.rmtree(failed, ignore_errors=True)
     return artifact
+
+
+def write_request(
+    request: Request,
+    student: Student,
+    assets: Mapping[str, bytes],
+    folder: Path,
+    proof: Proof,
+    options: Options | None,
+    progress: Progress,
+) -> bool:
+    """Write one file; a mere candidate that the target refuses, or that fails its proof, is said and left out.
+
+    Returns:
+        Whether it was written.
+    """
+    try:
+        export_student(student, assets, request.target, request.precision, folder, proof, [request.note], options)
+    except (ExportError, ParityError) as error:
+        if request.is_asked:
+            raise
+        progress.say(f"{request.target} {request.precision} is no candidate for int8: {error}")
+        return False
+    return True
 
 
 def verify_artifact(folder: Path, student: Student, proof: Proof) -> Artifact:

@@ -12,13 +12,15 @@ from edgekd import plugins
 from edgekd.compress import compress
 from edgekd.data import load_arrays
 from edgekd.errors import ModelFileError, UsageError
-from edgekd.export import Proof, export_student, resolve_precision, synthetic_samples
+from edgekd.export import Proof, requests_of, synthetic_samples, write_request
 from edgekd.models import bind_inputs, count_macs, count_parameters, export_program, input_specs, output_specs
 from edgekd.parity import LOGITS
 from edgekd.protocols import Arrays, Options, Progress
+from edgekd.regressions import note_regressions
 from edgekd.sources import hugging_face_example, hugging_face_module
 from edgekd.store import fingerprint, hash_path, load_student, read_json
-from edgekd.types import Artifact, Card, Precision, Student
+from edgekd.tune import CANDIDATES, settle
+from edgekd.types import Card, Student
 
 __all__ = ["export_external", "load_external"]
 
@@ -38,7 +40,8 @@ def export_external(
     observer: str = "minmax",
     max_length: int = 128,
     options: Mapping[str, Options] | None = None,
-) -> list[Artifact]:
+    tuned: bool = False,
+) -> list[Path]:
     """Export a model by reference; see ``export_student`` for what is proven.
 
     Args:
@@ -51,6 +54,10 @@ def export_external(
             the samples are random and the manifest says so.
         max_length: Tokens, for a text model from a folder.
         options: By target.
+        tuned: Choose ``int8`` by measuring all that it may become, beside fp32; see :mod:`edgekd.tune`.
+
+    Returns:
+        Folders of the artifacts that were asked for.
 
     Raises:
         UsageError: A target lacks a precision, or ``w8a8`` has no calibration.
@@ -60,26 +67,27 @@ def export_external(
         plugins.require(target, exporter)
     student, assets = load_external(reference, max_length)
     calibrating, proof = _samples(student, calibration, samples)
-    exports: dict[tuple[str, Precision], str] = {}
-    chosen = options or {}
-    for target, exporter in exporters.items():
-        for word in precisions:
-            precision, why = resolve_precision(word, target, exporter, student)
-            exports.setdefault((target, precision), f"int8 is {precision} here: {why}" if why else "")
-    if any(exporters[t].precisions[p].source == "w8a8" for t, p in exports) and calibrating is None:
-        raise UsageError("w8a8 takes its scales from real samples; give them with --calibration data.npz")
+    requests = requests_of(dict.fromkeys(targets, precisions), student, CANDIDATES if tuned else ())
+    sources = {request: exporters[request.target].precisions[request.precision].source for request in requests}
+    if calibrating is None:
+        # A candidate that cannot be made is none; what was asked for is missed.
+        requests = [r for r in requests if sources[r] != "w8a8" or r.is_asked]
+        if any(sources[request] == "w8a8" for request in requests):
+            raise UsageError("w8a8 takes its scales from real samples; give them with --calibration data.npz")
     programs = {"fp32": student}
-    artifacts = []
-    for (target, precision), note in exports.items():
-        progress.start(f"export {target} {precision}", 1)
-        source = exporters[target].precisions[precision].source
+    written = []
+    for request in requests:
+        progress.start(f"export {request.target} {request.precision}", 1)
+        source, folder = sources[request], out / f"{request.target}-{request.precision}"
         if source not in programs:
             programs[source] = compress(student, source, calibrating, observer)
-        folder, said = out / f"{target}-{precision}", chosen.get(target)
-        artifacts.append(export_student(programs[source], assets, target, precision, folder, proof, [note], said))
+        told = (options or {}).get(request.target)
+        if write_request(request, programs[source], assets, folder, proof, told, progress):
+            written.append((request, folder))
         progress.advance()
         progress.finish()
-    return artifacts
+    note_regressions([folder for _, folder in written])
+    return settle(written, student, proof, progress)
 
 
 def load_external(reference: str, max_length: int = 128) -> tuple[Student, dict[str, bytes]]:

@@ -18,9 +18,11 @@ from edgekd.capture import capture, verify_cache
 from edgekd.compress import PORTABLE, compress
 from edgekd.distill import ArmResult, arm_inputs, arms_of, choose_arm, evaluate, load_result, threads_of, train_arm
 from edgekd.errors import CacheError, UsageError
-from edgekd.export import Proof, export_student, resolve_precision, toolchain, verify_artifact
+from edgekd.export import Proof, Request, requests_of, toolchain, verify_artifact, write_request
 from edgekd.protocols import Options, Progress
-from edgekd.store import hash_path, load_artifact, load_student, read_json, save_student, write_json
+from edgekd.regressions import note_regressions
+from edgekd.store import MANIFEST, hash_path, load_artifact, load_student, read_json, save_student, write_json
+from edgekd.tune import CANDIDATES, settle
 from edgekd.types import Artifact, Json, Measurement, Plan, Precision, Student
 from edgekd.workspace import SPLITS, Workspace
 
@@ -104,7 +106,7 @@ def compress_stage(
     """
     _, folder = shipped(work)
     student, assets = load_student(folder)
-    wanted = precisions or _programs(exports_of(work, student))
+    wanted = precisions or _programs(requests(work, student))
     if not wanted:
         progress.say("compress: no precision of this recipe needs it")
     for precision in wanted:
@@ -131,9 +133,9 @@ def compress_stage(
         _once(work, f"compress-{precision}", inputs, make, progress, force)
 
 
-def _programs(exports: Sequence[tuple[str, Precision, str]]) -> list[Precision]:
-    """The compressed programs that exports are written from."""
-    sources = {plugins.load_exporter(target).precisions[precision].source for target, precision, _ in exports}
+def _programs(wanted: Sequence[Request]) -> list[Precision]:
+    """The compressed programs that files are written from."""
+    sources = {plugins.load_exporter(request.target).precisions[request.precision].source for request in wanted}
     return [precision for precision in PORTABLE if precision in sources]
 
 
@@ -142,22 +144,21 @@ def calibration_split(work: Workspace, samples: int) -> Split:
     return work.splits.train.take(np.argsort(work.splits.train.ids)[:samples])
 
 
-def exports_of(
-    work: Workspace, student: Student, targets: Sequence[str] = (), precisions: Sequence[str] = ()
-) -> list[tuple[str, Precision, str]]:
-    """Target, precision and why of every export that the recipe (or the call) asks for, without repeats.
+def requests(
+    work: Workspace,
+    student: Student,
+    targets: Sequence[str] = (),
+    precisions: Sequence[str] = (),
+    candidates: Sequence[Precision] = (),
+) -> list[Request]:
+    """Every file that the recipe (or the call) asks for, without repeats.
 
     Raises:
         UsageError: A target lacks a precision.
     """
-    wanted: dict[tuple[str, Precision], str] = {}
-    for target in targets or work.recipe.export.targets:
-        exporter = plugins.load_exporter(target)
-        for word in precisions or work.recipe.export.precisions_of(target):
-            precision, why = resolve_precision(word, target, exporter, student)
-            note = f"int8 is {precision} here: {why}" if why else ""
-            wanted[target, precision] = wanted.get((target, precision)) or note
-    return [(target, precision, note) for (target, precision), note in wanted.items()]
+    export = work.recipe.export
+    words = {target: tuple(precisions) or export.precisions_of(target) for target in targets or export.targets}
+    return requests_of(words, student, candidates)
 
 
 def export_stage(
@@ -167,34 +168,37 @@ def export_stage(
     precisions: Sequence[str] = (),
     force: bool = False,
     options: Mapping[str, Options] | None = None,
+    tuned: bool = False,
 ) -> list[Path]:
-    """Every target in every precision, each proven; returns the artifact folders.
+    """Every target in every precision, each proven; returns the artifact folders that were asked for.
+
+    Args:
+        options: By target, in place of the recipe's.
+        tuned: Choose ``int8`` by measuring all that it may become, beside fp32; see :mod:`edgekd.tune`.
 
     Raises:
         ParityError: A file computes something else than its program.
         UsageError: There is no student yet, or a target lacks a precision.
     """
-    _, folder = shipped(work)
-    student, _ = load_student(folder)
-    exports = exports_of(work, student, targets, precisions)
-    needed = _programs(exports)
+    _, shipped_folder = shipped(work)
+    student, _ = load_student(shipped_folder)
+    wanted = requests(work, student, targets, precisions, CANDIDATES if tuned else ())
+    needed = _programs(wanted)
     if needed:
         compress_stage(work, progress, needed)
-    told = {target: work.recipe.export.options_of(target) for target, _, _ in exports} | dict(options or {})
+    told = {request.target: work.recipe.export.options_of(request.target) for request in wanted} | dict(options or {})
     proof = proof_of(work)
-    folders = []
-    for target, precision, note in exports:
-        exporter = plugins.load_exporter(target)
-        held = exporter.precisions[precision].source
-        source = folder if held == "fp32" else work.folder.compressed(held)
-        program, assets = load_student(source)
-        plugins.require(target, exporter)
-        destination = work.folder.artifact(target, precision)
+    written = []
+    for request in wanted:
+        exporter = plugins.load_exporter(request.target)
+        plugins.require(request.target, exporter)
+        source = _source_folder(work, request.target, request.precision)
+        folder = work.folder.artifact(request.target, request.precision)
         inputs: Json = {
             "source": hash_path(source / "student.pt2"),
             "card": hash_path(source / "card.json"),
-            "precision": precision,
-            "options": told[target].model_dump(mode="json"),
+            "precision": request.precision,
+            "options": told[request.target].model_dump(mode="json"),
             "toolchain": toolchain(exporter),
             "samples": work.recipe.export.samples,
             "accuracy_samples": work.recipe.export.accuracy_samples,
@@ -202,23 +206,27 @@ def export_stage(
             "teacher": work.teacher.fingerprint,
         }
 
-        def make(
-            program: Student = program,
-            assets: dict[str, bytes] = assets,
-            target: str = target,
-            precision: Precision = precision,
-            destination: Path = destination,
-            note: str = note,
-        ) -> list[Path]:
-            progress.start(f"export {target} {precision}", 1)
-            export_student(program, assets, target, precision, destination, proof, [note], told[target])
+        def make(request: Request = request, source: Path = source, folder: Path = folder) -> list[Path]:
+            progress.start(f"export {request.target} {request.precision}", 1)
+            program, assets = load_student(source)
+            made = write_request(request, program, assets, folder, proof, told[request.target], progress)
             progress.advance()
             progress.finish()
-            return [destination]
+            # Without the manifest, to which what is measured later is added.
+            return [folder / name for name in (load_artifact(folder).path, *assets)] if made else []
 
-        _once(work, f"export-{target}-{precision}", inputs, make, progress, force)
-        folders.append(destination)
-    return folders
+        again = force or not (folder / MANIFEST).is_file()
+        _once(work, f"export-{request.target}-{request.precision}", inputs, make, progress, again)
+        if folder.is_dir():
+            written.append((request, folder))
+    note_regressions(work.folder.artifacts(), measurements_of(work))
+    return settle(written, student, proof, progress)
+
+
+def _source_folder(work: Workspace, target: str, precision: Precision) -> Path:
+    """Where the program lies that a file is written from."""
+    source = plugins.load_exporter(target).precisions[precision].source
+    return shipped(work)[1] if source == "fp32" else work.folder.compressed(source)
 
 
 def proof_of(work: Workspace) -> Proof:
@@ -269,7 +277,9 @@ def bench_stage(
             return paths
 
         _once(work, f"bench-{name}", inputs, make, progress, force)
-    return measurements_of(work)
+    measurements = measurements_of(work)
+    note_regressions(folders, measurements)
+    return measurements
 
 
 def measurements_of(work: Workspace) -> list[Measurement]:
@@ -307,13 +317,11 @@ def verify_artifacts(work: Workspace, progress: Progress) -> list[Artifact]:
     folders = work.folder.artifacts()
     if not folders:
         raise UsageError("nothing has been exported yet; run: edgekd export")
-    _, shipped_folder = shipped(work)
     proof = proof_of(work)
     proven = []
     for folder in folders:
         found = load_artifact(folder)
-        held = plugins.load_exporter(found.target).precisions[found.precision].source
-        source = shipped_folder if held == "fp32" else work.folder.compressed(held)
+        source = _source_folder(work, found.target, found.precision)
         artifact = verify_artifact(folder, load_student(source)[0], proof)
         progress.say(f"{folder.name}: {artifact.parity.status}, max error {artifact.parity.max_abs:.3g}")
         proven.append(artifact)
@@ -323,8 +331,10 @@ def verify_artifacts(work: Workspace, progress: Progress) -> list[Artifact]:
 def _once(
     work: Workspace, stage: str, inputs: Json, make: Callable[[], list[Path]], progress: Progress, force: bool
 ) -> None:
-    """Do a stage unless it is done."""
+    """Do a stage unless it is done; one that wrote nothing is tried again the next time."""
     if not force and work.folder.is_done(stage, inputs):
         progress.say(f"{stage}: unchanged, not done again")
         return
-    work.folder.finish(stage, inputs, make())
+    outputs = make()
+    if outputs:
+        work.folder.finish(stage, inputs, outputs)

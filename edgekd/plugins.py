@@ -19,7 +19,17 @@ from typing import Any, cast
 from edgekd.errors import MissingToolchainError, UsageError
 from edgekd.protocols import Device, Exporter
 
-__all__ = ["device_names", "exporter_names", "load_device", "load_exporter", "load_function", "load_module", "missing"]
+__all__ = [
+    "device_names",
+    "exporter_names",
+    "exporter_of",
+    "load_device",
+    "load_exporter",
+    "load_function",
+    "load_module",
+    "missing",
+    "require",
+]
 
 
 def exporter_names() -> tuple[str, ...]:
@@ -48,6 +58,18 @@ def load_device(kind: str) -> Device:
         UsageError: There is no such kind; the message has those that exist.
     """
     return cast(Device, _load("edgekd.devices", kind, "DEVICE", "kind of device"))
+
+
+def exporter_of(path: Path) -> str:
+    """Name of the target that a file belongs to, by its suffix.
+
+    Raises:
+        UsageError: No target writes such files.
+    """
+    suffixes = {load_exporter(name).suffix: name for name in exporter_names()}
+    if path.suffix not in suffixes:
+        raise UsageError(f"{path}: no target writes {path.suffix or 'such'} files; there are {', '.join(suffixes)}")
+    return suffixes[path.suffix]
 
 
 def missing(requires: tuple[str, ...]) -> tuple[str, ...]:

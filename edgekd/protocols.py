@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from edgekd.types import Artifact, Block, Conversion, DeviceStatus, Plan, Precision, Student, TensorSpec
+from edgekd.types import Artifact, Block, Contents, Conversion, DeviceStatus, Plan, Precision, Student, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -91,6 +91,13 @@ class Exporter(Protocol):
 
     def load(self, path: Path) -> Runner:
         """Load the file in its own runtime.
+
+        Raises:
+            ModelFileError: The file is damaged or of another format.
+        """
+
+    def contents(self, path: Path) -> Contents:
+        """Weights as stored, and operators as the runtime would run them: the evidence for ``edgekd.lint``.
 
         Raises:
             ModelFileError: The file is damaged or of another format.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -20,9 +21,11 @@ __all__ = [
     "Contents",
     "Conversion",
     "DeviceStatus",
+    "Finding",
     "Json",
     "Measurement",
     "OperatorFact",
+    "OperatorKind",
     "OutputParity",
     "Parity",
     "Plan",
@@ -40,6 +43,10 @@ Precision: TypeAlias = str
 
 ``fp32``, ``fp16``, ``w8``, ``w8d8`` and ``w8a8`` mean the same on every target that has them; a target may have more.
 """
+
+
+OperatorKind = Literal["quantize", "dequantize", "transpose", "cast", "batch_norm", "embedding", "other"]
+"""What of an operator matters to a lint, in words that all formats share."""
 
 
 class JsonMixin:
@@ -186,15 +193,20 @@ class WeightFact(JsonMixin):
         name: As the file calls it.
         dtype: As it is stored: ``float32``, ``int8``, ``int4``, ``uint4`` for a palette of 16 …
         size_bytes: As stored, without scales or palettes.
-        elements: How many numbers it holds.
+        shape: As stored.
         reader: Type of the operator that computes with it, dequantization aside.
     """
 
     name: str
     dtype: str
     size_bytes: int
-    elements: int
+    shape: tuple[int, ...]
     reader: str
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -204,13 +216,13 @@ class OperatorFact(JsonMixin):
     Attributes:
         name: Of the operator or of its first output.
         type: As the format calls it.
-        kind: What of it matters to a lint, in words that all formats share.
+        kind: ``quantize`` and ``dequantize`` only where no integer kernel takes them up.
         size_bytes: Of its first output for one inference; 0 where the file does not tell.
     """
 
     name: str
     type: str
-    kind: Literal["quantize", "dequantize", "transpose", "cast", "batch_norm", "embedding", "other"]
+    kind: OperatorKind
     size_bytes: int
 
 
@@ -220,6 +232,25 @@ class Contents(JsonMixin):
 
     operators: tuple[OperatorFact, ...]
     weights: tuple[WeightFact, ...]
+
+
+@dataclass(frozen=True)
+class Finding(JsonMixin):
+    """Something in a file that costs size or time and that its precision does not promise.
+
+    Attributes:
+        kind: ``float_weight``, ``batch_norm``, ``quantization``, ``transpose`` or ``cast``.
+        count: How many.
+        cost_bytes: Room in the file that could be saved, or bytes that one inference moves for it.
+        message: One line for people, with the cost.
+        names: The costliest first, at most five.
+    """
+
+    kind: str
+    count: int
+    cost_bytes: int
+    message: str
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -284,6 +315,8 @@ class Artifact(JsonMixin):
         options: What the target was told, by name (``Exporter.options``).
         notes: What a user should know: why ``int8`` became this precision, a file larger than its parent …
         warnings: What the toolchain complained of while it wrote the file, each once.
+        findings: Of ``edgekd.lint``: what costs size or time without need.
+        regressions: In what it is worse than the fp32 file of the same target: larger, or slower where it was measured.
     """
 
     target: str
@@ -302,6 +335,8 @@ class Artifact(JsonMixin):
     options: Json = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    regressions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ from edgekd.errors import ExportError, UsageError
 from edgekd.models import at_batch, input_specs, output_specs
 from edgekd.parity import conversions
 from edgekd.protocols import Options, Runner
-from edgekd.types import Card, Precision, Student, TensorSpec
+from edgekd.types import Card, Contents, Precision, Student, TensorSpec
 
 from ._mil import load_package
+from ._mil_contents import read_contents
 from ._mil_prepare import is_quantized, prepare_program
 from ._mil_write import rename_features, write_package
 
@@ -74,6 +75,10 @@ class CoreMLExporter:
     def load(self, path: Path) -> Runner:
         """The package in the reference evaluator; see :func:`load`."""
         return load(path)
+
+    def contents(self, path: Path) -> Contents:
+        """Operators and constants of the package's program."""
+        return read_contents(path)
 
 
 EXPORTER = CoreMLExporter()

@@ -14,7 +14,9 @@ from edgekd.errors import DataError, ExportError, ModelFileError, UsageError
 from edgekd.parity import conversions
 from edgekd.protocols import Arrays, Exporter, Options, Runner
 from edgekd.quiet import quiet
-from edgekd.types import Precision, Student, TensorSpec
+from edgekd.types import Contents, Precision, Student, TensorSpec
+
+from ._onnx_contents import read_contents
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -74,6 +76,9 @@ class OnnxExporter:
 
     def load(self, path: Path) -> Runner:
         return OnnxRunner(path)
+
+    def contents(self, path: Path) -> Contents:
+        return read_contents(path, session_options())
 
 
 class OnnxRunner:

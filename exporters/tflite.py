@@ -26,8 +26,9 @@ from edgekd.fold import folded_module
 from edgekd.models import input_specs, output_specs, retrace
 from edgekd.parity import conversions
 from edgekd.protocols import Arrays, Options
-from edgekd.types import Precision, Student, TensorSpec
+from edgekd.types import Contents, Precision, Student, TensorSpec
 
+from ._tflite_contents import read_contents
 from ._tflite_convert import convert, first_line, quiet, quiet_native, requantize
 from ._tflite_graph import prepare, program_precision
 from ._tflite_metadata import append_metadata, check_intact, read_metadata
@@ -82,6 +83,15 @@ class TFLiteExporter:
             return LiteRTRunner(_interpreter(model_path=str(path)))
         except (RuntimeError, ValueError) as error:
             raise ModelFileError(f"{path} cannot be loaded by LiteRT: {_refusal(error)}") from error
+
+    def contents(self, path: Path) -> Contents:
+        """Operators and constants in the file.
+
+        Raises:
+            ModelFileError: The file is missing or damaged.
+        """
+        check_intact(path)
+        return read_contents(path)
 
 
 class LiteRTRunner:

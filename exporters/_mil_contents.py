@@ -1,0 +1,93 @@
+"""What is in a Core ML package: operators and constants as its ML Program has them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from edgekd.types import Contents, OperatorFact, OperatorKind, WeightFact
+
+from ._mil_package import Type, read_package
+
+__all__ = ["read_contents"]
+
+_KINDS: dict[str, OperatorKind] = {
+    "transpose": "transpose",
+    "cast": "cast",
+    "batch_norm": "batch_norm",
+    "quantize": "quantize",
+    "dequantize": "dequantize",
+    "gather": "embedding",
+}
+# Core ML runs these in integers between a dequantize and a quantize, so the pairs around them are no cost.
+# https://apple.github.io/coremltools/docs-guides/source/opt-quantization-overview.html
+_INTEGER = {"conv", "linear", "matmul", "add", "mul", "relu", "clip", "avg_pool", "max_pool", "reduce_mean", "concat"}
+_INTEGER |= {"reshape", "transpose", "squeeze", "expand_dims", "pad", "slice_by_index", "split"}
+
+
+def read_contents(path: Path) -> Contents:
+    """Operators and constants of the main function.
+
+    Raises:
+        ModelFileError: The package is damaged.
+    """
+    package = read_package(path)
+    functions = package.model.mlProgram.functions
+    function = functions["main" if "main" in functions else next(iter(functions))]
+    operations = list(function.block_specializations[function.opset].operations)
+    types = {v.name: package.type_of(v.type) for operation in operations for v in operation.outputs}
+    readers: dict[str, str] = {}
+    producers = {value.name: operation for operation in operations for value in operation.outputs}
+    for operation in reversed(operations):
+        widens = operation.type.startswith("constexpr_")
+        for name in _names(operation):
+            readers[name] = readers.get(operation.outputs[0].name, "") if widens else operation.type
+    operators, weights = [], []
+    for operation in operations:
+        output = operation.outputs[0].name if operation.outputs else ""
+        if operation.type == "const":
+            if types[output].shape is not None:
+                weights.append(_weight(output, types[output], readers.get(output, "")))
+        elif operation.type.startswith("constexpr_"):
+            for key, value in operation.attributes.items():
+                declared = package.type_of(value.type)
+                if key != "name" and declared.shape is not None:
+                    weights.append(_weight(f"{output}/{key}", declared, readers.get(output, "")))
+        else:
+            kind = _kind(operation, readers, producers)
+            operators.append(OperatorFact(output, operation.type, kind, _size(types[output]) if output else 0))
+    return Contents(tuple(operators), tuple(weights))
+
+
+def _names(operation: Any) -> list[str]:
+    return [b.name for a in operation.inputs.values() for b in a.arguments if b.WhichOneof("binding") == "name"]
+
+
+def _kind(operation: Any, readers: dict[str, str], producers: dict[str, Any]) -> OperatorKind:
+    """Quantization counts only where no integer kernel takes it up."""
+    kind = _KINDS.get(operation.type, "other")
+    if kind == "dequantize" and readers.get(operation.outputs[0].name, "") in _INTEGER:
+        return "other"
+    if kind == "quantize":
+        source = [producers[name].type for name in _names(operation) if name in producers]
+        return "other" if any(name in _INTEGER for name in source) else kind
+    if kind == "embedding":
+        table = [producers[name].type for name in _names(operation)[:1] if name in producers]
+        return kind if any(name == "const" or name.startswith("constexpr_") for name in table) else "other"
+    return kind
+
+
+def _weight(name: str, declared: Type, reader: str) -> WeightFact:
+    shape = declared.shape or ()
+    return WeightFact(name, declared.dtype, math.prod(shape) * _bits(declared.dtype) // 8, shape, reader)
+
+
+def _size(declared: Type) -> int:
+    shape = declared.shape
+    return 0 if shape is None or -1 in shape else math.prod(shape) * _bits(declared.dtype) // 8
+
+
+def _bits(dtype: str) -> int:
+    digits = "".join(character for character in dtype if character.isdigit())
+    return int(digits) if digits else 8
