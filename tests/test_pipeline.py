@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -221,9 +222,9 @@ def test_a_file_that_computes_something_else_is_kept_aside(copied: Workspace, mo
     from edgekd.pipeline import export_stage
     from edgekd.types import Student
 
-    write = type(target.EXPORTER).write
+    write: Callable[..., None] = type(target.EXPORTER).write
 
-    def dropping(self: object, student: Student, path: Path, precision: str) -> None:
+    def dropping(self: object, student: Student, path: Path, precision: str, options: object) -> None:
         module = student.program.module()
         for node in list(module.graph.nodes):
             if "relu" in str(node.target):
@@ -231,7 +232,7 @@ def test_a_file_that_computes_something_else_is_kept_aside(copied: Workspace, mo
                 module.graph.erase_node(node)
                 break
         module.recompile()
-        write(self, dataclasses.replace(student, program=retrace(module, student.program)), path, precision)
+        write(self, dataclasses.replace(student, program=retrace(module, student.program)), path, precision, options)
 
     good = hash_path(copied.folder.artifact("onnx", "fp32"))
     monkeypatch.setattr(type(target.EXPORTER), "write", dropping)
