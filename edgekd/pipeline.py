@@ -5,6 +5,7 @@ A stage whose inputs' fingerprint is unchanged, and whose outputs are still as i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -188,6 +189,7 @@ def export_stage(
         compress_stage(work, progress, needed)
     told = {request.target: work.recipe.export.options_of(request.target) for request in wanted} | dict(options or {})
     proof = proof_of(work)
+    load, digest = functools.cache(load_student), functools.cache(hash_path)  # one program serves several targets
     written = []
     for request in wanted:
         exporter = plugins.load_exporter(request.target)
@@ -195,8 +197,8 @@ def export_stage(
         source = _source_folder(work, request.target, request.precision)
         folder = work.folder.artifact(request.target, request.precision)
         inputs: Json = {
-            "source": hash_path(source / "student.pt2"),
-            "card": hash_path(source / "card.json"),
+            "source": digest(source / "student.pt2"),
+            "card": digest(source / "card.json"),
             "precision": request.precision,
             "options": told[request.target].model_dump(mode="json"),
             "toolchain": toolchain(exporter),
@@ -208,7 +210,7 @@ def export_stage(
 
         def make(request: Request = request, source: Path = source, folder: Path = folder) -> list[Path]:
             progress.start(f"export {request.target} {request.precision}", 1)
-            program, assets = load_student(source)
+            program, assets = load(source)
             made = write_request(request, program, assets, folder, proof, told[request.target], progress)
             progress.advance()
             progress.finish()
