@@ -1,8 +1,8 @@
 """How long an export takes beside the bare converter of the same toolchain, and how much memory it needs.
 
-``python -m edgekd.benchmarks.export_time`` prints the table and writes ``benchmarks/results/export_time.json``. Both sides
-start from the same module in a fresh process, turn about, and end with an fp32 file on disk; edgekd's proof comes after
-that and is not part of either. Toolchains are imported before the clock starts.
+``python -m edgekd.benchmarks.export_time`` prints the table and writes ``benchmarks/results/export_time.json``. Both
+sides start from the same module in a fresh process, turn about, and end with an fp32 file on disk; edgekd's proof comes
+after that and is not part of either. Toolchains are imported before the clock starts.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def mobilenet_v2() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
 def minilm() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     import transformers
 
-    config = transformers.BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    config = transformers.BertConfig(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    )
     ids = torch.zeros(1, 128, dtype=torch.int64)
     return transformers.BertModel(config, add_pooling_layer=False), (ids, torch.ones_like(ids))
 
@@ -158,8 +160,9 @@ def measure(models: tuple[str, ...], rounds: int) -> list[dict[str, Any]]:
 def line(row: Mapping[str, Any]) -> str:
     ours, theirs = statistics.median(row["edgekd_s"]), statistics.median(row["bare_s"])
     peaks = f"{row['edgekd_peak_bytes'] / 1e6:.0f} MB against {row['bare_peak_bytes'] / 1e6:.0f} MB"
+    times = f"{ours:6.2f} s against {theirs:6.2f} s: {row['ratio']:.2f}×"
     verdict = "" if row["ratio"] <= BAR else f"  above {BAR}"
-    return f"{row['model']:<14} {row['target']:<7} {ours:6.2f} s against {theirs:6.2f} s: {row['ratio']:.2f}×  {peaks}{verdict}"
+    return f"{row['model']:<14} {row['target']:<7} {times}  {peaks}{verdict}"
 
 
 def main() -> None:
