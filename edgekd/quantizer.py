@@ -16,12 +16,13 @@ Importing this module imports torchao; see :func:`edgekd.compress.quantize_stati
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
+from torchao.quantization.pt2e import PerChannelMinMaxObserver
 from torchao.quantization.pt2e.quantizer import (
     QuantizationAnnotation,
     QuantizationSpec,
@@ -30,8 +31,9 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from edgekd.fold import CONVOLUTIONS, LINEAR, is_transposed
+from edgekd.observers import OBSERVERS, WeightMseObserver
 
-__all__ = ["OBSERVERS", "PercentileObserver", "PortableQuantizer"]
+__all__ = ["PortableQuantizer"]
 
 _ATEN = torch.ops.aten
 _KEY = "quantization_annotation"
@@ -69,35 +71,19 @@ _MOVES = {
 }
 
 
-class PercentileObserver(HistogramObserver):
-    """Range that leaves out the outermost 0.01 % of the values on each side; what is beyond saturates."""
-
-    share = 1e-4
-
-    @torch.jit.unused
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        low, high = self.min_val, self.max_val
-        if low.numel() and high > low and self.histogram.sum() > 0:
-            below = torch.cumsum(self.histogram.double(), 0) / self.histogram.double().sum()
-            edges = torch.linspace(float(low), float(high), self.bins + 1, dtype=torch.float64)
-            first = int((below > self.share).nonzero()[0])
-            last = int((below >= 1 - self.share).nonzero()[0])
-            low, high = edges[first].to(low.dtype), edges[last + 1].to(high.dtype)
-        return self._calculate_qparams(low, high)
-
-
-OBSERVERS = {"minmax": MinMaxObserver, "percentile": PercentileObserver}
-
-
 class PortableQuantizer(Quantizer):
     """Annotates a module for :func:`torchao.quantization.pt2e.quantize_pt2e.prepare_pt2e`.
 
-    Weights: int8, symmetric, one scale an output channel, −127..127. Activations: int8, affine, one scale a tensor,
-    −128..127. Biases stay float: every runtime quantizes them itself, with the product of the two scales.
+    Weights: int8, symmetric, one scale an output channel, −127..127 (4 bits: −7..7). Activations: int8, affine, one
+    scale a tensor, −128..127. Biases stay float: every runtime quantizes them itself, with the product of the two
+    scales.
     """
 
-    def __init__(self, observer: str = "minmax") -> None:
+    def __init__(self, observer: str = "minmax", weight_bits: int = 8, keep_float: Collection[str] = ()) -> None:
+        """See :func:`edgekd.static.static_module`."""
         super().__init__()
+        self.weight_bits = weight_bits
+        self.keep_float = keep_float
         self.activation = QuantizationSpec(
             dtype=torch.int8,
             quant_min=-128,
@@ -123,10 +109,12 @@ class PortableQuantizer(Quantizer):
     def _annotate_node(self, node: Node, quantized: dict[Node, None]) -> None:
         inputs = [argument for argument in node.all_input_nodes if _is_float(argument)]
         weight = weight_axis(node)
+        if weight is not None and _constant_name(weight[0]) in self.keep_float:
+            return
         if weight is not None:
             data = node.args[1] if node.target is _ATEN.addmm.default else node.args[0]
             assert isinstance(data, Node)
-            self._set(node, {data: self.activation, weight[0]: _weight_spec(weight[1])}, quantized)
+            self._set(node, {data: self.activation, weight[0]: _weight_spec(weight[1], self.weight_bits)}, quantized)
         elif not inputs or any(argument not in quantized for argument in inputs):
             return
         elif node.target in _MOVES | _AVERAGES | _CONCATENATIONS or _is_windowed(node) or _pads_with_zero(node):
@@ -184,14 +172,22 @@ def weight_axis(node: Node) -> tuple[Node, int] | None:
     return (weight, axis) if constant.op == "get_attr" else None
 
 
-def _weight_spec(axis: int) -> QuantizationSpec:
+def _constant_name(weight: Node) -> str:
+    """Name of the constant that a weight is, however it was turned."""
+    while weight.op != "get_attr":
+        weight = weight.all_input_nodes[0]
+    return str(weight.target)
+
+
+def _weight_spec(axis: int, bits: int) -> QuantizationSpec:
+    largest = 2 ** (bits - 1) - 1
     return QuantizationSpec(
         dtype=torch.int8,
-        quant_min=-127,
-        quant_max=127,
+        quant_min=-largest,
+        quant_max=largest,
         qscheme=torch.per_channel_symmetric,
         ch_axis=axis,
-        observer_or_fake_quant_ctr=PerChannelMinMaxObserver,
+        observer_or_fake_quant_ctr=PerChannelMinMaxObserver if bits == 8 else WeightMseObserver,
     )
 
 
