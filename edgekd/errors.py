@@ -7,6 +7,7 @@ EdgekdError                     exit 1   it failed
 ├── NumericalError              exit 1   NaN or infinity in outputs or loss
 ├── ExportError                 exit 1   a converter refused the program
 │   └── ParityError             exit 1   the file computes something else than the program
+├── BudgetError                 exit 1   no mixed precision loses as little as was asked
 ├── DeviceError                 exit 1   a device that is not there, or broke off
 ├── StorageError                exit 1   the disk is full or the folder cannot be written
 ├── UsageError                  exit 2   a wrong name, option or path
@@ -18,6 +19,7 @@ EdgekdError                     exit 1   it failed
 from collections.abc import Sequence
 
 __all__ = [
+    "BudgetError",
     "CacheError",
     "DataError",
     "DeviceError",
@@ -62,6 +64,10 @@ class ExportError(EdgekdError):
 
 class ParityError(ExportError):
     """An exported file does not compute what its program computes."""
+
+
+class BudgetError(EdgekdError):
+    """No mix of precisions keeps what was asked."""
 
 
 class DeviceError(EdgekdError):

@@ -23,13 +23,16 @@ __all__ = [
     "DeviceStatus",
     "Finding",
     "Json",
+    "KeptLayer",
     "Measurement",
+    "Mixture",
     "OperatorFact",
     "OperatorKind",
     "OutputParity",
     "Parity",
     "Plan",
     "Precision",
+    "Retraining",
     "Student",
     "TensorSpec",
     "Tolerance",
@@ -104,11 +107,70 @@ class Calibration(JsonMixin):
         data: Fingerprint of the samples, in order.
         samples: How many samples were shown.
         observer: ``minmax`` …
+        corrections: What made the program more accurate besides (``edgekd.corrections``), in that order.
     """
 
     data: str
     samples: int
     observer: str
+    corrections: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class KeptLayer(JsonMixin):
+    """A layer that mixed precision keeps in float.
+
+    Attributes:
+        name: Of the layer.
+        error: Squared error of the outputs, as a share of their square, when this layer alone is int8.
+    """
+
+    name: str
+    error: float
+
+
+@dataclass(frozen=True)
+class Mixture(JsonMixin):
+    """What ``auto`` measured and chose (``edgekd.mixed``).
+
+    Attributes:
+        metric: ``accuracy`` on labels, ``agreement`` with the fp32 program's top class, or ``cosine`` with its output.
+        max_drop: The budget; 0.005 is half a point.
+        drop: What the mix loses on the samples that it was chosen on.
+        float_score: The metric of the fp32 program.
+        samples: How many samples measured it: calibration or validation, never test.
+        layers: How many layers could be int8.
+        kept: Those that stayed float, the most sensitive first.
+    """
+
+    metric: str
+    max_drop: float
+    drop: float
+    float_score: float
+    samples: int
+    layers: int
+    kept: tuple[KeptLayer, ...] = ()
+
+
+@dataclass(frozen=True)
+class Retraining(JsonMixin):
+    """Training that won back what compression lost.
+
+    Attributes:
+        method: ``qat`` (``edgekd.qat``), or how it was pruned (``edgekd.prune``).
+        arm: The loss that it learned with; ``control`` is labels only.
+        epochs: How long.
+        before: Accuracy on the test split of the same compression without training.
+        after: With it.
+        control: With it, but from labels alone; None where ``arm`` is that.
+    """
+
+    method: str
+    arm: str
+    epochs: int
+    before: float
+    after: float
+    control: float | None = None
 
 
 @dataclass(frozen=True)
@@ -124,8 +186,10 @@ class Card(JsonMixin):
         parameters: Count of trained numbers.
         macs: Multiply-accumulates for one sample, counted, not estimated; None when not counted.
         lineage: From the teacher to this program, oldest first, each ``stage: fingerprint``.
-        calibration: Only for ``w8a8``.
+        calibration: Only where activations have static scales.
         assets: Files that belong to the model (a tokenizer), by name, in the same folder.
+        mixture: Only for ``auto``.
+        retraining: After pruning and quantization, in that order.
     """
 
     name: str
@@ -139,6 +203,8 @@ class Card(JsonMixin):
     lineage: tuple[str, ...] = ()
     calibration: Calibration | None = None
     assets: tuple[str, ...] = ()
+    mixture: Mixture | None = None
+    retraining: tuple[Retraining, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from edgekd.models import (
 )
 from edgekd.parity import TOLERANCES
 from edgekd.types import Card, Student
+from edgekd.weights import integers_of, largest_scales, smallest_error_scales
 
 
 class Residual(nn.Module):
@@ -369,6 +370,36 @@ def test_percentile_leaves_out_what_minmax_stretches_for(residual: Student, imag
     assert scales["percentile"] < scales["minmax"] / 20
 
 
+def test_mse_finds_the_range_that_brute_force_finds() -> None:
+    from edgekd.observers import MseObserver
+
+    values = torch.from_numpy(np.random.default_rng(0).standard_t(2, 100_000).astype(np.float32))
+    observer = MseObserver(dtype=torch.int8, quant_min=-128, quant_max=127, qscheme=torch.per_tensor_affine)
+    observer(values[:50_000])
+    observer(values[50_000:])
+
+    def error(scale: float, zero: int) -> float:
+        return float((torch.fake_quantize_per_tensor_affine(values, scale, zero, -128, 127) - values).square().mean())
+
+    scale, zero = observer.calculate_qparams()
+    brute = min(error(2 * end / 255, 0) for end in np.geomspace(1, float(values.abs().max()), 200))
+    assert error(float(scale), int(zero)) < brute * 1.02
+    lowest, highest = float(values.min()), float(values.max())
+    widest = (highest - lowest) / 255
+    assert error(float(scale), int(zero)) < error(widest, round(-128 - lowest / widest)) / 2
+
+
+def test_scales_of_four_bit_weights_have_less_error_than_the_largest_weight_gives() -> None:
+    weight = torch.from_numpy(np.random.default_rng(0).standard_t(4, (6, 40)).astype(np.float32))
+
+    def errors(scales: torch.Tensor) -> torch.Tensor:
+        return (integers_of(weight, scales, 0, 7) * scales[:, None] - weight).square().sum(1)
+
+    found, largest = errors(smallest_error_scales(weight, 0, 7)), errors(largest_scales(weight, 0, 7))
+    assert (found <= largest).all()
+    assert found.sum() < 0.8 * largest.sum()
+
+
 # The card
 
 
@@ -518,11 +549,13 @@ def test_precisions_that_are_not_programs_are_refused(residual: Student, images:
     for precision in ("fp16", "w8d8"):
         with pytest.raises(UsageError, match=f"{precision} is made by the exporter"):
             compress(residual, precision)
-    with pytest.raises(UsageError, match="no precision called 'w4' to compress to; there are fp32, w8, w8a8"):
+    with pytest.raises(
+        UsageError, match="no precision called 'w4' to compress to; there are fp32, w8, w8a8, w4a8, auto"
+    ):
         compress(residual, "w4")
     with pytest.raises(UsageError, match="w8a8 takes its scales from real samples"):
         compress(residual, "w8a8")
-    with pytest.raises(UsageError, match="no observer called 'entropy'; there are minmax, percentile"):
+    with pytest.raises(UsageError, match="no observer called 'entropy'; there are minmax, percentile, mse"):
         compress(residual, "w8a8", images, "entropy")
 
 
@@ -559,8 +592,12 @@ def test_weights_and_outputs_that_are_not_finite_are_refused(images: dict[str, n
     student = student_of(net.eval(), torch.zeros(1, 3, 8, 8))
     with pytest.raises(NumericalError, match="weight 'weight' is not finite"):
         quantize_weights(student)
-    with pytest.raises(NumericalError, match=r"outputs for calibration samples 0\.\.31 are not finite"):
+    with pytest.raises(NumericalError, match="weight 'weight' is not finite"):
         quantize_static(student, images)
+    with torch.no_grad():
+        net.weight[:] = 3e38
+    with pytest.raises(NumericalError, match=r"outputs for calibration samples 0\.\.31 are not finite"):
+        quantize_static(student_of(net, torch.zeros(1, 3, 8, 8)), images)
 
 
 def test_a_student_without_weights_to_quantize_is_refused() -> None:
