@@ -43,6 +43,10 @@ PrecisionOption = Annotated[
     list[str] | None,
     typer.Option("--precision", "-p", help="fp32, int8 (chosen by rule), or another that edgekd targets lists."),
 ]
+MaxDropOption = Annotated[
+    str | None,
+    typer.Option("--max-drop", help="What precision auto may lose: 0.5pt (half a point of accuracy) or 0.005."),
+]
 
 
 def main() -> None:
@@ -131,8 +135,17 @@ def distill(recipe: RecipeOption = None, force: ForceOption = False) -> None:
 
 
 @app.command()
-def compress(recipe: RecipeOption = None, precision: PrecisionOption = None, force: ForceOption = False) -> None:
-    """Quantize the chosen student, once for all targets (w8, w8a8)."""
+def compress(
+    recipe: RecipeOption = None,
+    precision: PrecisionOption = None,
+    qat: Annotated[
+        bool | None,
+        typer.Option("--qat/--no-qat", help="Train w8a8 or w4a8 with their rounding, from the teacher's outputs."),
+    ] = None,
+    max_drop: MaxDropOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Quantize the chosen student, once for all targets (w8, w8a8, w4a8, auto)."""
     from edgekd.compress import PORTABLE
     from edgekd.pipeline import compress_stage
 
@@ -143,7 +156,8 @@ def compress(recipe: RecipeOption = None, precision: PrecisionOption = None, for
         )
     work = _workspace(recipe)
     with work.folder.locked():
-        compress_stage(work, _progress(), [p for p in PORTABLE if p in (precision or [])], force)
+        wanted = [p for p in PORTABLE if p in (precision or [])]
+        compress_stage(work, _progress(), wanted, force, qat, _share(max_drop))
 
 
 @app.command()
@@ -154,9 +168,10 @@ def export(
     ] = None,
     target: TargetOption = None,
     precision: PrecisionOption = None,
-    calibration: Annotated[Path | None, typer.Option(help="data.npz that w8a8 takes its scales from.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="data.npz that static int8 takes its scales from.")] = None,
     samples: Annotated[Path | None, typer.Option(help="data.npz to prove the files with.")] = None,
-    observer: Annotated[str, typer.Option(help="How w8a8 takes a range: minmax or percentile.")] = "minmax",
+    observer: Annotated[str, typer.Option(help="How static int8 takes a range: minmax, percentile or mse.")] = "minmax",
+    max_drop: MaxDropOption = None,
     max_length: Annotated[int, typer.Option(help="Tokens, for a text model from hf:folder.", min=1)] = 128,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the artifacts of a model file.")] = Path(
         "artifacts"
@@ -194,6 +209,7 @@ def export(
             max_length=max_length,
             options=parse_options(option or (), targets),
             tuned=tune,
+            max_drop=_share(max_drop),
         )
     else:
         from edgekd.pipeline import export_stage
@@ -201,7 +217,7 @@ def export(
         work = _workspace(recipe)
         options = parse_options(option or (), targets or work.recipe.export.targets)
         with work.folder.locked():
-            folders = export_stage(work, _progress(), targets, precision or (), force, options, tune)
+            folders = export_stage(work, _progress(), targets, precision or (), force, options, tune, _share(max_drop))
     artifacts = [(load_artifact(folder), folder) for folder in folders]
     if json:
         _json([_artifact_json(artifact, folder) for artifact, folder in artifacts])
@@ -387,6 +403,19 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
         _out(edgekd.__version__)
         raise typer.Exit
+
+
+def _share(text: str | None) -> float | None:
+    """A budget as it is typed, as a share."""
+    from edgekd.recipe import parse_drop
+
+    try:
+        share: float | None = parse_drop(text)
+    except ValueError as error:
+        raise UsageError(f"--max-drop {error}") from None
+    if share is not None and not 0 <= share < 1:
+        raise UsageError(f"--max-drop {text} is no budget; 0.5pt (half a point) or 0.005 works")
+    return share
 
 
 def _workspace(recipe: Path | None) -> Workspace:

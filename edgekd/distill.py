@@ -34,7 +34,17 @@ from edgekd.store import RunFolder, fingerprint, read_json, save_student
 from edgekd.train import Objective, TrainingPlan, train
 from edgekd.types import Card, Json, Student
 
-__all__ = ["CONTROL", "ArmResult", "arm_inputs", "arms_of", "choose_arm", "evaluate", "load_result", "train_arm"]
+__all__ = [
+    "CONTROL",
+    "ArmResult",
+    "arm_inputs",
+    "arms_of",
+    "choose_arm",
+    "evaluate",
+    "load_result",
+    "objective_of",
+    "train_arm",
+]
 
 CONTROL = "control"
 
@@ -156,7 +166,7 @@ def train_arm(
     )
     name = f"{arm}, seed {seed}"
     checkpoint = folder.checkpoint(f"{arm}-{fingerprint(inputs)}", seed)
-    objective = _objective(recipe, arm)
+    objective = objective_of(recipe, arm)
     history = train(module, splits.train, caches["train"], augment, objective, plan, checkpoint, progress, name)
     module.eval().requires_grad_(False)
     program = rename_outputs(export_program(module, example), ["logits"])
@@ -239,7 +249,8 @@ def check_outputs(output: object, teacher_classes: int, labels: int) -> None:
         )
 
 
-def _objective(recipe: Recipe, arm: str) -> Objective:
+def objective_of(recipe: Recipe, arm: str) -> Objective:
+    """What an arm minimises; the control sees labels only."""
     if arm == CONTROL:
 
         def labels_only(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:

@@ -13,8 +13,9 @@ from edgekd.compress import compress
 from edgekd.data import load_arrays
 from edgekd.errors import ModelFileError, UsageError
 from edgekd.export import Proof, requests_of, synthetic_samples, write_request
+from edgekd.mixed import DEFAULT_MAX_DROP, Budget
 from edgekd.models import bind_inputs, count_macs, count_parameters, export_program, input_specs, output_specs
-from edgekd.parity import LOGITS
+from edgekd.parity import LOGITS, STATIC
 from edgekd.protocols import Arrays, Options, Progress
 from edgekd.regressions import note_regressions
 from edgekd.sources import hugging_face_example, hugging_face_module
@@ -41,6 +42,7 @@ def export_external(
     max_length: int = 128,
     options: Mapping[str, Options] | None = None,
     tuned: bool = False,
+    max_drop: float | None = None,
 ) -> list[Path]:
     """Export a model by reference; see ``export_student`` for what is proven.
 
@@ -55,6 +57,8 @@ def export_external(
         max_length: Tokens, for a text model from a folder.
         options: By target.
         tuned: Choose ``int8`` by measuring all that it may become, beside fp32; see :mod:`edgekd.tune`.
+        max_drop: Budget of ``auto``; half a point by default. Measured on the calibration samples: on their ``label``
+            where the file has it, else as agreement with the fp32 program.
 
     Returns:
         Folders of the artifacts that were asked for.
@@ -71,16 +75,17 @@ def export_external(
     sources = {request: exporters[request.target].precisions[request.precision].source for request in requests}
     if calibrating is None:
         # A candidate that cannot be made is none; what was asked for is missed.
-        requests = [r for r in requests if sources[r] != "w8a8" or r.is_asked]
-        if any(sources[request] == "w8a8" for request in requests):
-            raise UsageError("w8a8 takes its scales from real samples; give them with --calibration data.npz")
+        requests = [r for r in requests if sources[r] not in STATIC or r.is_asked]
+        if missed := [sources[request] for request in requests if sources[request] in STATIC]:
+            raise UsageError(f"{missed[0]} takes its scales from real samples; give them with --calibration data.npz")
     programs = {"fp32": student}
     written = []
     for request in requests:
         progress.start(f"export {request.target} {request.precision}", 1)
         source, folder = sources[request], out / f"{request.target}-{request.precision}"
         if source not in programs:
-            programs[source] = compress(student, source, calibrating, observer)
+            budget = _budget(calibration, calibrating, DEFAULT_MAX_DROP if max_drop is None else max_drop)
+            programs[source] = compress(student, source, calibrating, observer, budget=budget)
         told = (options or {}).get(request.target)
         if write_request(request, programs[source], assets, folder, proof, told, progress):
             written.append((request, folder))
@@ -131,10 +136,22 @@ def _from_hugging_face(folder: Path, max_length: int) -> tuple[Student, dict[str
     return Student(program, card), assets
 
 
+def _budget(calibration: Path | None, calibrating: Arrays | None, max_drop: float) -> Budget | None:
+    """What ``auto`` may lose, on the samples that calibrate: those that prove the files are never looked at."""
+    if calibration is None or calibrating is None:
+        return None
+    labels = load_arrays(calibration).get("label")
+    count = len(next(iter(calibrating.values())))
+    return Budget(max_drop, calibrating, None if labels is None else labels[:count])
+
+
 def _samples(student: Student, calibration: Path | None, samples: Path | None) -> tuple[Arrays | None, Proof]:
     """What calibrates and what proves; the two share no sample where there are enough."""
     specs = input_specs(student.program)
-    calibrating = bind_inputs(specs, load_arrays(calibration)) if calibration else None
+    calibrating = None
+    if calibration:
+        arrays = {name: array for name, array in load_arrays(calibration).items() if name != "label"}
+        calibrating = bind_inputs(specs, arrays)
     if samples:
         return calibrating, Proof(bind_inputs(specs, load_arrays(samples)))
     if calibrating is None:

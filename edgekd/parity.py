@@ -10,21 +10,24 @@ from edgekd.models import bind_inputs
 from edgekd.protocols import Arrays, Runner, Tracing
 from edgekd.types import Conversion, OutputParity, Parity, Precision, TensorSpec, Tolerance
 
-__all__ = ["TOLERANCES", "compare", "conversions", "first_overflow", "run_file"]
+__all__ = ["STATIC", "TOLERANCES", "compare", "conversions", "first_overflow", "run_file"]
 
 
 LOGITS = "logits"
 """The meaning of an output whose largest value is a class; only there can a different top class fail a file."""
 
 
+STATIC: tuple[Precision, ...] = ("w8a8", "w4a8", "auto")
+"""Precisions whose programs hold static scales of activations (``auto``: in all layers but some)."""
+
 TOLERANCES: dict[Precision, Tolerance] = {
     "fp32": Tolerance(1e-4, 0.9999, 0.999),
     "fp16": Tolerance(2e-2, 0.999, 0.99),
     "w8": Tolerance(1e-3, 0.9999, 0.995),
     "w8d8": Tolerance(None, 0.98, 0.9),
-    "w8a8": Tolerance(None, 0.98, 0.9),
+    **dict.fromkeys(STATIC, Tolerance(None, 0.98, 0.9)),
 }
-"""By precision. fp32, w8 and w8a8 are compared with a program of the same numbers; fp16 and w8d8 with fp32."""
+"""By precision. fp16 and w8d8 are compared with fp32; the others with a program of the same numbers."""
 
 
 def conversions(*precisions: Precision) -> Mapping[Precision, Conversion]:

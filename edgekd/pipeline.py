@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,19 +15,17 @@ import torch
 import edgekd
 from edgekd import plugins
 from edgekd.capture import capture, verify_cache
-from edgekd.compress import PORTABLE, compress
-from edgekd.distill import ArmResult, arm_inputs, arms_of, choose_arm, evaluate, load_result, threads_of, train_arm
+from edgekd.compress import PORTABLE, WEIGHT_BITS
+from edgekd.distill import ArmResult, arm_inputs, arms_of, choose_arm, load_result, threads_of, train_arm
 from edgekd.errors import CacheError, UsageError
 from edgekd.export import Proof, Request, requests_of, toolchain, verify_artifact, write_request
 from edgekd.protocols import Options, Progress
+from edgekd.recovery import Settings, calibration_split, compressed, settings_of, training_inputs
 from edgekd.regressions import note_regressions
 from edgekd.store import MANIFEST, hash_path, load_artifact, load_student, read_json, save_student, write_json
 from edgekd.tune import CANDIDATES, settle
 from edgekd.types import Artifact, Json, Measurement, Plan, Precision, Student
 from edgekd.workspace import SPLITS, Workspace
-
-if TYPE_CHECKING:
-    from edgekd.data import Split
 
 __all__ = [
     "bench_stage",
@@ -98,51 +95,63 @@ def shipped(work: Workspace) -> tuple[ArmResult, Path]:
 
 
 def compress_stage(
-    work: Workspace, progress: Progress, precisions: Sequence[Precision] = (), force: bool = False
+    work: Workspace,
+    progress: Progress,
+    precisions: Sequence[Precision] = (),
+    force: bool = False,
+    qat: bool | None = None,
+    max_drop: float | None = None,
 ) -> None:
     """The shipped student in every portable precision that the exports need (or in those that are named).
 
+    Args:
+        qat: Train with quantization, or do not; None leaves it to the recipe, or to what was said last.
+        max_drop: Budget of ``auto``; None as above.
+
     Raises:
-        UsageError: There is no student yet, or a precision is not portable.
+        UsageError: There is no student yet, or a precision is not portable or cannot be trained.
+        BudgetError: ``auto`` finds no mix within its budget.
     """
-    _, folder = shipped(work)
+    result, folder = shipped(work)
     student, assets = load_student(folder)
     wanted = precisions or _programs(requests(work, student))
     if not wanted:
         progress.say("compress: no precision of this recipe needs it")
+    if qat and not set(wanted) & set(WEIGHT_BITS):
+        raise UsageError(
+            f"quantization-aware training is for {', '.join(WEIGHT_BITS)}; asked was {', '.join(wanted) or 'none'}"
+        )
     for precision in wanted:
-        spec = work.recipe.compress
-        split = calibration_split(work, spec.samples)
+        stage, spec = f"compress-{precision}", work.recipe.compress
+        settings = settings_of(work, precision, work.folder.done_with(stage), qat, max_drop)
+        static = precision != "w8"
         inputs: Json = {
             "student": hash_path(folder / "student.pt2"),
             "precision": precision,
-            "calibration": split.fingerprint if precision == "w8a8" else None,
-            "observer": spec.observer if precision == "w8a8" else None,
+            "calibration": calibration_split(work, spec.samples).fingerprint if static else None,
+            "observer": spec.observer if static else None,
+            "corrections": list(spec.corrections) if static else None,
+            "validation": work.splits.validation.fingerprint if precision == "auto" else None,
+            "training": training_inputs(work, result.arm, result.seed) if settings.qat_epochs else None,
+            "settings": vars(settings),
             "edgekd": edgekd.__version__,
         }
 
-        def make(precision: Precision = precision, split: Split = split) -> list[Path]:
-            progress.start(f"compress {precision}", 2)
-            smaller = compress(student, precision, split.arrays(), work.recipe.compress.observer)
-            progress.advance(1, "evaluate")
-            quality = evaluate(smaller, work.splits.test, work.cache("test"))
-            save_student(work.folder.compressed(precision), smaller, assets, {"test": quality.to_json()})
+        def make(precision: Precision = precision, settings: Settings = settings) -> list[Path]:
+            progress.start(f"compress {precision}", 1)
+            smaller, record = compressed(work, student, result, settings, progress)
+            save_student(work.folder.compressed(precision), smaller, assets, record)
             progress.advance(1)
             progress.finish()
             return [work.folder.compressed(precision)]
 
-        _once(work, f"compress-{precision}", inputs, make, progress, force)
+        _once(work, stage, inputs, make, progress, force)
 
 
 def _programs(wanted: Sequence[Request]) -> list[Precision]:
     """The compressed programs that files are written from."""
     sources = {plugins.load_exporter(request.target).precisions[request.precision].source for request in wanted}
     return [precision for precision in PORTABLE if precision in sources]
-
-
-def calibration_split(work: Workspace, samples: int) -> Split:
-    """Training samples that set the scales: the first by id, so the choice is random but stable."""
-    return work.splits.train.take(np.argsort(work.splits.train.ids)[:samples])
 
 
 def requests(
@@ -170,6 +179,7 @@ def export_stage(
     force: bool = False,
     options: Mapping[str, Options] | None = None,
     tuned: bool = False,
+    max_drop: float | None = None,
 ) -> list[Path]:
     """Every target in every precision, each proven; returns the artifact folders that were asked for.
 
@@ -186,7 +196,7 @@ def export_stage(
     wanted = requests(work, student, targets, precisions, CANDIDATES if tuned else ())
     needed = _programs(wanted)
     if needed:
-        compress_stage(work, progress, needed)
+        compress_stage(work, progress, needed, max_drop=max_drop)
     told = {request.target: work.recipe.export.options_of(request.target) for request in wanted} | dict(options or {})
     proof = proof_of(work)
     load, digest = functools.cache(load_student), functools.cache(hash_path)  # one program serves several targets

@@ -11,14 +11,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from edgekd import plugins
 from edgekd.errors import RecipeError, UsageError
 from edgekd.protocols import Options
 from edgekd.types import Json, Precision
 
-__all__ = ["FILE_NAME", "Recipe", "find_recipe", "json_schema", "known_losses", "load_recipe", "parse_options"]
+__all__ = [
+    "FILE_NAME",
+    "Recipe",
+    "find_recipe",
+    "json_schema",
+    "known_losses",
+    "load_recipe",
+    "parse_drop",
+    "parse_options",
+]
 
 FILE_NAME = "edgekd.toml"
 
@@ -102,11 +111,30 @@ class Distill(_Table):
         return temperature, self.label_weight if own.label_weight is None else own.label_weight
 
 
+def parse_drop(text: Any) -> Any:
+    """A budget of accuracy as a share: ``0.005``, ``"0.5pt"`` and ``"0.5%"`` are the same.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    if not isinstance(text, str):
+        return text
+    number = text.strip().removesuffix("pt").removesuffix("%").strip()
+    try:
+        return float(number) / (1 if number == text.strip() else 100)
+    except ValueError:
+        raise ValueError(f"{text!r} is no budget; 0.5pt (half a point) or 0.005 works") from None
+
+
 class Compress(_Table):
-    """How static int8 scales are found."""
+    """How a student is made smaller: scales of static int8, and what wins back the accuracy that it loses."""
 
     samples: Count = 256
-    observer: str = "minmax"
+    observer: Literal["minmax", "percentile", "mse"] = "minmax"
+    corrections: tuple[Literal["auto", "equalize", "smooth", "bias"], ...] = ("auto",)
+    max_drop: Annotated[Share | None, BeforeValidator(parse_drop)] = None
+    qat_epochs: Annotated[int, Field(ge=0)] | None = None
+    qat_learning_rate: Annotated[float, Field(gt=0)] | None = None
 
 
 class Export(_Table):

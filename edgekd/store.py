@@ -335,6 +335,12 @@ class RunFolder:
             for name, digest in done["outputs"].items()
         )
 
+    def done_with(self, stage: str) -> Json:
+        """What a stage was last done with; empty when it never was."""
+        record = self._stage(stage)
+        inputs: Json = read_json(record)["inputs"] if record.is_file() else {}
+        return inputs
+
     def finish(self, stage: str, inputs: Json, outputs: Iterable[Path]) -> None:
         """Record that a stage is done; call it last."""
         hashes = {path.relative_to(self.path).as_posix(): hash_path(path) for path in outputs}

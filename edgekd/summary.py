@@ -11,7 +11,7 @@ from pathlib import Path
 
 import edgekd
 from edgekd import plugins
-from edgekd.compress import PORTABLE
+from edgekd.compress import PORTABLE, told
 from edgekd.distill import CONTROL, ArmResult
 from edgekd.ledger import ClassRow, Gain, Ledger, Row
 from edgekd.metrics import ClassCount, Quality, accuracy, quality
@@ -164,6 +164,7 @@ def _compressed_rows(work: Workspace) -> list[Row]:
                 size_bytes=size_of(folder / "student.pt2"),
                 parameters=student.card.parameters,
                 macs=student.card.macs,
+                note=" ".join(told(student.card)),
             )
         )
     return rows

@@ -45,7 +45,7 @@ class CoreMLExporter:
     suffix = ".mlpackage"
     requires: tuple[str, ...] = ("coremltools",)
     extra = "coreml"
-    precisions = conversions("fp32", "fp16", "w8", "w8a8")
+    precisions = conversions("fp32", "fp16", "w8", "w8a8", "w4a8", "auto")
     options = Options
 
     def write(self, student: Student, path: Path, precision: Precision, options: Options = Options()) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.errors import DataError, ExportError, ModelFileError, UsageError
-from edgekd.parity import conversions
+from edgekd.parity import STATIC, conversions
 from edgekd.protocols import Arrays, Exporter, Options, Runner
 from edgekd.quiet import quiet
 from edgekd.types import Contents, Precision, Student, TensorSpec
@@ -55,7 +55,7 @@ class OnnxExporter:
     suffix = ".onnx"
     requires: tuple[str, ...] = ("onnx", "onnxruntime", "onnxscript")
     extra = "onnx"
-    precisions = conversions("fp32", "fp16", "w8", "w8d8", "w8a8")
+    precisions = conversions("fp32", "fp16", "w8", "w8d8", "w8a8", "w4a8", "auto")
     options = Options
 
     def write(self, student: Student, path: Path, precision: Precision, options: Options = Options()) -> None:
@@ -165,7 +165,7 @@ def _translate(student: Student, precision: Precision) -> ModelProto:
     assert exported is not None
     graph = exported.model.graph
     editing.tidy(graph)
-    if precision == "w8a8":
+    if precision in STATIC:
         activations.drop_saturated(graph)
         activations.pad_in_convolutions(graph)
         activations.pool_globally(graph)
@@ -173,7 +173,7 @@ def _translate(student: Student, precision: Precision) -> ModelProto:
         activations.unsigned_activations(graph)
     elif precision == "w8d8":
         weights.quantize_tables(graph)
-    if precision in ("w8", "w8d8", "w8a8"):
+    if precision in ("w8", "w8d8", *STATIC):
         weights.gather_then_dequantize(graph)
         weights.multiply_weights(graph)
         weights.transpose_weights(graph)
@@ -238,7 +238,7 @@ def _describe(model: ModelProto, student: Student, precision: Precision) -> None
         "labels": json.dumps(card.labels, ensure_ascii=False),
         "preprocessing": json.dumps(card.preprocessing, sort_keys=True, ensure_ascii=False),
     }
-    if precision in ("w8d8", "w8a8"):
+    if precision in ("w8d8", *STATIC):
         facts["session_config"] = json.dumps(SESSION_CONFIG)
     del model.metadata_props[:]
     for key, value in facts.items():

@@ -24,7 +24,7 @@ import numpy as np
 from edgekd.errors import DataError, ExportError, ModelFileError
 from edgekd.fold import folded_module
 from edgekd.models import input_specs, output_specs, retrace
-from edgekd.parity import conversions
+from edgekd.parity import STATIC, conversions
 from edgekd.protocols import Arrays, Options
 from edgekd.types import Contents, Precision, Student, TensorSpec
 
@@ -42,7 +42,7 @@ class TFLiteExporter:
     suffix = ".tflite"
     requires = ("litert_torch", "ai_edge_litert", "ai_edge_quantizer")
     extra = "tflite"
-    precisions = conversions("fp32", "fp16", "w8", "w8d8", "w8a8")
+    precisions = conversions("fp32", "fp16", "w8", "w8d8", "w8a8", "w4a8", "auto")
     options = Options
 
     def write(self, student: Student, path: Path, precision: Precision, options: Options = Options()) -> None:
@@ -57,8 +57,8 @@ class TFLiteExporter:
         """
         program = student.program
         module = folded_module(program)
-        found, source = program_precision(module), self.precisions[precision].source
-        if found != source:
+        source = self.precisions[precision].source
+        if (found := program_precision(module)) != ("w8a8" if source in STATIC else source):
             raise ExportError(
                 f"tflite {precision} is made from a program in {source}; {student.card.name!r} is {found}"
             )

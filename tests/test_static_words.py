@@ -1,0 +1,48 @@
+"""What compression makes with static scales goes into every target's file, number for number."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgekd import plugins
+from edgekd.compress import compress
+from edgekd.export import Proof, export_student
+from edgekd.mixed import Budget
+from edgekd.models import run_program
+from edgekd.types import Student
+
+CLASSES = 5
+
+
+@pytest.fixture(scope="module")
+def samples() -> dict[str, np.ndarray]:
+    return {"input": np.random.default_rng(0).standard_normal((48, 1, 12, 12), dtype=np.float32)}
+
+
+@pytest.fixture(scope="module")
+def students(convnet_student: Student, samples: dict[str, np.ndarray]) -> dict[str, Student]:
+    """In 4-bit weights, and in a mix of which one layer at least is float."""
+    calibration = {"input": samples["input"][:32]}
+    labels = next(iter(run_program(convnet_student.program, samples).values())).argmax(1)
+    made = {"w4a8": compress(convnet_student, "w4a8", calibration)}
+    budget = Budget(0.5, samples, (labels + 1) % CLASSES)  # labels that fp32 never meets: any mix is good enough
+    made["auto"] = compress(convnet_student, "auto", calibration, budget=budget)
+    return made
+
+
+@pytest.mark.parametrize("target", ["onnx", "coreml", "tflite"])
+@pytest.mark.parametrize("precision", ["w4a8", "auto"])
+def test_a_file_computes_what_its_program_computes(
+    target: str, precision: str, students: dict[str, Student], samples: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    if absent := plugins.missing(plugins.load_exporter(target).requires):
+        pytest.skip(f"{target} needs {', '.join(absent)}")
+    artifact = export_student(students[precision], {}, target, precision, tmp_path / "out", Proof(samples))
+    assert artifact.parity.status == "passed"
+    assert artifact.precision == precision
+    assert artifact.card.calibration is not None
+    if precision == "auto":
+        assert any("layers stay float" in note for note in artifact.notes)
+    else:
+        assert any("4-bit" in note for note in artifact.notes)
