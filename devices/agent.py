@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 KEYS = {
-    "target": "onnx or tflite",
+    "target": "onnx, tflite or executorch",
     "model": "the model file",
     "input_names": "names of the file's inputs",
     "output_names": "names of the file's outputs",
@@ -125,9 +125,46 @@ class LiteRt:
         return [self._interpreter.get_tensor(index) for index in self._outputs]
 
 
+class ExecuTorch:
+    """ExecuTorch on the CPU, with XNNPACK for what the file delegates to it."""
+
+    def __init__(self, module: Any, job: dict[str, Any]) -> None:
+        import torch
+        from executorch.extension.pybindings import portable_lib
+
+        portable_lib._unsafe_reset_threadpool(job["plan"]["threads"])
+        self.name = f"executorch {_version('executorch')} (XNNPACK)"
+        self._from_numpy = torch.from_numpy
+        program = module.Runtime.get().load_program(job["model"])
+        self._method = program.load_method("forward")
+        meta = self._method.metadata
+        # The format numbers inputs and outputs; edgekd's files tell their names in a method of their own.
+        names = json.loads(program.load_method("edgekd").execute([])[0]) if "edgekd" in program.method_names else {}
+        inputs = names.get("inputs") or [f"input_{index}" for index in range(meta.num_inputs())]
+        outputs = names.get("outputs") or [f"output_{index}" for index in range(meta.num_outputs())]
+        _check_names("input", job["input_names"], inputs)
+        _check_names("output", job["output_names"], outputs)
+        infos = [meta.input_tensor_meta(index) for index in range(meta.num_inputs())]
+        self.batch = int(infos[inputs.index(job["input_names"][0])].sizes()[0])
+        self._inputs = inputs
+        self._outputs = [outputs.index(name) for name in job["output_names"]]
+        self._types = {name: _EXECUTORCH_DTYPES[info.dtype()] for name, info in zip(inputs, infos, strict=True)}
+
+    def prepare(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        return _cast(arrays, self._types)
+
+    def __call__(self, arrays: dict[str, Any]) -> list[Any]:
+        outputs = self._method.execute([self._from_numpy(arrays[name]) for name in self._inputs])
+        return [outputs[index].numpy() for index in self._outputs]
+
+
+# By number, as executorch/runtime/core/portable_type/scalar_type.h has it.
+_EXECUTORCH_DTYPES = {0: "uint8", 1: "int8", 2: "int16", 3: "int32", 4: "int64", 5: "float16", 6: "float32", 11: "bool"}
+
 RUNTIMES: dict[str, tuple[str, Callable[[Any, dict[str, Any]], Runtime]]] = {
     "onnx": ("onnxruntime", OnnxRuntime),
     "tflite": ("ai_edge_litert.interpreter", LiteRt),
+    "executorch": ("executorch.runtime", ExecuTorch),
 }
 
 

@@ -7,12 +7,15 @@ written is collected for its manifest. Errors are exceptions and pass through.
 from __future__ import annotations
 
 import logging
+import os
+import sys
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-__all__ = ["collected", "quiet"]
+__all__ = ["collected", "quiet", "quiet_native"]
 
 _LONGEST = 300  # characters of a complaint that are kept
 
@@ -56,3 +59,27 @@ def quiet() -> Iterator[list[str]]:
         if listener is not None:
             lines = (" ".join(text.split())[:_LONGEST] for text in said)
             listener += [line for line in dict.fromkeys(lines) if line and line not in listener]
+
+
+@contextmanager
+def quiet_native() -> Iterator[Callable[[], str]]:
+    """Keep what is written to the file descriptors 1 and 2, by C++ code too; yields a function that returns it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as caught:
+        saved = os.dup(1), os.dup(2)
+        try:
+            os.dup2(caught.fileno(), 1)
+            os.dup2(caught.fileno(), 2)
+
+            def said() -> str:
+                caught.seek(0)
+                return caught.read().decode(errors="replace")
+
+            yield said
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, copy in enumerate(saved, 1):
+                os.dup2(copy, number)
+                os.close(copy)

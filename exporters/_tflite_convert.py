@@ -8,12 +8,9 @@ int8, and quantizes operators that the program leaves in float). Tried with lite
 
 from __future__ import annotations
 
-import os
 import re
-import sys
-import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -22,8 +19,9 @@ from torch.fx import Node
 
 from edgekd.errors import ExportError
 from edgekd.quiet import quiet as silence
+from edgekd.quiet import quiet_native
 
-__all__ = ["convert", "first_line", "quiet", "quiet_native", "requantize"]
+__all__ = ["convert", "first_line", "quiet", "requantize"]
 
 SIGNATURE = "serving_default"
 
@@ -176,27 +174,3 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             config.show_progress = shown
-
-
-@contextmanager
-def quiet_native() -> Iterator[Callable[[], str]]:
-    """Keep what is written to the file descriptors 1 and 2, by C++ code too; yields a function that returns it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as caught:
-        saved = os.dup(1), os.dup(2)
-        try:
-            os.dup2(caught.fileno(), 1)
-            os.dup2(caught.fileno(), 2)
-
-            def said() -> str:
-                caught.seek(0)
-                return caught.read().decode(errors="replace")
-
-            yield said
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for number, copy in enumerate(saved, 1):
-                os.dup2(copy, number)
-                os.close(copy)

@@ -26,10 +26,11 @@ from edgekd.fold import folded_module
 from edgekd.models import input_specs, output_specs, retrace
 from edgekd.parity import STATIC, conversions
 from edgekd.protocols import Arrays, Options
+from edgekd.quiet import quiet_native
 from edgekd.types import Contents, Precision, Student, TensorSpec
 
 from ._tflite_contents import read_contents
-from ._tflite_convert import convert, first_line, quiet, quiet_native, requantize
+from ._tflite_convert import convert, first_line, quiet, requantize
 from ._tflite_graph import prepare, program_precision
 from ._tflite_metadata import append_metadata, check_intact, read_metadata
 

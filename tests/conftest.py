@@ -2,13 +2,15 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see edgekd.cli.main
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edgekd.models import export_program, input_specs, output_specs
 from edgekd.types import Artifact, Card, Parity, Student, TensorSpec
@@ -49,6 +51,50 @@ def convnet_student(small_convnet: nn.Module) -> Student:
     program = export_program(small_convnet, [torch.zeros(1, 1, 12, 12)])
     card = Card("convnet", input_specs(program), output_specs(program), labels=("a", "b", "c", "d", "e"))
     return Student(program, card)
+
+
+class TextEncoder(nn.Module):
+    """One layer of a transformer encoder over token ids and a padding mask; (batch, 6) twice to (batch, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(40, 16)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, activation="gelu", batch_first=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.layer(self.tokens(ids), src_key_padding_mask=mask == 0)
+        weights = mask.unsqueeze(-1).to(hidden.dtype)
+        return self.head((hidden * weights).sum(1) / weights.sum(1))
+
+
+@pytest.fixture(scope="session")
+def encoder_student() -> Student:
+    torch.manual_seed(2)
+    ids = torch.zeros(1, 6, dtype=torch.int32)
+    program = export_program(TextEncoder().eval(), [ids, torch.ones_like(ids)])
+    card = Card("encoder", input_specs(program), output_specs(program), labels=("ü", "b", "c"))
+    return Student(program, card)
+
+
+def student_inputs(student: Student, count: int) -> dict[str, np.ndarray]:
+    """Noise for float inputs, token ids below 40 and padding masks for integer ones; the same in every call."""
+    generator, samples = np.random.default_rng(1), {}
+    for spec in student.card.inputs:
+        shape = (count, *spec.shape[1:])
+        if spec.dtype == "float32":
+            samples[spec.name] = generator.standard_normal(shape, dtype=np.float32)
+        elif spec.name == "mask":
+            samples[spec.name] = (np.arange(shape[1]) < generator.integers(2, 7, (count, 1))).astype(spec.dtype)
+        else:
+            samples[spec.name] = generator.integers(0, 40, shape).astype(spec.dtype)
+    return samples
+
+
+@pytest.fixture(scope="session")
+def inputs_of() -> Callable[[Student, int], dict[str, np.ndarray]]:
+    """``inputs_of(student, count)``: see :func:`student_inputs`."""
+    return student_inputs
 
 
 @pytest.fixture(scope="session")
