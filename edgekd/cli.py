@@ -37,7 +37,11 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Do it again even if 
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 TargetOption = Annotated[
     list[str] | None,
-    typer.Option("--target", "-t", help="onnx, coreml, tflite …; repeat it, or 'all' for every installed one."),
+    typer.Option(
+        "--target",
+        "-t",
+        help="onnx, coreml, tflite, coreai, executorch …; repeat it, or 'all' for every installed one.",
+    ),
 ]
 PrecisionOption = Annotated[
     list[str] | None,

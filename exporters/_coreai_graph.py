@@ -48,7 +48,7 @@ def _arguments(module: GraphModule, node: Node) -> tuple[Any, Node, Node, int, t
         attribute(module, str(argument.target)).detach() if isinstance(argument, Node) else torch.tensor(argument)
         for argument in node.args[1:3]
     ]
-    axis = int(node.args[3]) if per_channel else 0  # type: ignore[arg-type]
+    axis = int(node.args[3]) if per_channel else 0
     return (
         node.args[0],
         _constant(module, node, values[0].float()),

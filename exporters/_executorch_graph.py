@@ -105,20 +105,25 @@ def _quantize_input(module: GraphModule, layer: Node) -> None:
 
 
 def _quantize_after_padding(module: GraphModule) -> None:
-    """Quantize again, with the same scale, what is padded after it was dequantized: XNNPACK then pads integers."""
+    """Quantize again, with the same scale, what is padded after it was dequantized: a convolution takes integers only.
+
+    An input of the program is padded in float, and quantized once. (XNNPACK's padding is in float in ExecuTorch 1.5.)
+    """
     operators = _operators()
-    for pad in [
-        node for node in module.graph.nodes if node.target in (_ATEN.pad.default, _ATEN.constant_pad_nd.default)
-    ]:
+    paddings = (_ATEN.pad.default, _ATEN.constant_pad_nd.default)
+    for pad in [node for node in module.graph.nodes if node.target in paddings]:
         source, users = pad.args[0], list(pad.users)
         if not isinstance(source, Node) or source.target is not operators.dequantize_per_tensor.default:
             continue
+        quantized, arguments = source.args[0], source.args[1:]
+        assert isinstance(quantized, Node)
+        if isinstance(quantized.args[0], Node) and quantized.args[0].op == "placeholder" and len(source.users) == 1:
+            pad.update_arg(0, quantized.args[0])
         for user in users:
             if user.target not in CONVOLUTIONS:
                 continue
             with module.graph.inserting_before(user):
-                quantize, arguments = operators.quantize_per_tensor.default, source.args[1:]
-                integers = module.graph.call_function(quantize, (pad, *arguments))
+                integers = module.graph.call_function(operators.quantize_per_tensor.default, (pad, *arguments))
                 user.update_arg(0, module.graph.call_function(source.target, (integers, *arguments)))
 
 
@@ -129,4 +134,4 @@ def _folded(module: GraphModule, node: Node) -> Node:
     ]
     source = node.args[0]
     assert isinstance(source, Node)
-    return set_constant(module, f"{source.target}_float", node.target(*values), node, parameter=True)  # type: ignore[operator]
+    return set_constant(module, f"{source.target}_float", node.target(*values), node, parameter=True)

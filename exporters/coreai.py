@@ -33,8 +33,9 @@ from edgekd.models import input_specs, output_specs
 from edgekd.parity import conversions
 from edgekd.protocols import Arrays, Exporter, Options
 from edgekd.quiet import quiet, quiet_native
-from edgekd.types import Precision, Student, TensorSpec
+from edgekd.types import Contents, Precision, Student, TensorSpec
 
+from ._coreai_contents import read_contents
 from ._coreai_graph import prepared
 from ._half import halved
 
@@ -81,6 +82,12 @@ class CoreAIExporter:
             ModelFileError: The package is missing, damaged or of another format.
         """
         return CoreAIRunner(path)
+
+    def contents(self, path: Path) -> Contents:
+        """What the package really holds; see :mod:`._coreai_contents`."""
+        _check_intact(path)
+        with quiet(), quiet_native():
+            return read_contents(path)
 
 
 class CoreAIRunner:
@@ -197,7 +204,7 @@ def _repeatable_names() -> Iterator[None]:
         if not DenseResourceElementsAttr.isinstance(made):
             return made
         array = np.ascontiguousarray(data)
-        return DenseResourceElementsAttr.get_from_buffer(array, hashlib.sha256(array).hexdigest()[:16], kind)
+        return DenseResourceElementsAttr.get_from_buffer(array, hashlib.sha256(array.tobytes()).hexdigest()[:16], kind)
 
     func.choice = graph_builder.choice = Random(0).choice
     bindings.create_elements_attr = constant.create_elements_attr = named_by_content

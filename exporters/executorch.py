@@ -99,7 +99,8 @@ class ExecuTorchExporter:
 
     def contents(self, path: Path) -> Contents:
         """What the file really holds; operators that XNNPACK took are called ``xnnpack.<node>``."""
-        return read_contents(path.read_bytes())
+        with quiet():
+            return read_contents(path.read_bytes())
 
 
 class ExecuTorchRunner:

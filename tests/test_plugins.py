@@ -12,7 +12,9 @@ from edgekd.errors import MissingToolchainError, UsageError
 
 
 def test_unknown_target_names_the_known() -> None:
-    with pytest.raises(UsageError, match="no exporter called 'corml'; there are coreml, onnx, tflite"):
+    with pytest.raises(
+        UsageError, match="no exporter called 'corml'; there are coreai, coreml, executorch, onnx, tflite"
+    ):
         plugins.load_exporter("corml")
 
 
