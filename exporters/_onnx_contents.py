@@ -24,6 +24,9 @@ _KINDS: dict[str, OperatorKind] = {
     "Cast": "cast",
     "BatchNormalization": "batch_norm",
 }
+_PACKED = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
+"""Operators that take weights of 4 bits, and at which place."""
+
 _WIDENERS = ("DequantizeLinear", "Cast")  # a weight's reader is what stands behind these
 
 
@@ -95,6 +98,9 @@ def _weights(graph: GraphProto) -> Iterator[WeightFact]:
         dtype = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
         bits = _bits(dtype)
         name = {"float": "float32", "double": "float64"}.get(dtype, dtype)
+        place = _PACKED.get(reader.op_type) if reader is not None else None
+        if reader is not None and place is not None and reader.input[place] == tensor.name and dtype == "uint8":
+            bits, name, shape = 4, "uint4", (*shape[:-1], shape[-1] * 2)  # two numbers in a byte
         yield WeightFact(tensor.name, name, math.prod(shape) * bits // 8, shape, reader.op_type if reader else "")
 
 
