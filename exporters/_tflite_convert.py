@@ -98,7 +98,7 @@ def _teach_layout() -> None:
 
 
 def requantize(content: bytes, precision: str) -> bytes:
-    """A float model in ``fp16`` (weights stored in half) or ``w8d8`` (dynamic range), by ai-edge-quantizer.
+    """A float model in ``fp16`` (weights stored in half) ``w8d8`` or ``w4d8`` (dynamic range), by ai-edge-quantizer.
 
     Raises:
         ExportError: The quantizer refuses.
@@ -126,6 +126,8 @@ def requantize(content: bytes, precision: str) -> bytes:
                     ),
                     algorithm_key=AlgorithmName.FLOAT_CASTING,
                 )
+            elif precision == "w4d8":
+                work.load_quantization_recipe(recipe.dynamic_wi4b32_afp32())
             else:
                 work.load_quantization_recipe(recipe.dynamic_wi8_afp32())
             with quiet_native():

@@ -494,3 +494,36 @@ def test_wrong_inputs_are_refused(write: Write) -> None:
         runner({**samples, "token_ids": samples["token_ids"][:, :5]})
     with pytest.raises(DataError, match="out of bounds"):
         runner({**samples, "token_ids": samples["token_ids"] + 1000})
+
+
+class Bag(nn.Module):
+    """A table and two layers whose inputs come in blocks of 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.up, self.down = nn.Embedding(64, 64), nn.Linear(64, 256), nn.Linear(256, 32)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(self.words(ids).mean(1))))
+
+
+def test_w4d8_holds_linear_layers_and_embeddings_in_4_bits(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    student = _student(Bag(), torch.zeros(1, 6, dtype=torch.int32))
+    EXPORTER.write(student, tmp_path / "model.tflite", "w4d8", EXPORTER.options())
+    weights = EXPORTER.contents(tmp_path / "model.tflite").weights
+    found = {(weight.reader, weight.shape) for weight in weights if weight.dtype == "int4"}
+    ((_, cosine),) = _differences(student, tmp_path / "model.tflite").values()
+
+    assert found == {("EMBEDDING_LOOKUP", (64, 64)), ("FULLY_CONNECTED", (256, 64)), ("FULLY_CONNECTED", (32, 256))}
+    assert 0.97 < cosine < 0.99999
+
+
+def test_w4d8_of_what_has_no_blocks_is_refused_in_one_line(tmp_path: Path) -> None:
+    narrow = _student(nn.Linear(12, 40), torch.zeros(1, 12))
+    with pytest.raises(ExportError, match="not divisible by block size 32"):
+        EXPORTER.write(narrow, tmp_path / "model.tflite", "w4d8", EXPORTER.options())
+    convolution = _student(nn.Conv2d(3, 32, 3), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ExportError, match="this model has none; take w8a8"):
+        EXPORTER.write(convolution, tmp_path / "model.tflite", "w4d8", EXPORTER.options())
+    assert not list(tmp_path.iterdir())
