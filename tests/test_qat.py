@@ -55,10 +55,10 @@ def imitate(student: Student, images: dict[str, np.ndarray], steps: int = 150) -
     wanted, inputs = torch.from_numpy(logits(student, images)), torch.from_numpy(images["image"])
 
     def fit(module: nn.Module) -> None:
-        optimizer = torch.optim.Adam(module.parameters(), lr=2e-3)
+        optimizer = torch.optim.Adam(module.parameters(), lr=3e-4)
         module.train()
         for step in range(steps):
-            optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
+            optimizer.param_groups[0]["lr"] = 3e-4 * (1 - step / steps)
             loss = (module(inputs) - wanted).square().mean()
             optimizer.zero_grad()
             loss.backward()
@@ -99,13 +99,13 @@ def test_the_trained_module_computes_what_the_program_computes(
 
 def test_training_wins_back_most_of_what_four_bits_lose(student: Student, images: dict[str, np.ndarray]) -> None:
     wanted = logits(student, images)
-    static, trained = train_quantized(student, "w4a8", images, imitate(student, images))
+    static, trained = train_quantized(student, "w4a8", images, imitate(student, images), corrections=())
     before, after = (float(np.square(logits(s, images) - wanted).mean()) for s in (static, trained))
-    assert after < before / 2
+    assert after < before / 3
 
 
 def test_the_trained_program_has_the_form_of_the_static_one(student: Student, images: dict[str, np.ndarray]) -> None:
-    static, trained = train_quantized(student, "w4a8", images, imitate(student, images, steps=3))
+    static, trained = train_quantized(student, "w4a8", images, imitate(student, images, steps=30))
     targets = [[str(n.target) for n in s.program.graph.nodes if n.op == "call_function"] for s in (static, trained)]
     assert targets[0] == targets[1]
     assert set(static.program.state_dict) == set(trained.program.state_dict)

@@ -1,0 +1,176 @@
+"""What quantization-aware distillation wins back: digits, a deep narrow depthwise student, 4-bit weights, three seeds.
+
+    python -m edgekd.benchmarks.qat            # from a checkout: it takes data and teacher from examples/digits
+
+Writes ``benchmarks/results/qat_digits.json``. For every seed: test accuracy of the float student (distilled with kd),
+of static ``w4a8`` with the corrections that help, of the same after training with its rounding from the teacher cache, and after the
+same training from labels alone. Nothing is chosen on the test split: settings are fixed here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgekd.capture import CaptureKey, TeacherCache, capture
+from edgekd.compress import quantize_static
+from edgekd.console import progress_for
+from edgekd.data import Split, split_from_arrays
+from edgekd.losses import LOSSES, mixed
+from edgekd.metrics import accuracy
+from edgekd.models import export_program, input_specs, output_specs, run_program
+from edgekd.protocols import Progress
+from edgekd.qat import train_quantized
+from edgekd.sources import load_teacher
+from edgekd.store import write_json
+from edgekd.train import Objective, TrainingPlan, train
+from edgekd.types import Card, Json, Student
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "digits"
+RESULTS = ROOT / "benchmarks" / "results" / "qat_digits.json"
+SEEDS = (0, 1, 2)
+PRECISION = "w4a8"
+VIEWS = 8
+FLOAT_PLAN = {"epochs": 40, "batch_size": 128, "learning_rate": 8e-3, "weight_decay": 1e-3, "warmup_share": 0.1}
+QAT_PLAN = {**FLOAT_PLAN, "learning_rate": 2e-3}
+
+
+def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    """Depthwise, then pointwise convolution, each with batch norm and relu6."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, inputs, 3, stride, 1, groups=inputs, bias=False),
+        nn.BatchNorm2d(inputs),
+        nn.ReLU6(),
+        nn.Conv2d(inputs, outputs, 1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU6(),
+    )
+
+
+class Narrow(nn.Module):
+    """Thirteen convolutions of 8 to 16 channels: rounding errors add up, and no channel can stand in for another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+        sizes = ((8, 8, 1), (8, 12, 2), (12, 12, 1), (12, 16, 1), (16, 16, 1), (16, 16, 1))
+        self.features = nn.Sequential(*(block(*size) for size in sizes))
+        self.classifier = nn.Linear(16, 10)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.classifier(self.features(self.stem(image)).mean((2, 3)))
+
+
+def labels_only(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
+    return nn.functional.cross_entropy(student, labels), {}
+
+
+def distilled(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
+    return mixed(student, teacher, labels, LOSSES["kd"], 6.0, 0.1)
+
+
+def one_seed(digits: ModuleType, data: tuple[Split, Split], cache: TeacherCache, seed: int, work: Path) -> Json:
+    """All accuracies of one seed."""
+    learned, tested = data
+    progress = progress_for()
+
+    def fit(module: nn.Module, objective: Objective, plan: Json, name: str) -> None:
+        checkpoint = work / f"{name}-{seed}.pt"
+        train(
+            module,
+            learned,
+            cache,
+            digits.augment,
+            objective,
+            TrainingPlan(**plan, seed=seed),
+            checkpoint,
+            progress,
+            name,
+        )
+        checkpoint.unlink(missing_ok=True)
+
+    def score(student: Student) -> float:
+        assert tested.labels is not None
+        return accuracy(next(iter(run_program(student.program, tested.arrays()).values())), tested.labels)
+
+    torch.manual_seed(seed)
+    module = Narrow()
+    fit(module, distilled, FLOAT_PLAN, "float")
+    program = export_program(module.eval(), [torch.zeros(1, 1, 8, 8)])
+    student = Student(program, Card("narrow", input_specs(program), output_specs(program)))
+    calibration = learned.take(np.argsort(learned.ids)[:256]).arrays()
+    plain = quantize_static(student, calibration, precision=PRECISION, corrections=())
+    found: Json = {"seed": seed, "float": score(student), "static_without_corrections": score(plain)}
+    for name, objective in (("qat_teacher", distilled), ("qat_labels", labels_only)):
+
+        def run(module: nn.Module, name: str = name, objective: Objective = objective) -> None:
+            fit(module, objective, QAT_PLAN, name)
+
+        static, trained = train_quantized(student, PRECISION, calibration, run)
+        assert static.card.calibration is not None
+        found |= {"static": score(static), "corrections": list(static.card.calibration.corrections)}
+        found[name] = score(trained)
+    return found
+
+
+def experiment(progress: Progress) -> Json:
+    """All seeds, and the share of the loss that comes back."""
+    torch.set_num_threads(1)
+    digits = _example()
+    names = [str(number) for number in range(10)]
+    learned, tested = (split_from_arrays(part(), labels=names) for part in (digits.train, digits.test))
+    teacher = load_teacher("digits:teacher", EXAMPLE, learned.arrays(np.arange(1)))
+    with tempfile.TemporaryDirectory() as folder:
+        key = CaptureKey(teacher.fingerprint, learned.fingerprint, "shift", VIEWS, 0)
+        cache = capture(Path(folder) / "cache", learned, teacher, key, digits.augment, progress)
+        rows = []
+        for seed in SEEDS:
+            rows.append(one_seed(digits, (learned, tested), cache, seed, Path(folder)))
+            progress.say(str(rows[-1]))
+    mean = {key: statistics.fmean(row[key] for row in rows) for key in rows[0] if isinstance(rows[0][key], float)}
+    lost = mean["float"] - mean["static"]
+    return {
+        "task": "scikit-learn digits, 1,297 training and 500 test images",
+        "precision": PRECISION,
+        "plans": {"float": FLOAT_PLAN, "qat": QAT_PLAN},
+        "teacher": accuracy(teacher.logits(tested.arrays()), tested.labels) if tested.labels is not None else None,
+        "seeds": rows,
+        "mean": mean,
+        "points_lost_by_static": lost * 100,
+        "share_recovered": {
+            name: (mean[name] - mean["static"]) / lost if lost > 0 else None for name in ("qat_teacher", "qat_labels")
+        },
+        "torch": torch.__version__,
+    }
+
+
+def _example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("digits", EXAMPLE / "digits.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main() -> None:
+    """Run it and write the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    out = parser.parse_args().out
+    found = experiment(progress_for())
+    write_json(out, found)
+    progress_for().say(f"{found['share_recovered']} of {found['points_lost_by_static']:.2f} points; {out}")
+
+
+if __name__ == "__main__":
+    main()
