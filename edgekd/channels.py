@@ -169,7 +169,7 @@ class _Finder:
         return all(isinstance(c, Node) and c.op == "get_attr" and self.uses[str(c.target)] == 1 for c in constants)
 
     def _shape(self, node: Node) -> torch.Size:
-        return attribute(self.module, str(node.args[1].target)).shape  # type: ignore[union-attr]
+        return attribute(self.module, str(node.args[1].target)).shape
 
 
 def remove_channels(module: GraphModule, group: Channels, keep: Tensor) -> None:
@@ -186,13 +186,13 @@ def remove_channels(module: GraphModule, group: Channels, keep: Tensor) -> None:
         if _groups(maker) > 1:
             maker.update_arg(6, len(keep))
     for reader, times in group.readers:
-        name = str(reader.args[1].target)  # type: ignore[union-attr]
+        name = str(reader.args[1].target)
         columns = (keep[:, None] * times + torch.arange(times)).reshape(-1)
         _replace(module, name, attribute(module, name)[:, columns])
     for view, times in group.views:
         if view.target is _ATEN.flatten.using_ints:
             continue
-        sizes = list(view.args[1])  # type: ignore[arg-type]
+        sizes = list(view.args[1])
         sizes[1] = len(keep) * times if sizes[1] == group.count * times else sizes[1]
         view.update_arg(1, sizes)
     module.recompile()
@@ -219,12 +219,12 @@ def _value(node: object) -> Tensor:
 
 def _pools_all(node: Node) -> bool:
     """Whether a node is a mean over places."""
-    return node.target is _ATEN.mean.dim and 1 not in [axis % len(_value(node.args[0]).shape) for axis in node.args[1]]  # type: ignore[union-attr]
+    return node.target is _ATEN.mean.dim and 1 not in [axis % len(_value(node.args[0]).shape) for axis in node.args[1]]
 
 
 def _pads(node: Node) -> bool:
     """Whether a node pads places, not channels."""
-    return node.target is _ATEN.constant_pad_nd.default and len(node.args[1]) <= 4  # type: ignore[arg-type]
+    return node.target is _ATEN.constant_pad_nd.default and len(node.args[1]) <= 4
 
 
 def _flattened(node: Node, times: int) -> int | None:

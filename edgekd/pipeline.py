@@ -20,7 +20,8 @@ from edgekd.distill import ArmResult, arm_inputs, arms_of, choose_arm, load_resu
 from edgekd.errors import CacheError, UsageError
 from edgekd.export import Proof, Request, requests_of, toolchain, verify_artifact, write_request
 from edgekd.protocols import Options, Progress
-from edgekd.recovery import Settings, calibration_split, compressed, settings_of, training_inputs
+from edgekd.prune import parse_pruning
+from edgekd.recovery import Settings, calibration_split, compressed, pruned, settings_of, training_inputs
 from edgekd.regressions import note_regressions
 from edgekd.store import MANIFEST, hash_path, load_artifact, load_student, read_json, save_student, write_json
 from edgekd.tune import CANDIDATES, settle
@@ -28,11 +29,13 @@ from edgekd.types import Artifact, Json, Measurement, Plan, Precision, Student
 from edgekd.workspace import SPLITS, Workspace
 
 __all__ = [
+    "base_folder",
     "bench_stage",
     "capture_stage",
     "compress_stage",
     "distill_stage",
     "export_stage",
+    "prune_stage",
     "shipped",
     "verify_artifacts",
     "verify_caches",
@@ -94,6 +97,44 @@ def shipped(work: Workspace) -> tuple[ArmResult, Path]:
     return chosen, work.folder.arm(chosen.arm, chosen.seed)
 
 
+def prune_stage(work: Workspace, progress: Progress, force: bool = False) -> None:
+    """The shipped student with fewer weights, if the recipe prunes: what all that follows is made from.
+
+    Raises:
+        UsageError: There is no student yet, or it has nothing that can be pruned so.
+    """
+    word, epochs = work.recipe.compress.prune, work.recipe.compress.prune_epochs
+    if word is None:
+        return
+    result, folder = shipped(work)
+    inputs: Json = {
+        "student": hash_path(folder / "student.pt2"),
+        "prune": word,
+        "epochs": epochs,
+        "training": training_inputs(work, result.arm, result.seed) if epochs else None,
+        "edgekd": edgekd.__version__,
+    }
+
+    def make() -> list[Path]:
+        student, assets = load_student(folder)
+        smaller, record = pruned(work, student, result, parse_pruning(word), progress)
+        save_student(work.folder.pruned, smaller, assets, record)
+        return [work.folder.pruned]
+
+    _once(work, "prune", inputs, make, progress, force)
+
+
+def base_folder(work: Workspace) -> Path:
+    """Where the ``fp32`` program lies that files are made from: the pruned student, else the shipped one.
+
+    Raises:
+        UsageError: It is not there yet.
+    """
+    if work.recipe.compress.prune is None:
+        return shipped(work)[1]
+    return work.folder.require(work.folder.pruned, "compress")
+
+
 def compress_stage(
     work: Workspace,
     progress: Progress,
@@ -112,7 +153,8 @@ def compress_stage(
         UsageError: There is no student yet, or a precision is not portable or cannot be trained.
         BudgetError: ``auto`` finds no mix within its budget.
     """
-    result, folder = shipped(work)
+    prune_stage(work, progress, force)
+    result, folder = shipped(work)[0], base_folder(work)
     student, assets = load_student(folder)
     wanted = precisions or _programs(requests(work, student))
     if not wanted:
@@ -191,8 +233,8 @@ def export_stage(
         ParityError: A file computes something else than its program.
         UsageError: There is no student yet, or a target lacks a precision.
     """
-    _, shipped_folder = shipped(work)
-    student, _ = load_student(shipped_folder)
+    prune_stage(work, progress)
+    student, _ = load_student(base_folder(work))
     wanted = requests(work, student, targets, precisions, CANDIDATES if tuned else ())
     needed = _programs(wanted)
     if needed:
@@ -238,7 +280,7 @@ def export_stage(
 def _source_folder(work: Workspace, target: str, precision: Precision) -> Path:
     """Where the program lies that a file is written from."""
     source = plugins.load_exporter(target).precisions[precision].source
-    return shipped(work)[1] if source == "fp32" else work.folder.compressed(source)
+    return base_folder(work) if source == "fp32" else work.folder.compressed(source)
 
 
 def proof_of(work: Workspace) -> Proof:

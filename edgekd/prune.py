@@ -164,7 +164,7 @@ def _remove(module: GraphModule, share: float, name: str) -> None:
             continue
         sizes = torch.zeros(group.count)
         for maker in group.makers:
-            weight = attribute(module, str(maker.args[1].target)).detach()  # type: ignore[union-attr]
+            weight = attribute(module, str(maker.args[1].target)).detach()
             norms = weight.flatten(1).norm(dim=1)
             sizes += norms / norms.mean().clamp_min(1e-12)  # of layers that share channels, none outweighs another
         keep = sizes.topk(group.count - count).indices.sort().values

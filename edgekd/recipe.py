@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from edgekd import plugins
 from edgekd.errors import RecipeError, UsageError
@@ -126,6 +126,14 @@ def parse_drop(text: Any) -> Any:
         raise ValueError(f"{text!r} is no budget; 0.5pt (half a point) or 0.005 works") from None
 
 
+def _checked_pruning(word: str | None) -> str | None:
+    if word is not None:
+        from edgekd.prune import parse_pruning  # imports torch: only for those who prune
+
+        parse_pruning(word)
+    return word
+
+
 class Compress(_Table):
     """How a student is made smaller: scales of static int8, and what wins back the accuracy that it loses."""
 
@@ -133,6 +141,8 @@ class Compress(_Table):
     observer: Literal["minmax", "percentile", "mse"] = "minmax"
     corrections: tuple[Literal["auto", "equalize", "smooth", "bias"], ...] = ("auto",)
     max_drop: Annotated[Share | None, BeforeValidator(parse_drop)] = None
+    prune: Annotated[str | None, AfterValidator(_checked_pruning)] = None
+    prune_epochs: Annotated[int, Field(ge=0)] = 10
     qat_epochs: Annotated[int, Field(ge=0)] | None = None
     qat_learning_rate: Annotated[float, Field(gt=0)] | None = None
 

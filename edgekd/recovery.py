@@ -15,6 +15,7 @@ from edgekd.distill import CONTROL, arm_inputs, evaluate, objective_of, threads_
 from edgekd.metrics import Quality
 from edgekd.mixed import DEFAULT_MAX_DROP, Budget, mixed_precision
 from edgekd.protocols import Progress
+from edgekd.prune import Pruning, prune
 from edgekd.store import fingerprint
 from edgekd.train import TrainingPlan, train
 from edgekd.types import Json, Precision, Retraining, Student
@@ -39,6 +40,8 @@ __all__ = [
 DEFAULT_QAT_EPOCHS = 3
 QAT_RATE = 0.1
 """Share of the learning rate of distillation with which the quantized student is trained."""
+PRUNE_RATE = 0.5
+"""The same for a pruned student, which has more to learn again."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,43 @@ def _trained(
     record = {"test": quality.to_json(), "static": found["static"][1].to_json()}
     if shipped.arm != CONTROL:
         record["control"] = found[CONTROL][1].to_json()
+    return Student(made.program, card), record
+
+
+def pruned(
+    work: Workspace, student: Student, shipped: ArmResult, pruning: Pruning, progress: Progress
+) -> tuple[Student, Json]:
+    """The student with fewer weights, trained again under the mask with the loss of the shipped arm.
+
+    Args:
+        student, shipped: See :func:`compressed`.
+
+    Returns:
+        It, and the record: its quality, without training, and after the same training from labels only.
+    """
+    epochs, test = work.recipe.compress.prune_epochs, work.splits.test
+    bare = prune(student, pruning)
+    before = evaluate(bare, test, work.cache("test"))
+    if not epochs:
+        return bare, {"test": before.to_json()}
+    found: dict[str, tuple[Student, Quality]] = {}
+    checkpoints = []
+    for arm in dict.fromkeys((CONTROL, shipped.arm)):
+        rate = work.recipe.distill.learning_rate * PRUNE_RATE
+        what, inputs = f"prune {pruning.word}", [student.card.lineage, pruning.word]
+        fit, checkpoint = fit_of(work, arm, shipped.seed, epochs, rate, progress, what, inputs)
+        checkpoints.append(checkpoint)
+        made = prune(student, pruning, fit)
+        found[arm] = made, evaluate(made, test, work.cache("test"))
+    for checkpoint in checkpoints:
+        checkpoint.unlink(missing_ok=True)
+    made, quality = found[shipped.arm]
+    control = found[CONTROL][1].accuracy if shipped.arm != CONTROL else None
+    retraining = Retraining(
+        f"pruning {pruning.word}", shipped.arm, epochs, before=before.accuracy, after=quality.accuracy, control=control
+    )
+    card = replace(made.card, retraining=(*student.card.retraining, retraining))
+    record = {"test": quality.to_json(), "before": before.to_json()}
     return Student(made.program, card), record
 
 

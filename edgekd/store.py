@@ -5,6 +5,7 @@ A run folder::
     runs/<name>/
       cache/{train,validation,test}/      teacher outputs: manifest.json + shards
       students/<arm>-<seed>/              student.pt2, card.json, result.json, assets
+      pruned/                             the same, of the shipped student with fewer weights, if the recipe prunes
       compressed/<precision>/             the same, quantized
       artifacts/<target>-<precision>/     model file, manifest.json, assets
       artifacts/<…>.failed/               a file that did not prove itself
@@ -279,6 +280,10 @@ class RunFolder:
 
     def compressed(self, precision: str) -> Path:
         return self.path / "compressed" / precision
+
+    @property
+    def pruned(self) -> Path:
+        return self.path / "pruned"
 
     def artifact(self, target: str, precision: str) -> Path:
         return self.path / "artifacts" / f"{target}-{precision}"

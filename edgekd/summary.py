@@ -146,8 +146,10 @@ def _student_row(stage: str, result: ArmResult, folder: Path, is_shipped: bool =
 
 def _compressed_rows(work: Workspace) -> list[Row]:
     rows = []
-    for precision in PORTABLE:
-        folder = work.folder.compressed(precision)
+    folders = {precision: work.folder.compressed(precision) for precision in PORTABLE}
+    if word := work.recipe.compress.prune:
+        folders = {word: work.folder.pruned, **folders}
+    for name, folder in folders.items():
         if not (folder / "result.json").is_file():
             continue
         test = Quality.from_json(read_json(folder / "result.json")["test"])
@@ -155,8 +157,8 @@ def _compressed_rows(work: Workspace) -> list[Row]:
         rows.append(
             Row(
                 stage="compressed",
-                name=precision,
-                precision=precision,
+                name=name,
+                precision=student.card.precision,
                 accuracy=test.accuracy,
                 teacher_agreement=test.teacher_agreement,
                 kl=test.kl,

@@ -1,6 +1,7 @@
 """A recipe's student, compressed with the teacher at hand: trained with its rounding, mixed within a budget, told."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import edgekd.train
 from edgekd.cli import app
 from edgekd.errors import RecipeError, UsageError
 from edgekd.mixed import mixed_precision
-from edgekd.pipeline import capture_stage, compress_stage, distill_stage, export_stage
+from edgekd.pipeline import capture_stage, compress_stage, distill_stage, export_stage, prune_stage, shipped
 from edgekd.recipe import load_recipe, parse_drop
 from edgekd.scaffold import write_template
 from edgekd.store import load_student, read_json
@@ -142,6 +143,31 @@ def test_auto_is_chosen_on_validation_and_never_sees_the_test_split(
     again = Silent()
     compress_stage(work, again, ["auto"])  # what was said last stays
     assert again.lines == ["compress-auto: unchanged, not done again"]
+
+
+def test_a_recipe_that_prunes_ships_the_pruned_student(distilled: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    shutil.copytree(distilled, tmp_path / "run")
+    path = tmp_path / "run" / "edgekd.toml"
+    path.write_text(path.read_text().replace("[compress]", '[compress]\nprune = "channels:0.25"\nprune_epochs = 1', 1))
+    work = workspace(path.parent)
+    files = export_stage(work, Silent(), ["onnx"], ["fp32", "w8"])
+    small, whole = load_student(work.folder.pruned)[0].card, load_student(shipped(work)[1])[0].card
+    assert small.macs is not None
+    assert whole.macs is not None
+    assert small.macs < 0.8 * whole.macs
+    for folder in files:
+        manifest = read_json(folder / "manifest.json")
+        assert manifest["card"]["macs"] == small.macs
+        assert any("pruning channels:0.25 for 1 epochs" in note for note in manifest["notes"])
+    ledger, _ = collect(work)
+    assert "channels:0.25" in [row.name for row in ledger.rows if row.stage == "compressed"]
+    again = Silent()
+    prune_stage(work, again)
+    assert again.lines == ["prune: unchanged, not done again"]
+    path.write_text(path.read_text().replace("channels:0.25", "channels:2"))
+    with pytest.raises(RecipeError, match=r"compress\.prune: 'channels:2'.* is no pruning"):
+        load_recipe(path)
 
 
 def test_training_is_for_static_activations(distilled: Path) -> None:
