@@ -162,8 +162,10 @@ def export_student(
         with collected() as warnings:
             exporter.write(student, part / name, precision, options)
         runner = exporter.load(part / name)
-        parity = _prove(student, runner, proof.samples, conversion.tolerance)
-        task = run_file(runner, proof.task)[0] if proof.task is not None and parity.status == "passed" else None
+        parity = _prove(student, runner, proof.samples, conversion.tolerance, options)
+        task = None
+        if proof.task is not None and parity.status == "passed":
+            task = run_file(runner, options.applied(student, proof.task)[1])[0]
         artifact = Artifact(
             target=target,
             precision=precision,
@@ -234,14 +236,17 @@ def verify_artifact(folder: Path, student: Student, proof: Proof) -> Artifact:
     if program_hash(student) != artifact.source:
         raise ParityError(f"{path} was exported from another program than the one at hand; run: edgekd export")
     runner = exporter.load(path)
-    parity = _prove(student, runner, proof.samples, exporter.precisions[artifact.precision].tolerance)
+    tolerance = exporter.precisions[artifact.precision].tolerance
+    options = exporter.options.model_validate(artifact.options)
+    parity = _prove(student, runner, proof.samples, tolerance, options)
     if parity.status != "passed":
         raise ParityError(f"{path} failed its proof: {parity.reason}")
     return replace(artifact, parity=parity)
 
 
-def _prove(student: Student, runner: Runner, samples: Arrays, tolerance: Tolerance) -> Parity:
+def _prove(student: Student, runner: Runner, samples: Arrays, tolerance: Tolerance, options: Options) -> Parity:
     """The file's outputs against the program's; a file that fails is asked where it first went too far."""
+    student, samples = options.applied(student, samples)
     reference = list(run_program(student.program, samples).values())
     parity = compare(student.card.outputs, reference, run_file(runner, samples), tolerance, runner.runtime)
     overflow = first_overflow(runner, samples) if parity.status == "failed" else ""

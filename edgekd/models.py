@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import zipfile
@@ -269,6 +270,8 @@ def run_program(program: ExportedProgram, arrays: Arrays, batch: int = 256) -> d
     step = batch if any(spec.shape and spec.shape[0] == -1 for spec in specs) else specs[0].shape[0]
     names = [spec.name for spec in output_specs(program)]
     module = program.module()
+    if _keeps_state(program):  # which the module shares with the program: the next run shall start where this one did
+        module = copy.deepcopy(module)
     count = len(bound[specs[0].name])
     if count == 0 or (step != batch and count % step):
         raise DataError(f"the model takes {step} samples at a time; the data has {count}")
@@ -280,6 +283,14 @@ def run_program(program: ExportedProgram, arrays: Arrays, batch: int = 256) -> d
             for name, output in zip(names, flatten_outputs(module(*positional, **keyword)), strict=True):
                 parts[name].append(output.numpy())
     return {name: np.concatenate(arrays_) for name, arrays_ in parts.items()}
+
+
+def _keeps_state(program: ExportedProgram) -> bool:
+    """Whether a program writes something that lasts from call to call; before decomposition, as operators in place."""
+    return bool(program.graph_signature.buffers_to_mutate) or any(
+        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        for node in program.graph.nodes
+    )
 
 
 def flatten_outputs(output: Any) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -42,16 +42,34 @@ def conversions(*precisions: Precision) -> Mapping[Precision, Conversion]:
 
 
 def run_file(runner: Runner, inputs: Arrays) -> list[np.ndarray]:
-    """All samples through a file, one step of its own batch at a time; outputs in the file's order."""
+    """All samples through a file, in steps of its own batch (of each of its batch sizes in turn); outputs in its order.
+
+    Raises:
+        DataError: The samples do not fit the inputs.
+    """
     bound = bind_inputs(runner.inputs, inputs)
-    step = max(1, runner.inputs[0].shape[0])
-    count = len(next(iter(bound.values())))
     parts: list[list[np.ndarray]] = [[] for _ in runner.outputs]
-    for start in range(0, count, step):
+    for start, step in _steps(len(next(iter(bound.values()))), _batch_sizes(runner)):
         outputs = runner({name: array[start : start + step] for name, array in bound.items()})
         for part, spec in zip(parts, runner.outputs, strict=True):
             part.append(np.asarray(outputs[spec.name]))
     return [np.concatenate(part) for part in parts]
+
+
+def _batch_sizes(runner: Runner) -> tuple[int, ...]:
+    """One, unless a runner has several as ``batch_sizes``."""
+    sizes: tuple[int, ...] = getattr(runner, "batch_sizes", ())
+    return sizes or (max(1, runner.inputs[0].shape[0]),)
+
+
+def _steps(count: int, sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Starts and sizes: every size in turn, but none beyond what is left where a smaller one fits."""
+    start = turn = 0
+    while start < count:
+        fitting = [size for size in sizes if size <= count - start] or [min(sizes)]
+        step = fitting[turn % len(fitting)]
+        yield start, step
+        start, turn = start + step, turn + 1
 
 
 def first_overflow(runner: Runner, inputs: Arrays) -> str:
@@ -62,8 +80,7 @@ def first_overflow(runner: Runner, inputs: Arrays) -> str:
     if not isinstance(runner, Tracing):
         return ""
     bound = bind_inputs(runner.inputs, inputs)
-    step = max(1, runner.inputs[0].shape[0])
-    for start in range(0, len(next(iter(bound.values()))), step):
+    for start, step in _steps(len(next(iter(bound.values()))), _batch_sizes(runner)[:1]):
         found = runner.first_overflow({name: array[start : start + step] for name, array in bound.items()})
         if found is not None:
             return f"first overflow: {found}"

@@ -55,6 +55,14 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def applied(self, student: Student, samples: Arrays) -> tuple[Student, Arrays]:
+        """The program that the file must compute when told this, and the samples as that program takes them.
+
+        A target that is told to change what the file takes or gives (pixels in, probabilities out) says so here, and
+        the file is proven against the changed program.
+        """
+        return student, samples
+
 
 class Exporter(Protocol):
     """A target: ``exporters/<target>.py`` with ``EXPORTER``, or an entry point in group ``edgekd.exporters``.

@@ -92,6 +92,13 @@ class MilProgram:
     def steps(self) -> tuple[Step, ...]:
         return self._block.steps
 
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Sizes of the first axis of the first input: all of a list, the smallest ones of a range, or the only one."""
+        first = self.inputs[0]
+        size = first.shape[0] if first.shape else 1
+        return (size,) if size != -1 else self._allowed[first.name].first_sizes(len(first.shape))
+
     def make_state(self) -> State:
         """States as Core ML starts them: zeros."""
         return {

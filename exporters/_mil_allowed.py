@@ -28,6 +28,14 @@ class Allowed:
         within = all(a <= size and (b < 0 or size <= b) for size, (a, b) in zip(sizes, self.ranges, strict=True))
         return listed and within
 
+    def first_sizes(self, rank: int) -> tuple[int, ...]:
+        """Sizes of the first axis; of a range, three."""
+        listed = sorted({shape[0] for shape in self.shapes if len(shape) == rank})
+        if listed:
+            return tuple(listed)
+        low, high = self.ranges[0] if len(self.ranges) == rank else (1, -1)
+        return tuple(range(max(1, low), max(1, low) + 3 if high < 0 else min(high, max(1, low) + 2) + 1))
+
     def __str__(self) -> str:
         if self.shapes:
             return f"one of {', '.join(map(str, self.shapes))}"

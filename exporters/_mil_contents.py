@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from edgekd.types import Contents, OperatorFact, OperatorKind, WeightFact
 
-from ._mil_package import Type, read_package
+from ._mil_package import Package, Type, read_package
 
 __all__ = ["read_contents"]
 
@@ -50,14 +51,29 @@ def read_contents(path: Path) -> Contents:
             if types[output].shape is not None:
                 weights.append(_weight(output, types[output], readers.get(output, "")))
         elif operation.type.startswith("constexpr_"):
-            for key, value in operation.attributes.items():
-                declared = package.type_of(value.type)
-                if key != "name" and declared.shape is not None:
-                    weights.append(_weight(f"{output}/{key}", declared, readers.get(output, "")))
+            for key, declared in _compressed(package, operation):
+                weights.append(_weight(f"{output}/{key}", declared, readers.get(output, "")))
         else:
             kind = _kind(operation, readers, producers)
             operators.append(OperatorFact(output, operation.type, kind, _size(types[output]) if output else 0))
     return Contents(tuple(operators), tuple(weights))
+
+
+def _compressed(package: Package, operation: Any) -> Iterator[tuple[str, Type]]:
+    """Parts of a compressed constant: attributes until iOS 17, typed inputs since iOS 18."""
+    types = {key: package.type_of(value.type) for key, value in operation.attributes.items() if key != "name"}
+    for key, argument in operation.inputs.items():
+        for binding in argument.arguments:
+            if binding.WhichOneof("binding") == "value":
+                types[key] = package.type_of(binding.value.type)
+    if "shape" in types:  # packed bits in bytes, and the shape as numbers
+        shape = tuple(int(size) for size in package.value_of(operation.attributes["shape"]))
+        if "lut" in types:
+            types["indices"] = Type(f"UINT{int(math.log2(math.prod(types['lut'].shape or (2,))))}", shape)
+        if "mask" in types:
+            types["mask"] = Type("UINT1", shape)
+        del types["shape"]
+    yield from ((key, declared) for key, declared in types.items() if declared.shape is not None)
 
 
 def _names(operation: Any) -> list[str]:

@@ -66,16 +66,19 @@ def rename_features(model: Any, inputs: Sequence[str], outputs: Sequence[str]) -
     Args:
         model: The ``Model`` message with an ML Program of one function, ``main``.
         inputs, outputs: The new names, one each; an output that a program gives twice is one output of a package.
+            States, and the label and probabilities of a classifier, are none of them.
 
     Raises:
         ExportError: There are more or fewer inputs or outputs than names.
     """
     function = model.mlProgram.functions["main"]
     block = function.block_specializations[function.opset]
+    # What a classifier gives keeps the names by which Core ML knows it.
+    labelled = (model.description.predictedFeatureName, model.description.predictedProbabilitiesName)
     names: dict[str, str] = {}
     for what, present, wanted in (
-        ("inputs", [value.name for value in function.inputs], inputs),
-        ("outputs", list(block.outputs), outputs),
+        ("inputs", [value.name for value in function.inputs if not value.type.HasField("stateType")], inputs),
+        ("outputs", [name for name in block.outputs if name not in labelled], outputs),
     ):
         present, wanted = list(dict.fromkeys(present)), list(dict.fromkeys(wanted))  # a value may be given out twice
         if len(present) != len(wanted):
@@ -95,7 +98,7 @@ def rename_features(model: Any, inputs: Sequence[str], outputs: Sequence[str]) -
     for feature in (*model.description.input, *model.description.output):
         feature.name = names.get(feature.name, feature.name)
     _sort(model.description.input, inputs)
-    _sort(model.description.output, outputs)
+    _sort(model.description.output, [*outputs, *labelled])
 
 
 def _names(function: Any, block: Any) -> set[str]:

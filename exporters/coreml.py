@@ -1,7 +1,4 @@
-"""Core ML: an ML Program in a ``.mlpackage``, for iOS 17 and macOS 14 and later.
-
-One operator set for every precision. ``w8a8`` needs that of iOS 17; the others could be written for iOS 16, which the
-iPhone 8 and X run, but then half of the packages would be proven with operators of another definition.
+"""Core ML: an ML Program in a ``.mlpackage``, by default for iOS 17 and macOS 14 and later.
 
 Off macOS there is no Core ML, so a package is proven by edgekd's reference evaluator (``_mil.py``), which reads the
 saved file. coremltools' ``predict`` is never called.
@@ -9,27 +6,27 @@ saved file. coremltools' ``predict`` is never called.
 
 from __future__ import annotations
 
-import json
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch.export import ExportedProgram
 
 from edgekd.errors import ExportError, UsageError
 from edgekd.models import at_batch, input_specs, output_specs
-from edgekd.parity import conversions
-from edgekd.protocols import Options, Runner
-from edgekd.types import Card, Contents, Precision, Student, TensorSpec
+from edgekd.parity import STATIC, conversions
+from edgekd.protocols import Runner
+from edgekd.quiet import quiet
+from edgekd.types import Contents, Conversion, Precision, Student, Tolerance
 
 from ._mil import load_package
+from ._mil_compress import Scheme, compress_weights
 from ._mil_contents import read_contents
+from ._mil_convert import convert, describe, input_types, label_output, without_bars
+from ._mil_options import SYSTEMS, CoreMLOptions, probabilities, sizes
 from ._mil_prepare import is_quantized, prepare_program
+from ._mil_runner import ProgramRunner
 from ._mil_write import rename_features, write_package
 
 __all__ = ["EXPORTER", "CoreMLExporter", "load"]
@@ -39,42 +36,83 @@ load = load_package
 """Any ``.mlpackage`` with an ML Program in the reference evaluator, whoever made it: see docs/coreml-evaluator.md."""
 
 
+_LOSSY = {
+    "p8": Tolerance(None, 0.999, 0.97),
+    "p6": Tolerance(None, 0.99, 0.93),
+    "p4": Tolerance(None, 0.95, 0.8),
+    "p2": Tolerance(None, 0.5, 0.3),
+    "w4": Tolerance(None, 0.95, 0.8),
+}
+"""Precisions of Core ML alone: palettes of 2 to 8 bits, and int4 with a scale per block, made from fp32.
+
+Their proof says that the file holds the model in few bits, not how good those bits are: the task's accuracy does.
+"""
+
+_SINCE = {**dict.fromkeys(("w8", *STATIC), "iOS17"), "w4": "iOS18", **dict.fromkeys(("p2", "p4", "p6", "p8"), "iOS16")}
+
+
+_DEFAULTS = CoreMLOptions()
+
+
 class CoreMLExporter:
     """See ``edgekd.protocols.Exporter``."""
 
     suffix = ".mlpackage"
     requires: tuple[str, ...] = ("coremltools",)
     extra = "coreml"
-    precisions = conversions("fp32", "fp16", "w8", "w8a8", "w4a8", "auto")
-    options = Options
+    precisions: Mapping[Precision, Conversion] = {
+        **conversions("fp32", "fp16", "w8", *STATIC),
+        **{word: Conversion("fp32", tolerance) for word, tolerance in _LOSSY.items()},
+    }
+    options = CoreMLOptions
 
-    def write(self, student: Student, path: Path, precision: Precision, options: Options = Options()) -> None:
-        """Write the package for a batch of one; the same program gives the same bytes.
+    def write(self, student: Student, path: Path, precision: Precision, options: CoreMLOptions = _DEFAULTS) -> None:
+        """Write the package; the same program and options give the same bytes.
 
         Raises:
             ExportError: The converter refuses; the message names the operator.
-            UsageError: The program does not hold the int8 numbers that the precision asks for.
+            UsageError: The program or the options do not go with the precision or with the system.
         """
-        program = at_batch(student.program)
-        if self.precisions[precision].source != "fp32" and not any(is_quantized(node) for node in program.graph.nodes):
-            raise UsageError(f"coreml {precision} takes a program with int8 weights; edgekd.compress makes one")
+        _check(student, precision, options)
+        student, _ = options.applied(student, {})
+        batch, length = sizes(options.batch, "batch"), sizes(options.length, "length") if options.length else None
+        flexible = batch != (1,) or length is not None
+        program = student.program if flexible else at_batch(student.program)
         inputs, outputs = input_specs(program), output_specs(program)
         for spec in inputs:
             if spec.dtype == "bool":
                 raise ExportError(f"input {spec.name!r} is bool; Core ML takes float32 and int32 inputs")
-        with _collected_complaints() as complaints:
+        names = [s.name for s in outputs]
+        with quiet() as complaints, without_bars():
             program = prepare_program(program)
+            _check_states(program, precision, options)
+            settings: dict[str, Any] = {}
+            if flexible or options.image:
+                settings["inputs"] = input_types(student, inputs, batch, length, options)
+            if options.classifier:
+                place = names.index(probabilities(student).name)
+                settings["classifier_config"] = label_output(program, student.card, place)
             with tempfile.TemporaryDirectory() as folder:
-                model = _convert(program, outputs, precision, Path(folder) / "converted.mlpackage", complaints)
+                converted = Path(folder) / "converted.mlpackage"
+                half = precision == "fp16" or options.half
+                model = convert(program, outputs, half, options, settings, converted, complaints)
                 spec = model.get_spec()
-                rename_features(spec, [s.name for s in inputs], [s.name for s in outputs])
-                _describe(spec, student.card, precision)
+                if options.classifier:
+                    names.pop(place)
+                rename_features(spec, [s.name for s in inputs], names)
+                describe(spec, student.card, precision, probabilities(student) if options.classifier else None)
                 weights = Path(model.weights_dir) if model.weights_dir else None
+                scheme = _scheme(precision, options)
+                if scheme is not None:
+                    rewritten = Path(folder) / "rewritten"
+                    rewritten.mkdir()
+                    compress_weights(spec, weights, scheme, rewritten)
+                    weights = rewritten
                 write_package(spec, weights, path)
 
     def load(self, path: Path) -> Runner:
-        """The package in the reference evaluator; see :func:`load`."""
-        return load(path)
+        """The package in the reference evaluator (see :func:`load`), with the inputs and outputs of its program."""
+        return ProgramRunner(load(path))
 
     def contents(self, path: Path) -> Contents:
         """Operators and constants of the package's program."""
@@ -84,104 +122,66 @@ class CoreMLExporter:
 EXPORTER = CoreMLExporter()
 
 
-def _convert(
-    program: ExportedProgram, outputs: tuple[TensorSpec, ...], precision: Precision, path: Path, complaints: list[str]
-) -> Any:
-    import coremltools as ct
+def _check(student: Student, precision: Precision, options: CoreMLOptions) -> None:
+    """Refuse, in one line, what does not go together.
 
-    compute = ct.precision.FLOAT32
-    if precision == "fp16":
-        compute = ct.transform.FP16ComputePrecision(op_selector=_fits_half)
-    types = [ct.TensorType(dtype=np.float32 if s.dtype.startswith("float") else np.int32) for s in outputs]
-    try:
-        return ct.convert(
-            program,
-            convert_to="mlprogram",
-            outputs=types,
-            minimum_deployment_target=ct.target.iOS17,
-            compute_precision=compute,
-            package_dir=str(path),
-            skip_model_load=True,
+    Raises:
+        UsageError: With what would.
+    """
+    if precision not in CoreMLExporter.precisions:
+        raise UsageError(f"coreml has no precision {precision!r}; it has {', '.join(CoreMLExporter.precisions)}")
+    system = SYSTEMS.index(options.minimum_deployment_target)
+    needs = [(f"coreml {precision}", _SINCE.get(precision, SYSTEMS[0]))]
+    if options.sparse:
+        joint = precision not in ("fp32", "fp16")
+        needs.append((f"coreml {precision} with sparse weights", "iOS18" if joint else "iOS16"))
+    for what, since in needs:
+        if SYSTEMS.index(since) > system:
+            raise UsageError(f"{what} needs {since}; minimum_deployment_target is {options.minimum_deployment_target}")
+    if options.sparse and precision in STATIC:
+        raise UsageError(f"coreml {precision} has no sparse weights; w8, w4, p2 to p8, fp16 and fp32 have")
+    quantized = any(is_quantized(node) for node in student.program.graph.nodes)
+    if CoreMLExporter.precisions[precision].source != "fp32" and not quantized:
+        raise UsageError(f"coreml {precision} takes a program with int8 weights; edgekd.compress makes one")
+    if options.half and precision in ("fp32", *STATIC):
+        raise UsageError(f"coreml half=true computes in half precision, which {precision} is not; ask for fp16")
+    if options.classifier and options.batch != "1":
+        raise UsageError(f"coreml classifier=true gives one label, so batch is 1; it is {options.batch}")
+
+
+def _scheme(precision: Precision, options: CoreMLOptions) -> Scheme | None:
+    """How the weights are rewritten; None where the converter's are right."""
+    if precision not in _LOSSY and not options.sparse:
+        return None
+    return Scheme(
+        palette_bits=int(precision[1]) if precision.startswith("p") else None,
+        block_bits=4 if precision == "w4" else None,
+        sparse=options.sparse,
+        typed=options.minimum_deployment_target == "iOS18",
+        group_size=options.group_size,
+        block_size=options.block_size,
+    )
+
+
+def _check_states(program: ExportedProgram, precision: Precision, options: CoreMLOptions) -> None:
+    """Buffers that a program writes become states, which Core ML has since iOS 18, in half precision, from zero."""
+    buffers = list(dict.fromkeys(program.graph_signature.buffers_to_mutate.values()))
+    if not buffers:
+        return
+    if options.minimum_deployment_target != "iOS18":
+        raise UsageError(
+            f"the program keeps {', '.join(buffers)} from call to call, which needs iOS18; "
+            f"minimum_deployment_target is {options.minimum_deployment_target}"
         )
-    except Exception as error:  # the converter raises every type there is
-        first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        where = next((line for text in reversed(complaints) for line in text.split("\n") if "converting" in line), "")
-        where = where.partition("ERROR - ")[2].partition(" (located")[0]
-        raise ExportError(f"Core ML's converter refuses{f' while {where}' if where else ''}: {first_line}") from error
-
-
-def _fits_half(operation: Any) -> bool:
-    """Whether an operator of the converter's graph may be computed in half precision.
-
-    The converter keeps constants beyond 65504 in single precision, except those beyond 1e38, which it takes for
-    infinity. But a mask of ``(1 - mask) * -3.4e38`` multiplies that by zero, and zero times infinity is not a number.
-    """
-    if operation.op_type == "select":  # chooses the infinity, and computes nothing with it
-        return True
-    for value in operation.inputs.values():
-        for variable in value if isinstance(value, list | tuple) else (value,):
-            constant = getattr(variable, "val", None)
-            if isinstance(constant, np.ndarray | np.floating) and np.issubdtype(constant.dtype, np.floating):
-                sizes = np.abs(constant[np.isfinite(constant)] if isinstance(constant, np.ndarray) else constant)
-                if np.max(sizes, initial=0.0) > np.finfo(np.float16).max:
-                    return False
-    return True
-
-
-def _describe(spec: Any, card: Card, precision: Precision) -> None:
-    """What an app needs to know, in the package itself; structured values are JSON."""
-    spec.description.metadata.shortDescription = card.name
-    facts = {
-        "name": card.name,
-        "precision": precision,
-        "labels": json.dumps(list(card.labels), ensure_ascii=False) if card.labels else "",
-        "preprocessing": json.dumps(card.preprocessing, ensure_ascii=False, sort_keys=True)
-        if card.preprocessing
-        else "",
-    }
-    for key, value in facts.items():
-        if value:
-            spec.description.metadata.userDefined[f"edgekd.{key}"] = value
-    meanings = {s.name: s.meaning for s in (*card.inputs, *card.outputs)}
-    for feature in (*spec.description.input, *spec.description.output):
-        feature.shortDescription = meanings.get(feature.name, "")
-
-
-@contextmanager
-def _collected_complaints() -> Iterator[list[str]]:
-    """coremltools without progress bars and warnings on the terminal; its errors are collected instead.
-
-    It logs that every newer torch and scikit-learn is untested and that there is no Core ML here, each time.
-    """
-    complaints: list[str] = []
-    handler = logging.Handler(logging.ERROR)
-    handler.emit = lambda record: complaints.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("coremltools")
-    propagate = logger.propagate
-    logger.addHandler(handler)
-    logger.propagate = False
-    disabled = logging.root.manager.disable
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            logging.disable(logging.WARNING)
-            import coremltools  # noqa: F401 - torchao, which it imports, warns of kernels for other processors
-            from coremltools.converters.mil.frontend.torch import ops
-            from coremltools.converters.mil.mil.passes import pass_pipeline
-
-            bars = [(ops, "_tqdm", ops._tqdm), (pass_pipeline, "tqdm", pass_pipeline.tqdm)]
-            for module, name, _ in bars:
-                setattr(module, name, _without_bar)
-            try:
-                yield complaints
-            finally:
-                for module, name, bar in bars:
-                    setattr(module, name, bar)
-    finally:
-        logging.disable(disabled)
-        logger.removeHandler(handler)
-        logger.propagate = propagate
-
-
-def _without_bar(iterable: Any, **_: Any) -> Any:
-    return iterable
+    if precision != "fp16" and not options.half:
+        raise UsageError(f"Core ML keeps {', '.join(buffers)} in half precision; ask for fp16, or half=true")
+    if options.batch != "1" or options.length:
+        raise UsageError(
+            f"a program that keeps {', '.join(buffers)} from call to call has one shape; set no batch or length"
+        )
+    for name in buffers:
+        value = program.state_dict.get(name, program.constants.get(name))
+        if value is not None and bool((value != 0).any()):
+            raise UsageError(
+                f"state {name!r} does not start at zero, as Core ML's states do; reset it before the export"
+            )
