@@ -167,7 +167,7 @@ def _compressed(operation: Any, source: WeightFile | None, writer: WeightWriter,
     if scheme.palette_bits is not None:
         if not sparse:
             return [make.palette(weight, scheme.palette_bits, scheme.group_size)]
-        return make.sparse_palette(weight, kept, scheme.palette_bits)
+        return make.sparse_palette(weight, kept, scheme.palette_bits, scheme.group_size)
     if scheme.block_bits is not None:
         data, scales = quantize_blocks(weight, scheme.block_size)
         return make.sparse_blocks(data, scales, kept, "INT4") if sparse else [make.blocks(data, scales)]
@@ -256,16 +256,23 @@ class _Maker:
             {"nonzero_data": self._value(values, self._kind), "mask": self._value(mask, "UINT1")},
         )
 
-    def sparse_palette(self, weight: Tensor, kept: Tensor, bits: int) -> list[Any]:
-        """One palette for what is left; those who ask for iOS 16 or 17 were refused before."""
-        tables, indices = palettize(weight[kept].reshape(1, -1), 2**bits)
-        lut = tables.numpy().astype(self._dtype).reshape(*[1] * weight.ndim, 2**bits, 1)
+    def sparse_palette(self, weight: Tensor, kept: Tensor, bits: int, group_size: int) -> list[Any]:
+        """Palettes for what is left; who asks for iOS 16 or 17 was refused before."""
+        groups = group_count(weight.shape, bits, group_size)
+        indices = torch.zeros(weight.shape, dtype=torch.uint8).reshape(groups, -1)
+        tables = torch.zeros(groups, 2**bits)
+        rows = zip(weight.reshape(groups, -1), kept.reshape(groups, -1), strict=True)
+        for group, (values, there) in enumerate(rows):
+            if bool(there.any()):
+                table, found = palettize(values[there].reshape(1, -1), 2**bits)
+                tables[group], indices[group, there] = table[0], found[0]
+        lut = tables.numpy().astype(self._dtype).reshape(groups, *[1] * (weight.ndim - 1), 2**bits, 1)
         return self._joint(
             "constexpr_lut_to_sparse",
             "indices_mask",
             kept,
             {
-                "indices_nonzero_data": self._value(indices.reshape(-1).numpy(), f"UINT{bits}"),
+                "indices_nonzero_data": self._value(indices.reshape(weight.shape)[kept].numpy(), f"UINT{bits}"),
                 "lut": self._value(lut, self._kind),
             },
         )

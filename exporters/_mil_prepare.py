@@ -102,6 +102,11 @@ def _reciprocal(x: Tensor) -> Tensor:
     return torch.ones(1, dtype=x.dtype) / x  # the converter cannot make a scalar of ones
 
 
+def _hardswish(x: Tensor) -> Tensor:
+    """The converter sets what is below -3 to zero first, which the product with zero does by itself."""
+    return x * torch.nn.functional.hardsigmoid(x)
+
+
 def _rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     """The converter divides by the largest value, so that half precision does not overflow, but leaves eps unscaled."""
     epsilon = torch.finfo(x.dtype).eps if eps is None else eps
@@ -141,6 +146,7 @@ _MENDED: dict[Any, Any] = {
     _ATEN.gelu.default: _gelu,
     _ATEN.reciprocal.default: _reciprocal,
     _ATEN.rms_norm.default: _rms_norm,
+    _ATEN.hardswish.default: _hardswish,
     _ATEN.var_mean.correction: _var_mean,
     _ATEN.bitwise_and.Tensor: _logical(torch.logical_and),
     _ATEN.bitwise_or.Tensor: _logical(torch.logical_or),

@@ -24,6 +24,7 @@ from ._mil import load_package
 from ._mil_compress import Scheme, compress_weights
 from ._mil_contents import read_contents
 from ._mil_convert import convert, describe, input_types, label_output, without_bars
+from ._mil_fold import fold_pads
 from ._mil_options import SYSTEMS, CoreMLOptions, probabilities, sizes
 from ._mil_prepare import is_quantized, prepare_program
 from ._mil_runner import ProgramRunner
@@ -101,6 +102,7 @@ class CoreMLExporter:
                     names.pop(place)
                 rename_features(spec, [s.name for s in inputs], names)
                 describe(spec, student.card, precision, probabilities(student) if options.classifier else None)
+                fold_pads(spec)
                 weights = Path(model.weights_dir) if model.weights_dir else None
                 scheme = _scheme(precision, options)
                 if scheme is not None:

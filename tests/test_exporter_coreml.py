@@ -301,6 +301,35 @@ def test_the_exporter_fulfils_the_seam() -> None:
     assert (exporter.suffix, exporter.requires, exporter.extra) == (".mlpackage", ("coremltools",), "coreml")
 
 
+class UnevenlyPadded(nn.Module):
+    """As TensorFlow pads, more at the end; one pad is no zero, one has two readers, one goes to no convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.third, self.fourth = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(F.pad(x, (0, 1, 0, 1)))
+        x = self.second(F.pad(F.relu(x), (2, 0, 1, 0)))
+        shared = F.pad(F.hardswish(x), (1, 0, 0, 2))
+        x = self.third(shared) + self.fourth(shared)
+        x = self.third(F.pad(x, (1, 1, 1, 1), value=0.5))
+        return x + F.pad(x, (0, 1, 0, 0))[..., 1:]
+
+
+def test_zero_padding_goes_into_the_convolution_and_hard_swish_into_two_operators(tmp_path: Path) -> None:
+    runner, student, samples = written(
+        student_of(UnevenlyPadded(), torch.zeros(1, 3, 15, 15)), tmp_path / "model.mlpackage", "fp32"
+    )
+    outputs, expected = run_all(runner, samples), run_program(student.program, samples)
+    np.testing.assert_allclose(next(iter(outputs.values())), next(iter(expected.values())), atol=1e-5)
+    names = [step.operator.name for step in load(tmp_path / "model.mlpackage").steps]
+    assert names.count("pad") == 2  # the one that is no zero, and the one that no convolution reads
+    assert names.count("sigmoid_hard") == 1
+    assert "thresholded_relu" not in names
+
+
 class Overflowing(nn.Module):
     """Finite in single precision, beyond 65504 in the middle, and small again at the end."""
 
