@@ -5,6 +5,7 @@ An export is unfinished until the file was loaded by its own runtime and compare
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import shutil
 from collections.abc import Mapping, Sequence
@@ -255,10 +256,16 @@ def _prove(student: Student, runner: Runner, samples: Arrays, tolerance: Toleran
 
 def toolchain(exporter: Exporter) -> dict[str, str]:
     """Versions of the packages that write and prove the files of a target."""
-    owners = importlib.metadata.packages_distributions()
+    owners = _owners()
     names = {owners[module][0] for module in exporter.requires if module in owners} | {"torch", "torchao", "numpy"}
     versions = {name: importlib.metadata.version(name) for name in sorted(names)}
     return {"edgekd": edgekd.__version__, **versions}
+
+
+@functools.cache
+def _owners() -> Mapping[str, list[str]]:
+    """Packages by the modules that they install: a second of work for a large environment."""
+    return importlib.metadata.packages_distributions()
 
 
 def program_hash(student: Student) -> str:

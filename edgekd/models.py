@@ -6,8 +6,9 @@ import contextlib
 import copy
 import io
 import json
+import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def export_program(module: nn.Module, inputs: Sequence[Tensor], *, dynamic_batch
     module = module.eval()
     args = tuple(inputs)
     try:
-        with quiet():  # torch logs a page before it raises
+        with quiet(), _masks_without_vmap():  # torch logs a page before it raises
             if dynamic_batch:
                 with contextlib.suppress(Exception):  # of many types; the fixed batch below decides
                     pairs, size = tuple(torch.cat([x, x]) for x in args), Dim("batch")
@@ -63,6 +64,37 @@ def export_program(module: nn.Module, inputs: Sequence[Tensor], *, dynamic_batch
             return _without_origin(torch.export.export(module, tuple(x[:1] for x in args), strict=False))
     except Exception as error:
         raise ModelFileError(f"torch.export cannot trace {type(module).__name__}: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _masks_without_vmap() -> Iterator[None]:
+    """Have transformers compute attention masks from indices that broadcast, as its version 5 does.
+
+    Version 4.53 to 4.57 wraps the computation in ``vmap`` and a mode for indexing, which torch records as a call that no
+    ``.pt2`` file can hold (``flat_apply``); https://github.com/huggingface/transformers/pull/42721
+    """
+    masks = sys.modules.get("transformers.masking_utils")
+    names = ("_vmap_for_bhqkv", "TransformGetItemToIndex")
+    present = {name: getattr(masks, name) for name in names if hasattr(masks, name)}
+    if len(present) < len(names):
+        yield
+        return
+
+    def broadcast(function: Callable[..., Tensor], bh_indices: bool = True) -> Callable[..., Tensor]:
+        def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            axes = (batch[:, None, None, None], head[:, None, None], query[:, None], key)
+            sizes = [axis.shape[0] for axis in (batch, head, query, key)]  # len() would fix a dynamic batch
+            return function(*axes).expand(sizes)
+
+        return mask if bh_indices else present["_vmap_for_bhqkv"](function, bh_indices)
+
+    try:
+        for name, plain in zip(names, (broadcast, contextlib.nullcontext), strict=True):
+            setattr(masks, name, plain)
+        yield
+    finally:
+        for name, function in present.items():
+            setattr(masks, name, function)
 
 
 def _without_origin(program: ExportedProgram) -> ExportedProgram:

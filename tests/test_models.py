@@ -129,3 +129,29 @@ def test_arrays_bind_by_name_or_by_order() -> None:
 def test_arrays_that_do_not_fit_are_refused(arrays: dict[str, np.ndarray], message: str) -> None:
     with pytest.raises(DataError, match=message):
         bind_inputs([TensorSpec("x", (-1, 4), "float32")], arrays)
+
+
+def test_a_causal_transformer_goes_through_a_file_with_its_mask(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=8, use_cache=False)
+    torch.manual_seed(0)
+    inner = transformers.GPT2Model(config).eval()
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            hidden: torch.Tensor = self.inner(input_ids=ids, attention_mask=mask).last_hidden_state
+            return hidden
+
+    ids = torch.randint(0, 20, (3, 8))
+    mask = (torch.arange(8) < torch.tensor([[8], [5], [3]])).long()
+    program = export_program(Decoder(), [ids[:1], mask[:1]])
+    path = tmp_path / "decoder.pt2"
+    path.write_bytes(program_bytes(program))
+
+    loaded = load_program(path)
+    assert input_specs(loaded)[0].shape[0] == -1
+    torch.testing.assert_close(loaded.module()(ids, mask), Decoder()(ids, mask))

@@ -1,0 +1,622 @@
+"""Architectures for :mod:`edgekd.benchmarks.coverage`: real model code with random weights, small enough for seconds.
+
+Where a model takes its depth and width as arguments, it is made shallow and narrow: its operators, and how they are put
+together, are those of the real one. Needs timm, torchvision and transformers, which edgekd itself does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["ARCHITECTURES", "Architecture", "settle"]
+
+Sampler = Callable[[int, torch.Generator], tuple[Tensor, ...]]
+"""A count and a source of chance to inputs, samples on the first axis."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One row of the coverage table.
+
+    Attributes:
+        name: Of the row.
+        family: Where its code is from: a package, or ``torch`` for plain modules.
+        build: Makes the module, with whatever weights.
+        sample: Makes inputs of a kind that the model meets in life.
+    """
+
+    name: str
+    family: str
+    build: Callable[[], nn.Module]
+    sample: Sampler
+
+
+def settle(module: nn.Module, samples: Sequence[Tensor], generator: torch.Generator) -> nn.Module:
+    """Random weights with which every operator matters, and batch norms that know their inputs; in place.
+
+    As they are created, many models would hide a wrong operator: layer scales of 1e-6 switch whole blocks off, weights
+    of 0.02 make every attention uniform, fresh norms are identities. So weights get a spread of one over the root of
+    what they sum, constants get a spread, and the statistics of batch norms are those of the samples.
+    """
+    owners = {id(p): m for m in module.modules() for p in m.parameters(recurse=False)}
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            owner, noise = owners[id(parameter)], torch.randn(parameter.shape, generator=generator)
+            if isinstance(owner, nn.Embedding):
+                parameter.copy_(noise)
+            elif parameter.ndim < 2 or max(parameter.shape) == parameter.numel():
+                if float(parameter.abs().max()) < 0.1 and not name.endswith("bias"):
+                    parameter.copy_(0.5 + 0.1 * noise)  # a layer scale
+                else:
+                    parameter.add_(0.1 * noise)
+            elif parameter.shape[0] == 1:  # positions, class tokens
+                parameter.copy_(0.5 * noise)
+            else:
+                summed = parameter[0].numel()
+                convolution = isinstance(owner, nn.modules.conv._ConvNd)
+                parameter.copy_(noise * (1.4 if convolution else 1.0) / summed**0.5)
+        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if norms:
+            module.eval()
+            for norm in norms:
+                norm.train()
+                norm.momentum = None  # the mean of all that it sees
+                norm.reset_running_stats()
+            module(*samples)
+    return module.eval()
+
+
+def _image(size: int, width: int | None = None) -> Sampler:
+    """Normalized pictures: large patches of colour under fine grain, (count, 3, size, width)."""
+
+    def sample(count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        shape = (size, width or size)
+        coarse = torch.randn(count, 3, 6, 6, generator=generator)
+        patches = F.interpolate(coarse, shape, mode="bilinear", align_corners=False)
+        return (1.2 * patches + 0.3 * torch.randn(count, 3, *shape, generator=generator),)
+
+    return sample
+
+
+def _text(length: int = 32, vocabulary: int = 200, *, mask: bool = True) -> Sampler:
+    """Token ids and a mask of texts of many lengths, (count, length) each."""
+
+    def sample(count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        ids = torch.randint(3, vocabulary, (count, length), generator=generator)
+        lengths = torch.randint(length // 3, length + 1, (count, 1), generator=generator)
+        present = (torch.arange(length)[None] < lengths).long()
+        return (ids * present, present) if mask else (ids,)
+
+    return sample
+
+
+def _sound(length: int) -> Sampler:
+    """Two tones and noise, (count, length)."""
+
+    def sample(count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        time = torch.arange(length)[None] / 16_000
+        tones = 100 + 2000 * torch.rand(2, count, 1, generator=generator)
+        return (torch.sin(6.2832 * tones * time).sum(0) + 0.2 * torch.randn(count, length, generator=generator),)
+
+    return sample
+
+
+def _sequence(*shape: int) -> Sampler:
+    """Numbers that drift, (count, *shape)."""
+
+    def sample(count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        steps = torch.randn(count, *shape, generator=generator)
+        return (0.5 * steps + 0.5 * steps.roll(1, -1),)
+
+    return sample
+
+
+def _shallow(build: Callable[[], nn.Module], size: int) -> Callable[[], nn.Module]:
+    """The same without repetition: of blocks in a row that keep the shape of what they read, the first one stays."""
+
+    def cut() -> nn.Module:
+        module, shapes = build().eval(), {}
+
+        def note(block: nn.Module, inputs: Any, output: Any) -> None:
+            if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+                shapes[block] = (inputs[0].shape, output.shape)
+
+        rows = [m for m in module.modules() if isinstance(m, nn.Sequential | nn.ModuleList)]
+        hooks = [block.register_forward_hook(note) for row in rows for block in row if any(True for _ in block.children())]
+        with torch.no_grad():
+            module(torch.zeros(1, 3, size, size))
+        for hook in hooks:
+            hook.remove()
+        for row in rows:
+            kept: list[nn.Module] = []
+            last: tuple[type[nn.Module], Any] | None = None
+            for block in row:
+                before, after = shapes.get(block, (None, 0))
+                kind = (type(block), before) if before == after else None
+                if kind is None or kind != last:
+                    kept.append(block)
+                last = kind
+            if len(kept) < len(row):
+                row._modules = {str(i): block for i, block in enumerate(kept)}
+        return module
+
+    return cut
+
+
+# torchvision
+
+
+def _torchvision(name: str, **settings: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import torchvision
+
+        return torchvision.models.get_model(name, weights=None, **settings)
+
+    return build
+
+
+def _dense_net() -> nn.Module:
+    from torchvision.models import DenseNet
+
+    return DenseNet(growth_rate=16, block_config=(2, 3, 3, 2), num_init_features=32, num_classes=20)
+
+
+def _vision_transformer() -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(64, 16, num_layers=2, num_heads=3, hidden_dim=96, mlp_dim=192, num_classes=20)
+
+
+def _torchvision_swin(version: int) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        from torchvision.models import swin_transformer as swin
+
+        second = {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
+        return swin.SwinTransformer(
+            [4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=20, **(second if version == 2 else {})
+        )
+
+    return build
+
+
+class _FirstOutput(nn.Module):
+    """A segmentation network without its auxiliary output, or whatever else has the answer under ``out``."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, image: Tensor) -> Tensor:
+        answer: Tensor = self.inner(image)["out"]
+        return answer
+
+
+def _segmentation(name: str) -> Callable[[], nn.Module]:
+    return lambda: _FirstOutput(_torchvision(name, weights_backbone=None, num_classes=5)())
+
+
+class _Detector(nn.Module):
+    """Backbone, pyramid and heads: what runs on a device's accelerator; boxes are decoded and sifted by the app."""
+
+    def __init__(self, detector: Any) -> None:
+        super().__init__()
+        self.backbone, self.head = detector.backbone, detector.head
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        answer: dict[str, Tensor] = self.head(list(self.backbone(image).values()))
+        return answer
+
+
+def _pyramid_detector(kind: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        from torchvision.models import detection
+
+        backbone = detection.backbone_utils.resnet_fpn_backbone(
+            backbone_name="resnet18",
+            weights=None,
+            norm_layer=nn.BatchNorm2d,
+            returned_layers=[2, 3, 4],
+        )
+        backbone.fpn = type(backbone.fpn)([128, 256, 512], 64)
+        backbone.out_channels = 64
+        return _Detector(getattr(detection, kind)(backbone, num_classes=5))
+
+    return build
+
+
+def _ssd_lite() -> nn.Module:
+    from torchvision.models import detection
+
+    return _Detector(detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=5))
+
+
+# timm
+
+
+def _timm(name: str, **settings: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import timm
+
+        return timm.create_model(name, pretrained=False, num_classes=20, **settings)
+
+    return build
+
+
+# transformers
+
+
+class _Hidden(nn.Module):
+    """A transformer from ids and mask to the last hidden state, (batch, length, size)."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        answer: Tensor = self.inner(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return answer
+
+
+class _Only(nn.Module):
+    """A model of one input, without what it gives besides its first output."""
+
+    def __init__(self, inner: nn.Module, **settings: Any) -> None:
+        super().__init__()
+        self.inner, self.settings = inner, settings
+
+    def forward(self, values: Tensor) -> Tensor:
+        answer: Tensor = self.inner(values, return_dict=False, **self.settings)[0]
+        return answer
+
+
+class _Boxes(nn.Module):
+    """Classes and boxes of a detection transformer."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        answer = self.inner(image)
+        return answer.logits, answer.pred_boxes
+
+
+_SIZES = {
+    "vocab_size": 200,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+}
+
+
+def _text_model(kind: str, *, decoder: bool = False, **settings: Any) -> Callable[[], nn.Module]:
+    """``<kind>Config`` and ``<kind>Model`` of transformers, with the usual sizes unless said otherwise."""
+
+    def build() -> nn.Module:
+        import transformers
+
+        config = getattr(transformers, f"{kind}Config")(**settings)
+        if decoder:
+            config.use_cache = False
+        return _Hidden(getattr(transformers, f"{kind}Model")(config))
+
+    return build
+
+
+def _hugging_face(model: str, config: str, wrap: Callable[..., nn.Module], **settings: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import transformers
+
+        return wrap(getattr(transformers, model)(getattr(transformers, config)(**settings)))
+
+    return build
+
+
+def _whisper_encoder() -> nn.Module:
+    from transformers import WhisperConfig
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    config = WhisperConfig(
+        d_model=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=128, max_source_positions=50
+    )
+    return _Only(WhisperEncoder(config))
+
+
+# torch
+
+
+class _UNet(nn.Module):
+    """Two levels down and up, with transposed convolutions and skips (Ronneberger et al. 2015)."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+
+        def block(inputs: int, outputs: int) -> nn.Sequential:
+            layers: list[nn.Module] = []
+            for before in (inputs, outputs):
+                layers += [nn.Conv2d(before, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+            return nn.Sequential(*layers)
+
+        self.down1, self.down2, self.bottom = block(3, width), block(width, 2 * width), block(2 * width, 4 * width)
+        self.up2, self.up1 = (
+            nn.ConvTranspose2d(4 * width, 2 * width, 2, 2),
+            nn.ConvTranspose2d(2 * width, width, 2, 2),
+        )
+        self.side2, self.side1, self.last = block(4 * width, 2 * width), block(2 * width, width), nn.Conv2d(width, 4, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        first = self.down1(image)
+        second = self.down2(F.max_pool2d(first, 2))
+        deep = self.bottom(F.max_pool2d(second, 2))
+        second = self.side2(torch.cat([self.up2(deep), second], 1))
+        answer: Tensor = self.last(self.side1(torch.cat([self.up1(second), first], 1)))
+        return answer
+
+
+class _Recurrent(nn.Module):
+    """Two layers of a recurrent network over (batch, time, features), the first one in both directions."""
+
+    def __init__(self, kind: type[nn.LSTM] | type[nn.GRU]) -> None:
+        super().__init__()
+        self.both = kind(12, 24, batch_first=True, bidirectional=True)
+        self.last = kind(48, 32, batch_first=True)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, features: Tensor) -> Tensor:
+        answer: Tensor = self.head(self.last(self.both(features)[0])[0][:, -1])
+        return answer
+
+
+class _KeywordSpotter(nn.Module):
+    """Depthwise separable convolutions over a spectrogram (Zhang et al. 2017)."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [
+            nn.Conv2d(1, width, (10, 4), (2, 2), (5, 1)),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        ]
+        for _ in range(3):
+            layers += [nn.Conv2d(width, width, 3, padding=1, groups=width), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [nn.Conv2d(width, width, 1), nn.BatchNorm2d(width), nn.ReLU()]
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(width, 12)
+
+    def forward(self, spectrogram: Tensor) -> Tensor:
+        answer: Tensor = self.head(self.body(spectrogram[:, None]).mean((2, 3)))
+        return answer
+
+
+class _TemporalNet(nn.Module):
+    """Causal dilated convolutions over time (Bai et al. 2018)."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv1d(12 if d == 1 else width, width, 3, dilation=d) for d in (1, 2, 4))
+        self.head = nn.Linear(width, 6)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = features.transpose(1, 2)
+        for convolution in self.convolutions:
+            assert isinstance(convolution, nn.Conv1d)
+            y = F.elu(convolution(F.pad(x, (2 * convolution.dilation[0], 0))))
+            x = y + x if x.shape == y.shape else y
+        answer: Tensor = self.head(x[..., -1])
+        return answer
+
+
+class _SuperResolution(nn.Module):
+    """Convolutions and a pixel shuffle on top of the enlarged picture (Shi et al. 2016)."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, width, 5, padding=2),
+            nn.PReLU(width),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.PReLU(width),
+            nn.Conv2d(width, 12, 3, padding=1),
+            nn.PixelShuffle(2),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        answer: Tensor = self.body(image) + F.interpolate(
+            image, scale_factor=2.0, mode="bilinear", align_corners=False
+        )
+        return answer
+
+
+_TIMM_SWIN = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "img_size": 64}
+_T5 = {"vocab_size": 200, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+_WAV2VEC = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "conv_dim": (32,) * 4,
+    "conv_stride": (5, 4, 4, 2),
+    "conv_kernel": (10, 8, 4, 4),
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "apply_spec_augment": False,
+}
+_CLIP = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+_FEW = {"vocab_size": 200, "max_position_embeddings": 64, **_SIZES}
+
+ARCHITECTURES: tuple[Architecture, ...] = (
+    # Convolutional networks
+    Architecture("resnet18", "torchvision", _shallow(_torchvision("resnet18", num_classes=20), 64), _image(64)),
+    Architecture("mobilenet_v2", "torchvision", _shallow(_torchvision("mobilenet_v2", num_classes=20), 64), _image(64)),
+    Architecture("mobilenet_v3_small", "torchvision", _shallow(_torchvision("mobilenet_v3_small", num_classes=20), 64), _image(64)),
+    Architecture("efficientnet_b0", "torchvision", _shallow(_torchvision("efficientnet_b0", num_classes=20), 64), _image(64)),
+    Architecture("shufflenet_v2", "torchvision", _shallow(_torchvision("shufflenet_v2_x0_5", num_classes=20), 64), _image(64)),
+    Architecture("squeezenet", "torchvision", _torchvision("squeezenet1_1", num_classes=20), _image(96)),
+    Architecture("regnet_y", "torchvision", _shallow(_torchvision("regnet_y_400mf", num_classes=20), 64), _image(64)),
+    Architecture("densenet", "torchvision", _dense_net, _image(64)),
+    Architecture("tf_efficientnetv2_b0", "timm", _shallow(_timm("tf_efficientnetv2_b0"), 64), _image(64)),
+    Architecture("mobilenetv4_conv_small", "timm", _shallow(_timm("mobilenetv4_conv_small"), 64), _image(64)),
+    Architecture("mobileone_s0", "timm", _shallow(_timm("mobileone_s0"), 64), _image(64)),
+    Architecture("repvit", "timm", _shallow(_timm("repvit_m0_9"), 64), _image(64)),
+    Architecture("ghostnet", "timm", _shallow(_timm("ghostnet_100"), 64), _image(64)),
+    Architecture("resnest", "timm", _shallow(_timm("resnest14d"), 64), _image(64)),
+    Architecture("convnext", "timm", _timm("convnext_atto", depths=(1, 1, 2, 1)), _image(64)),
+    Architecture("convnextv2", "timm", _timm("convnextv2_atto", depths=(1, 1, 2, 1)), _image(64)),
+    Architecture("poolformer", "timm", _shallow(_timm("poolformer_s12"), 64), _image(64)),
+    # Vision transformers and hybrids
+    Architecture("vit_torchvision", "torchvision", _vision_transformer, _image(64)),
+    Architecture("vit_tiny", "timm", _timm("vit_tiny_patch16_224", img_size=64, depth=3), _image(64)),
+    Architecture("swinv2_torchvision", "torchvision", _torchvision_swin(2), _image(64)),
+    Architecture("swin", "timm", _timm("swin_tiny_patch4_window7_224", **_TIMM_SWIN), _image(64)),
+    Architecture("mobilevit_xxs", "timm", _shallow(_timm("mobilevit_xxs"), 64), _image(64)),
+    Architecture("mobilevitv2", "timm", _shallow(_timm("mobilevitv2_050"), 64), _image(64)),
+    Architecture("fastvit", "timm", _timm("fastvit_sa12", layers=(1, 1, 1, 1)), _image(64)),
+    Architecture("efficientformer", "timm", _timm("efficientformer_l1", depths=(1, 1, 1, 2), img_size=224), _image(224)),
+    Architecture("edgenext", "timm", _shallow(_timm("edgenext_xx_small"), 64), _image(64)),
+    Architecture("efficientvit_mit", "timm", _shallow(_timm("efficientvit_b0"), 64), _image(64)),
+    Architecture("levit", "timm", _timm("levit_128s", img_size=64, depth=(1, 1, 1)), _image(64)),
+    Architecture("tiny_vit", "timm", _timm("tiny_vit_5m_224", depths=(1, 1, 2, 1)), _image(64)),
+    Architecture("pvt_v2", "timm", _timm("pvt_v2_b0", depths=(1, 1, 1, 1)), _image(64)),
+    Architecture("eva02", "timm", _timm("eva02_tiny_patch14_224", img_size=56, depth=2), _image(56)),
+    Architecture("mixer", "timm", _shallow(_timm("mixer_s32_224", img_size=64), 64), _image(64)),
+    # Segmentation and detection
+    Architecture("unet", "torch", _UNet, _image(64)),
+    Architecture("super_resolution", "torch", _SuperResolution, _image(32)),
+    Architecture("deeplabv3", "torchvision", _shallow(_segmentation("deeplabv3_mobilenet_v3_large"), 64), _image(64)),
+    Architecture("lraspp", "torchvision", _shallow(_segmentation("lraspp_mobilenet_v3_large"), 64), _image(64)),
+    Architecture(
+        "segformer",
+        "transformers",
+        _hugging_face(
+            "SegformerForSemanticSegmentation",
+            "SegformerConfig",
+            _Only,
+            depths=(1, 1, 1, 1),
+            hidden_sizes=(16, 32, 40, 64),
+            decoder_hidden_size=32,
+            num_labels=5,
+        ),
+        _image(64),
+    ),
+    Architecture("ssdlite", "torchvision", _shallow(_ssd_lite, 96), _image(96)),
+    Architecture("retinanet", "torchvision", _shallow(_pyramid_detector("RetinaNet"), 64), _image(64)),
+    Architecture("fcos", "torchvision", _shallow(_pyramid_detector("FCOS"), 64), _image(64)),
+    Architecture(
+        "yolos",
+        "transformers",
+        _hugging_face(
+            "YolosForObjectDetection",
+            "YolosConfig",
+            _Boxes,
+            **_CLIP,
+            image_size=[64, 64],
+            num_detection_tokens=10,
+            num_labels=5,
+        ),
+        _image(64),
+    ),
+    # Text
+    Architecture("bert", "transformers", _text_model("Bert", **_FEW), _text()),
+    Architecture(
+        "distilbert",
+        "transformers",
+        _text_model("DistilBert", vocab_size=200, dim=64, n_layers=2, n_heads=4, hidden_dim=128),
+        _text(),
+    ),
+    Architecture(
+        "mobilebert",
+        "transformers",
+        _text_model(
+            "MobileBert",
+            **_FEW | {"hidden_size": 64, "num_hidden_layers": 3},
+            embedding_size=32,
+            intra_bottleneck_size=32,
+            true_hidden_size=32,
+        ),
+        _text(),
+    ),
+    Architecture("albert", "transformers", _text_model("Albert", **_FEW, embedding_size=32), _text()),
+    Architecture("mpnet", "transformers", _text_model("MPNet", **_FEW), _text()),
+    Architecture("squeezebert", "transformers", _text_model("SqueezeBert", **_FEW, embedding_size=64), _text()),
+    Architecture(
+        "deberta_v2",
+        "transformers",
+        _text_model(
+            "DebertaV2",
+            **_FEW,
+            relative_attention=True,
+            position_buckets=16,
+            pos_att_type=["p2c", "c2p"],
+            share_att_key=True,
+            norm_rel_ebd="layer_norm",
+        ),
+        _text(),
+    ),
+    Architecture(
+        "modernbert",
+        "transformers",
+        _text_model(
+            "ModernBert",
+            **_FEW,
+            local_attention=16,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            cls_token_id=1,
+            sep_token_id=2,
+            reference_compile=False,
+        ),
+        _text(),
+    ),
+    Architecture(
+        "t5_encoder",
+        "transformers",
+        _hugging_face("T5EncoderModel", "T5Config", _Hidden, **_T5),
+        _text(),
+    ),
+    Architecture(
+        "clip_text",
+        "transformers",
+        _hugging_face(
+            "CLIPTextModel",
+            "CLIPTextConfig",
+            _Hidden,
+            **_CLIP,
+            vocab_size=200,
+            max_position_embeddings=32,
+            eos_token_id=199,
+        ),
+        _text(),
+    ),
+    Architecture(
+        "gpt2",
+        "transformers",
+        _text_model("GPT2", decoder=True, vocab_size=200, n_embd=64, n_layer=2, n_head=4, n_positions=64),
+        _text(),
+    ),
+    Architecture(
+        "llama", "transformers", _text_model("Llama", decoder=True, **_FEW, num_key_value_heads=2), _text()
+    ),
+    # Images and sound of transformers
+    Architecture(
+        "clip_vision",
+        "transformers",
+        _hugging_face("CLIPVisionModel", "CLIPVisionConfig", _Only, **_CLIP, image_size=64, patch_size=16),
+        _image(64),
+    ),
+    Architecture("whisper_encoder", "transformers", _whisper_encoder, _sequence(80, 100)),
+    Architecture(
+        "wav2vec2", "transformers", _hugging_face("Wav2Vec2Model", "Wav2Vec2Config", _Only, **_WAV2VEC), _sound(3200)
+    ),
+    # Time
+    Architecture("lstm", "torch", lambda: _Recurrent(nn.LSTM), _sequence(20, 12)),
+    Architecture("gru", "torch", lambda: _Recurrent(nn.GRU), _sequence(20, 12)),
+    Architecture("temporal_net", "torch", _TemporalNet, _sequence(40, 12)),
+    Architecture("keyword_spotter", "torch", _KeywordSpotter, _sequence(49, 10)),
+)
