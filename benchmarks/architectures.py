@@ -128,7 +128,9 @@ def _shallow(build: Callable[[], nn.Module], size: int) -> Callable[[], nn.Modul
                 shapes[block] = (inputs[0].shape, output.shape)
 
         rows = [m for m in module.modules() if isinstance(m, nn.Sequential | nn.ModuleList)]
-        hooks = [block.register_forward_hook(note) for row in rows for block in row if any(True for _ in block.children())]
+        hooks = [
+            block.register_forward_hook(note) for row in rows for block in row if any(True for _ in block.children())
+        ]
         with torch.no_grad():
             module(torch.zeros(1, 3, size, size))
         for hook in hooks:
@@ -287,7 +289,7 @@ class _Boxes(nn.Module):
         return answer.logits, answer.pred_boxes
 
 
-_SIZES = {
+_SIZES: dict[str, Any] = {
     "vocab_size": 200,
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -427,15 +429,13 @@ class _SuperResolution(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        answer: Tensor = self.body(image) + F.interpolate(
-            image, scale_factor=2.0, mode="bilinear", align_corners=False
-        )
+        answer: Tensor = self.body(image) + F.interpolate(image, scale_factor=2.0, mode="bilinear", align_corners=False)
         return answer
 
 
-_TIMM_SWIN = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "img_size": 64}
-_T5 = {"vocab_size": 200, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
-_WAV2VEC = {
+_TIMM_SWIN: dict[str, Any] = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "img_size": 64}
+_T5: dict[str, Any] = {"vocab_size": 200, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+_WAV2VEC: dict[str, Any] = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -447,16 +447,25 @@ _WAV2VEC = {
     "num_conv_pos_embedding_groups": 4,
     "apply_spec_augment": False,
 }
-_CLIP = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-_FEW = {"vocab_size": 200, "max_position_embeddings": 64, **_SIZES}
+_CLIP: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+_FEW: dict[str, Any] = {"vocab_size": 200, "max_position_embeddings": 64, **_SIZES}
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     # Convolutional networks
     Architecture("resnet18", "torchvision", _shallow(_torchvision("resnet18", num_classes=20), 64), _image(64)),
     Architecture("mobilenet_v2", "torchvision", _shallow(_torchvision("mobilenet_v2", num_classes=20), 64), _image(64)),
-    Architecture("mobilenet_v3_small", "torchvision", _shallow(_torchvision("mobilenet_v3_small", num_classes=20), 64), _image(64)),
-    Architecture("efficientnet_b0", "torchvision", _shallow(_torchvision("efficientnet_b0", num_classes=20), 64), _image(64)),
-    Architecture("shufflenet_v2", "torchvision", _shallow(_torchvision("shufflenet_v2_x0_5", num_classes=20), 64), _image(64)),
+    Architecture(
+        "mobilenet_v3_small",
+        "torchvision",
+        _shallow(_torchvision("mobilenet_v3_small", num_classes=20), 64),
+        _image(64),
+    ),
+    Architecture(
+        "efficientnet_b0", "torchvision", _shallow(_torchvision("efficientnet_b0", num_classes=20), 64), _image(64)
+    ),
+    Architecture(
+        "shufflenet_v2", "torchvision", _shallow(_torchvision("shufflenet_v2_x0_5", num_classes=20), 64), _image(64)
+    ),
     Architecture("squeezenet", "torchvision", _torchvision("squeezenet1_1", num_classes=20), _image(96)),
     Architecture("regnet_y", "torchvision", _shallow(_torchvision("regnet_y_400mf", num_classes=20), 64), _image(64)),
     Architecture("densenet", "torchvision", _dense_net, _image(64)),
@@ -477,7 +486,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("mobilevit_xxs", "timm", _shallow(_timm("mobilevit_xxs"), 64), _image(64)),
     Architecture("mobilevitv2", "timm", _shallow(_timm("mobilevitv2_050"), 64), _image(64)),
     Architecture("fastvit", "timm", _timm("fastvit_sa12", layers=(1, 1, 1, 1)), _image(64)),
-    Architecture("efficientformer", "timm", _timm("efficientformer_l1", depths=(1, 1, 1, 2), img_size=224), _image(224)),
+    Architecture(
+        "efficientformer", "timm", _timm("efficientformer_l1", depths=(1, 1, 1, 2), img_size=224), _image(224)
+    ),
     Architecture("edgenext", "timm", _shallow(_timm("edgenext_xx_small"), 64), _image(64)),
     Architecture("efficientvit_mit", "timm", _shallow(_timm("efficientvit_b0"), 64), _image(64)),
     Architecture("levit", "timm", _timm("levit_128s", img_size=64, depth=(1, 1, 1)), _image(64)),
@@ -600,9 +611,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         _text_model("GPT2", decoder=True, vocab_size=200, n_embd=64, n_layer=2, n_head=4, n_positions=64),
         _text(),
     ),
-    Architecture(
-        "llama", "transformers", _text_model("Llama", decoder=True, **_FEW, num_key_value_heads=2), _text()
-    ),
+    Architecture("llama", "transformers", _text_model("Llama", decoder=True, **_FEW, num_key_value_heads=2), _text()),
     # Images and sound of transformers
     Architecture(
         "clip_vision",

@@ -70,8 +70,8 @@ def export_program(module: nn.Module, inputs: Sequence[Tensor], *, dynamic_batch
 def _masks_without_vmap() -> Iterator[None]:
     """Have transformers compute attention masks from indices that broadcast, as its version 5 does.
 
-    Version 4.53 to 4.57 wraps the computation in ``vmap`` and a mode for indexing, which torch records as a call that no
-    ``.pt2`` file can hold (``flat_apply``); https://github.com/huggingface/transformers/pull/42721
+    Version 4.53 to 4.57 wraps the computation in ``vmap`` and a mode for indexing, which torch records as a call that
+    no ``.pt2`` file can hold (``flat_apply``); https://github.com/huggingface/transformers/pull/42721
     """
     masks = sys.modules.get("transformers.masking_utils")
     names = ("_vmap_for_bhqkv", "TransformGetItemToIndex")

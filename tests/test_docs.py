@@ -1,6 +1,6 @@
 """Documentation is run: help pages and tables are the real ones, and the README's commands exist.
 
-Run this file to write docs/cli.md and the README's tables anew.
+Run this file to write docs/cli.md, docs/coverage.md and the README's tables anew.
 """
 
 import json
@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from edgekd.benchmarks.coverage import page as coverage_page
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -101,6 +103,10 @@ def test_the_documented_help_is_the_real_one() -> None:
     assert (ROOT / "docs" / "cli.md").read_text() == cli_page()
 
 
+def test_the_coverage_page_is_what_was_run() -> None:
+    assert (ROOT / "docs" / "coverage.md").read_text() == coverage_page()
+
+
 def test_every_command_and_make_target_of_the_readme_exists() -> None:
     blocks = re.findall(r"```(?:sh|console)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
@@ -124,4 +130,5 @@ def test_every_relative_link_leads_somewhere() -> None:
 
 if __name__ == "__main__":
     (ROOT / "docs" / "cli.md").write_text(cli_page())
+    (ROOT / "docs" / "coverage.md").write_text(coverage_page())
     (ROOT / "README.md").write_text(readme_with_results())
