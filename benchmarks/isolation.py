@@ -18,13 +18,17 @@ from edgekd.errors import EdgekdError
 
 __all__ = ["isolated", "one_line"]
 
-_LONGEST_S = 180.0  # of processor time
-_PATIENCE_S = 1200.0  # for a hang
 _LARGEST_BYTES = 6 * 2**30
 
 
-def isolated(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+def isolated(
+    work: Callable[..., dict[str, Any]], *arguments: Any, longest_s: float = 180.0, patience_s: float = 1200.0
+) -> dict[str, Any]:
     """Run a function in a forked process; what happened to it is the result, whatever it was.
+
+    Args:
+        longest_s: Of processor time.
+        patience_s: Of the clock's, for what hangs.
 
     Returns:
         What the function returns, or ``status`` (``failed``) and a ``reason`` in one line; with them ``seconds`` of
@@ -43,6 +47,7 @@ def isolated(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, 
                 try:
                     answer = receiver.recv()
                 except EOFError:  # it died without a word
+                    process.join()
                     break
             try:
                 peak, busy = max(peak, watched.memory_info().rss), sum(watched.cpu_times()[:2])
@@ -50,12 +55,11 @@ def isolated(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, 
                 continue
             if peak > _LARGEST_BYTES:
                 answer = {"status": "failed", "reason": f"takes more than {_LARGEST_BYTES / 2**30:.0f} GiB of memory"}
-            elif busy > _LONGEST_S or time.monotonic() - start > _PATIENCE_S:
-                answer = {"status": "failed", "reason": f"takes longer than {_LONGEST_S:.0f} s"}
-        process.join(timeout=5)
-        if process.is_alive():
-            process.kill()
-            process.join()
+            elif busy > longest_s or time.monotonic() - start > patience_s:
+                limit = longest_s if busy > longest_s else patience_s
+                answer = {"status": "failed", "reason": f"takes longer than {limit:.0f} s"}
+        process.kill()  # it has nothing more to do
+        process.join()
         if answer is None:
             words = one_line(Path(said.name).read_text(errors="replace")[-300:])
             answer = {"status": "failed", "reason": f"the process died with {process.exitcode}: {words}"}

@@ -21,6 +21,7 @@ from edgekd.models import retrace
 __all__ = ["is_quantized", "prepare_program"]
 
 _ATEN = torch.ops.aten
+_MAX_POOLS = {_ATEN.max_pool1d.default, _ATEN.max_pool2d.default, _ATEN.max_pool3d.default}
 _INTEGERS = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
 
 
@@ -37,7 +38,7 @@ def prepare_program(program: ExportedProgram) -> ExportedProgram:
     known = core_aten_decompositions()
     table: dict[Any, Any] = {}
     while True:
-        program = program.run_decompositions(dict(table))
+        program = _with_copies(program.run_decompositions(dict(table)))
         calls = [node for node in program.graph.nodes if node.op == "call_function"]
         missing = {node.target: node for node in calls if _is_missing(node)}
         wanted = {target: known[target] for target in missing if target in known}
@@ -48,7 +49,7 @@ def prepare_program(program: ExportedProgram) -> ExportedProgram:
     if missing:
         names = ", ".join(f"{target} (output {node.name!r})" for target, node in missing.items())
         raise ExportError(f"Core ML's converter has no translation for {names}")
-    return _without_ambiguous_names(program)
+    return _without_ambiguous_names(_with_strides(program))
 
 
 def is_quantized(node: Node) -> bool:
@@ -152,6 +153,25 @@ _MENDED: dict[Any, Any] = {
     _ATEN.bitwise_or.Tensor: _logical(torch.logical_or),
     _ATEN.bitwise_xor.Tensor: _logical(torch.logical_xor),
 }
+
+
+def _with_copies(program: ExportedProgram) -> ExportedProgram:
+    """Copies in the place of aliases, in place: the converter drops the ones, and does not know the others."""
+    for node in program.graph.nodes:
+        if node.target is _ATEN.alias.default:
+            node.target = _ATEN.clone.default
+    return program
+
+
+def _with_strides(program: ExportedProgram) -> ExportedProgram:
+    """Max pooling that says its stride, in place; the converter refuses one that leaves it to be the kernel's size.
+
+    https://github.com/apple/coremltools/issues/2415
+    """
+    for node in program.graph.nodes:
+        if node.target in _MAX_POOLS and len(node.args) == 2:
+            node.args = (*node.args, node.args[1])
+    return program
 
 
 def _without_ambiguous_names(program: ExportedProgram) -> ExportedProgram:
