@@ -469,11 +469,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("squeezenet", "torchvision", _torchvision("squeezenet1_1", num_classes=20), _image(96)),
     Architecture("regnet_y", "torchvision", _shallow(_torchvision("regnet_y_400mf", num_classes=20), 64), _image(64)),
     Architecture("densenet", "torchvision", _dense_net, _image(64)),
-    Architecture("tf_efficientnetv2_b0", "timm", _shallow(_timm("tf_efficientnetv2_b0"), 64), _image(64)),
     Architecture("mobilenetv4_conv_small", "timm", _shallow(_timm("mobilenetv4_conv_small"), 64), _image(64)),
-    Architecture("mobileone_s0", "timm", _shallow(_timm("mobileone_s0"), 64), _image(64)),
-    Architecture("repvit", "timm", _shallow(_timm("repvit_m0_9"), 64), _image(64)),
-    Architecture("ghostnet", "timm", _shallow(_timm("ghostnet_100"), 64), _image(64)),
     Architecture("resnest", "timm", _shallow(_timm("resnest14d"), 64), _image(64)),
     Architecture("convnext", "timm", _timm("convnext_atto", depths=(1, 1, 2, 1)), _image(64)),
     Architecture("convnextv2", "timm", _timm("convnextv2_atto", depths=(1, 1, 2, 1)), _image(64)),
@@ -484,22 +480,16 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("swinv2_torchvision", "torchvision", _torchvision_swin(2), _image(64)),
     Architecture("swin", "timm", _timm("swin_tiny_patch4_window7_224", **_TIMM_SWIN), _image(64)),
     Architecture("mobilevit_xxs", "timm", _shallow(_timm("mobilevit_xxs"), 64), _image(64)),
-    Architecture("mobilevitv2", "timm", _shallow(_timm("mobilevitv2_050"), 64), _image(64)),
     Architecture("fastvit", "timm", _timm("fastvit_sa12", layers=(1, 1, 1, 1)), _image(64)),
-    Architecture(
-        "efficientformer", "timm", _timm("efficientformer_l1", depths=(1, 1, 1, 2), img_size=224), _image(224)
-    ),
     Architecture("edgenext", "timm", _shallow(_timm("edgenext_xx_small"), 64), _image(64)),
     Architecture("efficientvit_mit", "timm", _shallow(_timm("efficientvit_b0"), 64), _image(64)),
     Architecture("levit", "timm", _timm("levit_128s", img_size=64, depth=(1, 1, 1)), _image(64)),
-    Architecture("tiny_vit", "timm", _timm("tiny_vit_5m_224", depths=(1, 1, 2, 1)), _image(64)),
     Architecture("pvt_v2", "timm", _timm("pvt_v2_b0", depths=(1, 1, 1, 1)), _image(64)),
     Architecture("eva02", "timm", _timm("eva02_tiny_patch14_224", img_size=56, depth=2), _image(56)),
     Architecture("mixer", "timm", _shallow(_timm("mixer_s32_224", img_size=64), 64), _image(64)),
     # Segmentation and detection
     Architecture("unet", "torch", _UNet, _image(64)),
     Architecture("super_resolution", "torch", _SuperResolution, _image(32)),
-    Architecture("deeplabv3", "torchvision", _shallow(_segmentation("deeplabv3_mobilenet_v3_large"), 64), _image(64)),
     Architecture("lraspp", "torchvision", _shallow(_segmentation("lraspp_mobilenet_v3_large"), 64), _image(64)),
     Architecture(
         "segformer",
@@ -516,7 +506,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         _image(64),
     ),
     Architecture("ssdlite", "torchvision", _shallow(_ssd_lite, 96), _image(96)),
-    Architecture("retinanet", "torchvision", _shallow(_pyramid_detector("RetinaNet"), 64), _image(64)),
     Architecture("fcos", "torchvision", _shallow(_pyramid_detector("FCOS"), 64), _image(64)),
     Architecture(
         "yolos",

@@ -138,9 +138,9 @@ def _run(target: str, precision: str, folder: Path) -> dict[str, Any]:
     student, _ = load_student(folder / "fp32")
     written, _ = resolve_precision(precision, target, exporter, student)
     source = exporter.precisions[written].source
-    if (folder / source).is_dir():
+    if source != "fp32" and (folder / source).is_dir():
         student, _ = load_student(folder / source)
-    else:
+    elif source != "fp32":
         student = compress(student, source, {name: array[:_CALIBRATION] for name, array in arrays.items()})
         save_student(folder / source, student, {})
     proof = {name: array[-_PROOF:] for name, array in arrays.items()}
