@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 EXAMPLES = ("digits", "fashion", "spam")
 ARMS = ("control", "kd", "dist")
-COMMANDS = ["init", "check", "capture", "distill", "compress", "export", "verify", "bench", "report", "run"]
+COMMANDS = ["init", "check", "capture", "distill", "compress", "export", "lint", "verify", "bench", "report", "run"]
 COMMANDS += ["targets", "devices", "doctor", "schema"]
 
 pytestmark = pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="only in a checkout")
