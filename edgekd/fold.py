@@ -1,9 +1,10 @@
-"""Batch norm folded into the convolution or linear layer before it, each with its own epsilon."""
+"""Batch norm folded into the layer before or after it, each with its own epsilon; the others become a product and a sum."""
 
 from __future__ import annotations
 
 import operator
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,10 +49,11 @@ _DROPOUTS = {_ATEN.dropout.default, _ATEN.feature_dropout.default, _ATEN.alpha_d
 
 
 def fold_batch_norm(program: ExportedProgram) -> ExportedProgram:
-    """The same function with every batch norm that follows a convolution or a linear layer folded into its weights.
+    """The same function without batch norms, but for those in training mode.
 
-    Computed in double precision, so outputs agree within 1e-5 of their size. A batch norm that follows something else
-    stays. The batch stays dynamic where it is.
+    One that follows a convolution or a linear layer is folded into its weights; one that precedes them too, where no
+    padding stands between; the others become a product and a sum. Computed in double precision, so outputs agree within
+    1e-5 of their size. The batch stays dynamic where it is.
 
     Raises:
         ModelFileError: The program cannot be traced again.
@@ -75,8 +77,9 @@ def folded_module(program: ExportedProgram) -> GraphModule:
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
     for node in list(module.graph.nodes):
-        if node.op == "call_function" and node.target in _BATCH_NORMS:
-            _fold(module, node)
+        affine = _affine(module, node) if node.op == "call_function" and node.target in _BATCH_NORMS else None
+        if affine is not None and not _fold_back(module, affine) and not _fold_forward(module, affine):
+            _multiply_and_add(module, affine)
     return clean(module)
 
 
@@ -138,73 +141,176 @@ def _is_identity(node: Node) -> bool:
     )
 
 
-def _fold(module: GraphModule, norm: Node) -> None:
-    """Fold one batch norm, or leave it where that would change what is computed."""
+@dataclass(frozen=True)
+class _Affine:
+    """What a batch norm computes in inference: ``x * scale + shift``, both (channels,) in double precision.
+
+    Attributes:
+        outputs: The nodes that stand for its result.
+        name: Of the layer, for new constants.
+    """
+
+    norm: Node
+    outputs: tuple[Node, ...]
+    scale: Tensor
+    shift: Tensor
+    name: str
+
+    @property
+    def source(self) -> Node:
+        source = self.norm.args[0]
+        assert isinstance(source, Node)
+        return source
+
+    def replace_with(self, module: GraphModule, node: Node) -> None:
+        """Let another node take the place of the norm."""
+        for output in self.outputs:
+            output.replace_all_uses_with(node)
+        for gone in dict.fromkeys((*self.outputs, self.norm)):
+            module.graph.erase_node(gone)
+
+
+def _affine(module: GraphModule, norm: Node) -> _Affine | None:
+    """The batch norm as a function of its input alone, or None where it is in training or has no constants."""
     if norm.target is _ATEN._native_batch_norm_legit_no_training.default:
         epsilon = float(norm.args[6])
     elif norm.args[5]:
-        return  # in training mode: the statistics are those of the batch
+        return None  # in training mode: the statistics are those of the batch
     else:
         epsilon = float(norm.args[7])
-    outputs = [norm]
+    outputs = (norm,)
     if norm.target is not _ATEN.batch_norm.default:  # a tuple; only its first part is read in inference
-        outputs = list(norm.users)
+        outputs = tuple(norm.users)
         if any(user.target is not operator.getitem or user.args[1] != 0 for user in outputs):
-            return
-    layer = norm.args[0]
+            return None
     constants = [argument for argument in norm.args[1:5] if argument is not None]
-    if not isinstance(layer, Node) or len(layer.users) != 1 or norm.args[3] is None or norm.args[4] is None:
-        return
+    if norm.args[3] is None or norm.args[4] is None:
+        return None
     if any(not isinstance(constant, Node) or constant.op != "get_attr" for constant in constants):
-        return
-    if not _foldable(layer):
-        return
-
-    weight_node, bias_node = layer.args[1], layer.args[2] if len(layer.args) > 2 else None
-    assert isinstance(weight_node, Node)
-    weight = attribute(module, str(weight_node.target))
+        return None
     gamma, beta, mean, variance = (
-        None if argument is None else attribute(module, str(argument.target)).double() for argument in norm.args[1:5]
+        None if argument is None else attribute(module, str(argument.target)).detach().double()
+        for argument in norm.args[1:5]
     )
     assert mean is not None
     assert variance is not None
     scale = torch.rsqrt(variance + epsilon) * (1.0 if gamma is None else gamma)
-    bias = 0.0 if bias_node is None else attribute(module, str(bias_node.target)).double()
-    shift = (bias - mean) * scale + (0.0 if beta is None else beta)
-    scaled = _scale_outputs(layer, weight.detach().double(), scale).to(weight.dtype)
+    shift = (0.0 if beta is None else beta) - mean * scale
+    return _Affine(norm, outputs, scale, shift, str(norm.args[3].target).rpartition(".")[0])
 
-    # A weight or bias that other layers read too is left to them.
+
+def _fold_back(module: GraphModule, affine: _Affine) -> bool:
+    """Fold a batch norm into the layer that it alone reads."""
+    layer = affine.source
+    if len(layer.users) != 1 or not _has_constant_weight(layer) or not _has_channels_on_axis_1(layer):
+        return False
+    weight, bias = _constants(module, layer)
+    scaled = _scale_outputs(layer, weight, affine.scale)
+    _set_constants(module, layer, scaled, bias * affine.scale + affine.shift)
+    affine.replace_with(module, layer)
+    return True
+
+
+def _fold_forward(module: GraphModule, affine: _Affine) -> bool:
+    """Fold a batch norm into the layers that alone read it.
+
+    A convolution that pads does so with zeros, which the norm would have made of something else: there it is exact only
+    without a shift.
+    """
+    if len(affine.outputs) != 1 or not affine.outputs[0].users:
+        return False
+    (output,) = affine.outputs
+    layers = list(output.users)
+    for layer in layers:
+        if not _has_constant_weight(layer) or layer.args[0] is not output or is_transposed(layer):
+            return False
+        if layer.target in LINEAR:
+            if not _has_channels_on_axis_1(layer):
+                return False
+        elif _pads(layer) and bool(affine.shift.any()):
+            return False
+    for layer in layers:
+        weight, bias = _constants(module, layer)
+        groups = 1 if layer.target in LINEAR else len(affine.scale) // weight.shape[1]
+        per_group = weight.reshape(groups, -1, *weight.shape[1:])  # (groups, out / groups, in / groups, ...)
+        shape = (groups, 1, -1, *[1] * (weight.ndim - 2))
+        scaled = (per_group * affine.scale.reshape(shape)).reshape(weight.shape)
+        added = (per_group * affine.shift.reshape(shape)).reshape(len(weight), -1).sum(1)
+        _set_constants(module, layer, scaled, bias + added)
+    affine.replace_with(module, affine.source)
+    return True
+
+
+def _multiply_and_add(module: GraphModule, affine: _Affine) -> None:
+    """Write a batch norm as a product and a sum with constants, which every quantizer and runtime knows."""
+    value = affine.norm.args[0].meta.get("val")  # type: ignore[union-attr]
+    shape = (-1, *[1] * (value.ndim - 2)) if isinstance(value, Tensor) else None
+    if shape is None:
+        return
+    result = affine.source
+    for suffix, numbers, function in (
+        ("scale", affine.scale, _ATEN.mul.Tensor),
+        ("shift", affine.shift, _ATEN.add.Tensor),
+    ):
+        name = free_name(module, f"{affine.name}.{suffix}" if affine.name else suffix)
+        constant = set_constant(module, name, numbers.to(value.dtype).reshape(shape), affine.norm)
+        with module.graph.inserting_before(affine.norm):
+            result = module.graph.call_function(function, (result, constant))
+        result.meta["val"] = value
+    affine.replace_with(module, result)
+
+
+def _constants(module: GraphModule, layer: Node) -> tuple[Tensor, Tensor | float]:
+    """Weight and bias of a layer in double precision; 0 without a bias."""
+    weight, bias = layer.args[1], layer.args[2] if len(layer.args) > 2 else None
+    assert isinstance(weight, Node)
+    return (
+        attribute(module, str(weight.target)).detach().double(),
+        attribute(module, str(bias.target)).detach().double() if isinstance(bias, Node) else 0.0,
+    )
+
+
+def _set_constants(module: GraphModule, layer: Node, weight: Tensor, bias: Tensor) -> None:
+    """Give a layer another weight and bias; those that other layers read too are left to them."""
+    weight_node, bias_node = layer.args[1], layer.args[2] if len(layer.args) > 2 else None
+    assert isinstance(weight_node, Node)
     name = str(weight_node.target)
+    dtype = attribute(module, name).dtype
     private = len(weight_node.users) == 1 and _readers(module, name) == 1
     target = name if private else free_name(module, f"{name}_folded")
-    new_weight = set_constant(module, target, scaled, layer, parameter=True)
+    new_weight = set_constant(module, target, weight.to(dtype), layer, parameter=True)
     owner = target.rpartition(".")[0]
     bias_name = free_name(module, f"{owner}.bias" if owner else "bias")
     if isinstance(bias_node, Node) and private and len(bias_node.users) == 1:
         bias_name = str(bias_node.target) if _readers(module, str(bias_node.target)) == 1 else bias_name
-    new_bias = set_constant(module, bias_name, shift.to(weight.dtype).detach(), layer, parameter=True)
+    new_bias = set_constant(module, bias_name, bias.to(dtype), layer, parameter=True)
     layer.args = (layer.args[0], new_weight, new_bias, *layer.args[3:])
-    for output in outputs:
-        output.replace_all_uses_with(layer)
-    for node in (*outputs, norm) if outputs != [norm] else (norm,):
-        module.graph.erase_node(node)
     for node in (weight_node, bias_node):
         if isinstance(node, Node) and not node.users:
             module.graph.erase_node(node)
 
 
-def _foldable(layer: Node) -> bool:
-    """Whether the layer has a constant weight and its channels on the axis that batch norm scales."""
+def _has_constant_weight(layer: Node) -> bool:
     known = layer.target in CONVOLUTIONS | TRANSPOSED | LINEAR | {_ATEN.convolution.default}
-    if not known or any(
-        not isinstance(argument, Node) or argument.op != "get_attr"
+    return known and all(
+        isinstance(argument, Node) and argument.op == "get_attr"
         for argument in layer.args[1:3]
         if argument is not None
-    ):
-        return False
-    # Batch norm works on axis 1; of a linear layer that is the axis of its features only where there are two.
+    )
+
+
+def _has_channels_on_axis_1(layer: Node) -> bool:
+    """Whether the layer's features are on the axis that batch norm scales: of a linear layer only with two axes."""
     value = layer.meta.get("val")
     return layer.target not in LINEAR or (isinstance(value, Tensor) and value.ndim == 2)
+
+
+def _pads(convolution: Node) -> bool:
+    """Whether a convolution reads zeros beyond the edges of its input."""
+    padding = convolution.args[4] if len(convolution.args) > 4 else 0
+    if isinstance(padding, str):
+        return padding != "valid"
+    return any(padding) if isinstance(padding, list | tuple) else bool(padding)
 
 
 def _scale_outputs(layer: Node, weight: Tensor, scale: Tensor) -> Tensor:

@@ -167,32 +167,91 @@ def test_batch_norm_after_a_grouped_transposed_convolution_is_folded() -> None:
     np.testing.assert_allclose(next(iter(run_program(folded, {"x": x.numpy()}).values())), expected, atol=1e-5)
 
 
-def test_batch_norm_before_anything_or_after_a_shared_layer_is_folded_only_where_it_may_be() -> None:
+def settled(net: nn.Module, x: Tensor) -> nn.Module:
+    """With statistics, weights and biases of batch norm that are not those it starts with."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1.0, 0.3)
+            nn.init.normal_(module.bias)
+    for _ in range(3):
+        net(x * 2 + 1)
+    return net.eval()
+
+
+def folded_targets(net: nn.Module, x: Tensor) -> list[str]:
+    """Operators after folding, which computes the same."""
+    with torch.no_grad():
+        expected = net(x).numpy()
+    folded = fold_batch_norm(export_program(net, [x[:1]]))
+    found = next(iter(run_program(folded, {"x": x.numpy()}).values()))
+    np.testing.assert_allclose(found, expected, atol=2e-5 * float(np.abs(expected).max()))
+    return [str(node.target) for node in folded.graph.nodes if node.op == "call_function"]
+
+
+def test_batch_norm_after_a_layer_that_is_read_twice_becomes_a_product_and_a_sum() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
-            self.second = nn.BatchNorm2d(3)
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = self.first(x)
-            return self.second(self.conv(x)) + self.conv(x * 2)
+            y = self.conv(x)
+            return self.norm(y) + y
 
     torch.manual_seed(0)
-    net = Twice()
-    net(torch.randn(16, 3, 4, 4) + 1)
     x = torch.randn(8, 3, 4, 4)
-    with torch.no_grad():
-        expected = net.eval()(x).numpy()
-    folded = fold_batch_norm(export_program(net, [x[:1]]))
-    assert len([node for node in folded.graph.nodes if "norm" in str(node.target)]) == 1
-    np.testing.assert_allclose(next(iter(run_program(folded, {"x": x.numpy()}).values())), expected, atol=1e-5)
+    assert folded_targets(settled(Twice(), x), x) == [
+        "aten.conv2d.default",
+        "aten.mul.Tensor",
+        "aten.add.Tensor",
+        "aten.add.Tensor",
+    ]
 
 
-def test_batch_norm_over_the_steps_of_a_sequence_stays() -> None:
-    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(5)).eval()  # (batch, 5, 4): axis 1 holds the steps
-    folded = fold_batch_norm(export_program(net, [torch.zeros(1, 5, 4)]))
-    assert [node for node in folded.graph.nodes if "norm" in str(node.target)]
+def test_batch_norm_of_a_dense_block_becomes_a_product_and_a_sum() -> None:
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.conv = nn.BatchNorm2d(6), nn.Conv2d(6, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(torch.relu(self.norm(torch.cat([x, x * 2], 1))))
+
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 4, 4)
+    targets = folded_targets(settled(Dense(), x), x)
+    assert not [target for target in targets if "norm" in target]
+    assert targets.index("aten.add.Tensor") < targets.index("aten.relu.default")
+
+
+@pytest.mark.parametrize("layer", ["convolution", "grouped", "linear"])
+def test_batch_norm_is_folded_into_the_layer_after_it_where_nothing_is_padded(layer: str) -> None:
+    torch.manual_seed(0)
+    if layer == "linear":
+        x = torch.randn(16, 6)
+        net: nn.Module = nn.Sequential(nn.BatchNorm1d(6, eps=0.1), nn.Linear(6, 4))
+        expected = "aten.linear.default"
+    else:
+        x, groups = torch.randn(8, 6, 5, 5), 3 if layer == "grouped" else 1
+        net = nn.Sequential(nn.BatchNorm2d(6, eps=0.1), nn.Conv2d(6, 9, 3, groups=groups, bias=False))
+        expected = "aten.conv2d.default"
+    assert folded_targets(settled(net, x), x) == [expected]
+
+
+def test_batch_norm_before_a_padding_convolution_is_folded_only_without_a_shift() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 5, 5)
+    net = settled(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)), x)
+    assert folded_targets(net, x) == ["aten.mul.Tensor", "aten.add.Tensor", "aten.conv2d.default"]
+    net[0].bias.data, net[0].running_mean = torch.zeros(3), torch.zeros(3)
+    assert folded_targets(net, x) == ["aten.conv2d.default"]
+
+
+def test_batch_norm_over_the_steps_of_a_sequence_scales_the_steps() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 5, 4)  # axis 1 holds the steps
+    net = settled(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(5)), x)
+    assert folded_targets(net, x) == ["aten.linear.default", "aten.mul.Tensor", "aten.add.Tensor"]
 
 
 # w8
