@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,12 @@ class HostDevice:
     Attributes:
         python: Interpreter of the blocks; its environment must have the runtime.
         timeout_s: For one process; None takes the limits of host.toml.
+        session_config: Entries for every session of ONNX Runtime.
     """
 
     python: str = sys.executable
     timeout_s: float | None = None
+    session_config: Mapping[str, str] = field(default_factory=lambda: dict(agent.SESSION_CONFIG))
 
     def probe(self) -> DeviceStatus:
         """Look for the runtimes without starting any."""
@@ -96,6 +99,7 @@ class HostDevice:
                 "inputs": None,
                 "outputs": None,
                 "result": "block.json",
+                "session_config": dict(self.session_config),
                 "plan": dataclasses.asdict(plan),
             }
             blocks = []

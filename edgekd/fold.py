@@ -293,9 +293,7 @@ def _set_constants(module: GraphModule, layer: Node, weight: Tensor, bias: Tenso
 def _has_constant_weight(layer: Node) -> bool:
     known = layer.target in CONVOLUTIONS | TRANSPOSED | LINEAR | {_ATEN.convolution.default}
     return known and all(
-        isinstance(argument, Node) and argument.op == "get_attr"
-        for argument in layer.args[1:3]
-        if argument is not None
+        isinstance(argument, Node) and argument.op == "get_attr" for argument in layer.args[1:3] if argument is not None
     )
 
 
