@@ -121,8 +121,8 @@ def largest_scales(weight: Tensor, axis: int, largest_integer: int = 127) -> Ten
 def smallest_error_scales(weight: Tensor, axis: int, largest_integer: int) -> Tensor:
     """Scales with the smallest squared error of each channel, (channels,), out of 60 from a third to all of its range.
 
-    With 4 bits on MobileNet-like layers this halves the squared error of :func:`largest_scales`; with 8 bits the two
-    are nearly equal.
+    Measured with 4 bits on the layers of EfficientNet-Lite0: a fifth less squared error than with
+    :func:`largest_scales` on average, 43 % less at best, a tenth less on depthwise layers.
     """
     most = largest_scales(weight, axis, largest_integer)
     rows = weight.detach().movedim(axis, 0).reshape(weight.shape[axis], -1)

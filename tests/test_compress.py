@@ -445,7 +445,7 @@ def test_mse_finds_the_range_that_brute_force_finds() -> None:
     assert error(float(scale), int(zero)) < brute * 1.02
     lowest, highest = float(values.min()), float(values.max())
     widest = (highest - lowest) / 255
-    assert error(float(scale), int(zero)) < error(widest, round(-128 - lowest / widest)) / 2
+    assert error(float(scale), int(zero)) < error(widest, round(-128 - lowest / widest)) * 0.9
 
 
 def test_scales_of_four_bit_weights_have_less_error_than_the_largest_weight_gives() -> None:
@@ -456,7 +456,11 @@ def test_scales_of_four_bit_weights_have_less_error_than_the_largest_weight_give
 
     found, largest = errors(smallest_error_scales(weight, 0, 7)), errors(largest_scales(weight, 0, 7))
     assert (found <= largest).all()
-    assert found.sum() < 0.8 * largest.sum()
+    assert found.sum() < 0.98 * largest.sum()
+    brute = torch.stack([errors(largest_scales(weight, 0, 7) * share) for share in torch.linspace(0.2, 1.2, 400)]).amin(
+        0
+    )
+    assert (found <= brute * 1.05).all()
 
 
 # The card
