@@ -150,7 +150,7 @@ def _student(module: nn.Module, name: str, *inputs: Tensor) -> Student:
 
 
 def _random_convnet(model: nn.Module, name: str) -> Case:
-    """Random weights, and batch-norm statistics of the calibration images: each layer sees what it would see trained."""
+    """Random weights, and batch-norm statistics of the calibration images, so that each layer sees sane values."""
     calibration, held_out = _images()
     torch.manual_seed(0)
     for module in model.modules():

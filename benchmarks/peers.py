@@ -1,8 +1,8 @@
 """edgekd's int8 beside each runtime's own quantizer, from the same weights and the same calibration data.
 
-``python benchmarks/peers.py`` prints a table of ratios and writes ``benchmarks/results/peers.json``. The peers are ONNX
-Runtime's ``quantize_static`` (after ``quant_pre_process``; QDQ, per channel, uint8 activations, int8 weights, min-max)
-and ai-edge-quantizer's ``static_wi8_ai8``, both with float inputs and outputs as edgekd's files have, and both made from
+``python benchmarks/peers.py`` prints a table of ratios and writes ``benchmarks/results/peers.json``. Peers: ONNX
+Runtime's ``quantize_static`` (after ``quant_pre_process``; QDQ, per channel, uint8 activations, int8 weights,
+min-max) and ai-edge-quantizer's ``static_wi8_ai8``, both with float inputs and outputs as edgekd's files have, and both made from
 edgekd's fp32 files. All files of one model run in one interleaved session, on one thread; those of ONNX Runtime once
 more without edgekd's session options. Cosine and agreement are with the fp32 program, on held-out samples.
 
@@ -121,7 +121,7 @@ def onnx_peer(source: Path, path: Path, calibration: Arrays) -> None:
         prepared = Path(temporary) / "prepared.onnx"
         try:
             quant_pre_process(source, prepared)
-        except Exception:  # its symbolic shape inference refuses some masks; it can be left out
+        except Exception:  # noqa: BLE001 - of many types: its symbolic shape inference refuses some masks; it can be left out
             quant_pre_process(source, prepared, skip_symbolic_shape=True)
         quantize_static(
             prepared,

@@ -1,4 +1,4 @@
-"""Batch norm folded into the layer before or after it, each with its own epsilon; the others become a product and a sum."""
+"""Batch norm folded into the layer before or after it, each with its own epsilon; others become a product and a sum."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def _fold_forward(module: GraphModule, affine: _Affine) -> bool:
 
 def _multiply_and_add(module: GraphModule, affine: _Affine) -> None:
     """Write a batch norm as a product and a sum with constants, which every quantizer and runtime knows."""
-    value = affine.norm.args[0].meta.get("val")  # type: ignore[union-attr]
+    value = affine.norm.args[0].meta.get("val")
     shape = (-1, *[1] * (value.ndim - 2)) if isinstance(value, Tensor) else None
     if shape is None:
         return
