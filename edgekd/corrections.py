@@ -109,8 +109,8 @@ def _tried(source: GraphModule, program: ExportedProgram, samples: Arrays, plan:
     """Every correction that has something to do, kept where it is worth it."""
     count = len(next(iter(samples.values())))
     judged = {name: np.asarray(array[-min(count, _JUDGED) :]) for name, array in samples.items()}
-    reference = outputs_of(source, program, judged)
     best = Static(_quantized(source, program, samples, plan), source, ())
+    reference = outputs_of(source, program, judged)
     error = output_error(reference, outputs_of(best.module, program, judged))
     for name in CORRECTION_NAMES:
         if name == "bias":
