@@ -116,7 +116,7 @@ def test_without_labels_and_teacher_there_are_no_scores(onnx_file: File, images:
 def test_a_target_that_the_device_lacks_is_not_run_with_the_reason(onnx_file: File, images: np.ndarray) -> None:
     artifact, folder = onnx_file
     core_ml = replace(artifact, target="coreml", path="Model.mlpackage")
-    other = replace(artifact, target="executorch")
+    other = replace(artifact, target="openvino")
     found = measure_many(
         [(core_ml, folder), (artifact, folder), (other, folder)],
         "host", HostDevice(), {"image": images}, None, None, replace(QUICK, blocks=1),
@@ -125,7 +125,7 @@ def test_a_target_that_the_device_lacks_is_not_run_with_the_reason(onnx_file: Fi
     assert "Apple devices only" in found[0].reason or "no Core ML runner" in found[0].reason
     assert found[0].blocks == ()
     assert found[0].accuracy is None
-    assert "not executorch" in found[2].reason
+    assert "not openvino" in found[2].reason
 
 
 def test_labels_that_do_not_fit_are_refused(onnx_file: File, images: np.ndarray) -> None:
