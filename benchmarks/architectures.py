@@ -69,7 +69,23 @@ def settle(module: nn.Module, samples: Sequence[Tensor], generator: torch.Genera
                 norm.momentum = None  # the mean of all that it sees
                 norm.reset_running_stats()
             module(*samples)
+        _settle_affine(module, samples)
     return module.eval()
+
+
+def _settle_affine(module: nn.Module, samples: Sequence[Tensor]) -> None:
+    """Scales and shifts of MobileBERT's ``NoNorm`` that keep numbers in bounds, as its training does."""
+
+    def normalize(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        values = inputs[0].flatten(0, -2)
+        layer.weight.copy_(1 / values.std(0).clamp(min=1e-3))
+        layer.bias.copy_(-values.mean(0) * layer.weight)
+
+    hooks = [m.register_forward_pre_hook(normalize) for m in module.modules() if type(m).__name__ == "NoNorm"]
+    if hooks:
+        module.eval()(*samples)
+    for hook in hooks:
+        hook.remove()
 
 
 def _image(size: int, width: int | None = None) -> Sampler:
@@ -254,15 +270,18 @@ def _timm(name: str, **settings: Any) -> Callable[[], nn.Module]:
 
 
 class _Hidden(nn.Module):
-    """A transformer from ids and mask to the last hidden state, (batch, length, size)."""
+    """A transformer from ids and mask to the last hidden state, (batch, length, size); zero where no token is.
+
+    Where nothing may be looked at, attention is even in one runtime and something else in another, and nobody reads it.
+    """
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        answer: Tensor = self.inner(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return answer
+        hidden: Tensor = self.inner(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return hidden * attention_mask[..., None]
 
 
 class _Only(nn.Module):

@@ -18,9 +18,10 @@ from edgekd.errors import ExportError
 from edgekd.fold import attribute, clean, set_constant
 from edgekd.models import retrace
 
-__all__ = ["is_quantized", "prepare_program"]
+__all__ = ["is_quantized", "prepare_program", "within_half"]
 
 _ATEN = torch.ops.aten
+_CHOICES = {_ATEN.masked_fill.Scalar, _ATEN.where.ScalarOther, _ATEN.where.ScalarSelf, _ATEN.where.Scalar}
 _MAX_POOLS = {_ATEN.max_pool1d.default, _ATEN.max_pool2d.default, _ATEN.max_pool3d.default}
 _INTEGERS = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
 
@@ -50,6 +51,33 @@ def prepare_program(program: ExportedProgram) -> ExportedProgram:
         names = ", ".join(f"{target} (output {node.name!r})" for target, node in missing.items())
         raise ExportError(f"Core ML's converter has no translation for {names}")
     return _without_ambiguous_names(_with_strides(program))
+
+
+def within_half(program: ExportedProgram) -> ExportedProgram:
+    """Masks whose "minus infinity" is a number in half precision too, in place.
+
+    The lowest float32 (what transformers masks with) becomes infinity there, and the softmax of a row of nothing but
+    infinities is not a number, where that of the lowest numbers is even. What is chosen by a mask is the lowest half
+    instead; what a mask is multiplied with stays single (see ``_fits_half``), and its product is kept within half.
+    """
+    largest = torch.finfo(torch.half).max
+    for node in list(program.graph.nodes):
+        beyond = [
+            place
+            for place, value in enumerate(node.args)
+            if isinstance(value, float) and largest < abs(value) < float("inf")
+        ]
+        if node.target in _CHOICES:
+            for place in beyond:
+                node.update_arg(place, largest if node.args[place] > 0 else -largest)
+        elif node.target is _ATEN.mul.Tensor and beyond:
+            with program.graph.inserting_after(node):
+                kept = program.graph.call_function(_ATEN.clamp.default, (node, -largest, largest))
+            kept.meta["val"] = node.meta["val"]
+            for user in list(node.users):
+                if user is not kept and user.op != "output":
+                    user.replace_input_with(node, kept)
+    return program
 
 
 def is_quantized(node: Node) -> bool:

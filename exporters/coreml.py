@@ -26,7 +26,7 @@ from ._mil_contents import read_contents
 from ._mil_convert import convert, describe, input_types, label_output, without_bars
 from ._mil_fold import fold_pads
 from ._mil_options import SYSTEMS, CoreMLOptions, probabilities, sizes
-from ._mil_prepare import is_quantized, prepare_program
+from ._mil_prepare import is_quantized, prepare_program, within_half
 from ._mil_runner import ProgramRunner
 from ._mil_write import rename_features, write_package
 
@@ -85,7 +85,10 @@ class CoreMLExporter:
                 raise ExportError(f"input {spec.name!r} is bool; Core ML takes float32 and int32 inputs")
         names = [s.name for s in outputs]
         with quiet() as complaints, without_bars():
+            half = precision == "fp16" or options.half
             program = prepare_program(program)
+            if half:
+                program = within_half(program)
             _check_states(program, precision, options)
             settings: dict[str, Any] = {}
             if flexible or options.image:
@@ -95,7 +98,6 @@ class CoreMLExporter:
                 settings["classifier_config"] = label_output(program, student.card, place)
             with tempfile.TemporaryDirectory() as folder:
                 converted = Path(folder) / "converted.mlpackage"
-                half = precision == "fp16" or options.half
                 model = convert(program, outputs, half, options, settings, converted, complaints)
                 spec = model.get_spec()
                 if options.classifier:

@@ -216,7 +216,13 @@ def _halve(model: ModelProto) -> ModelProto:
     import onnx_ir
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    halved = onnx_ir.from_proto(convert_float_to_float16(model, keep_io_types=True))
+    # By default it cuts constants off at 1e4, which multiplies by something else than the program does.
+    largest = float(np.finfo(np.float16).max)
+    converted = convert_float_to_float16(model, keep_io_types=True, max_finite_val=largest)
+    # It leaves wrong types of what it casts (scales of Resize); readers find the right ones by themselves.
+    # https://github.com/microsoft/onnxruntime/issues/14827
+    del converted.graph.value_info[:]
+    halved = onnx_ir.from_proto(converted)
     halved.graph.sort()  # the converter puts the casts of inputs last, which the standard forbids
     return onnx_ir.to_proto(halved)
 

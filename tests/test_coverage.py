@@ -55,6 +55,28 @@ def test_core_ml_takes_an_alias_for_a_copy(tmp_path: Path) -> None:
     proven(module, [torch.randn(2, 3)], "coreml", "fp32", tmp_path)
 
 
+@pytest.mark.parametrize(("target", "mask"), [("onnx", "chosen"), ("coreml", "chosen"), ("coreml", "added")])
+def test_a_row_of_masked_scores_is_even_in_half_precision_too(target: str, mask: str, tmp_path: Path) -> None:
+    lowest = torch.finfo(torch.float32).min
+
+    def attend(scores: Tensor, present: Tensor) -> Tensor:
+        if mask == "chosen":
+            return scores.masked_fill(present == 0, lowest).softmax(-1)
+        return (scores + (1.0 - present) * lowest).softmax(-1)
+
+    present = torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 0]])
+    proven(Function(attend), [3 * torch.randn(2, 4), present], target, "fp16", tmp_path)
+
+
+def test_onnx_keeps_large_constants_in_half_precision(tmp_path: Path) -> None:
+    proven(Function(lambda x: x * 32768.0), [torch.rand(2, 3)], "onnx", "fp16", tmp_path)
+
+
+def test_onnx_enlarges_pictures_in_half_precision(tmp_path: Path) -> None:
+    module = Function(lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear") + x.mean())
+    proven(module, [torch.randn(2, 3, 6, 6)], "onnx", "fp16", tmp_path)
+
+
 def test_a_crash_a_hang_and_a_refusal_are_results() -> None:
     def crash() -> dict[str, Any]:
         os.abort()
