@@ -207,7 +207,7 @@ def write_request(
     options: Options | None,
     progress: Progress,
 ) -> bool:
-    """Write one file; a mere candidate that the target refuses, or that fails its proof, is said and left out.
+    """Write one file; a candidate for ``int8`` that the target refuses, or that fails its proof, is said and left out.
 
     Returns:
         Whether it was written.
@@ -215,7 +215,7 @@ def write_request(
     try:
         export_student(student, assets, request.target, request.precision, folder, proof, [request.note], options)
     except (ExportError, ParityError) as error:
-        if request.is_asked:
+        if request.is_asked or not request.is_candidate:
             raise
         progress.say(f"{request.target} {request.precision} is no candidate for int8: {error}")
         return False

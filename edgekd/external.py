@@ -79,7 +79,7 @@ def export_external(
         if missed := [sources[request] for request in requests if sources[request] in STATIC]:
             raise UsageError(f"{missed[0]} takes its scales from real samples; give them with --calibration data.npz")
     programs = {"fp32": student}
-    written = []
+    written = {}
     for request in requests:
         progress.start(f"export {request.target} {request.precision}", 1)
         source, folder = sources[request], out / f"{request.target}-{request.precision}"
@@ -88,11 +88,11 @@ def export_external(
             programs[source] = compress(student, source, calibrating, observer, budget=budget)
         told = (options or {}).get(request.target)
         if write_request(request, programs[source], assets, folder, proof, told, progress):
-            written.append((request, folder))
+            written[request] = folder
         progress.advance()
         progress.finish()
-    note_regressions([folder for _, folder in written])
-    return settle(written, student, proof, progress)
+    note_regressions(list(written.values()))
+    return settle(requests, written, student, proof, progress)
 
 
 def load_external(reference: str, max_length: int = 128) -> tuple[Student, dict[str, bytes]]:

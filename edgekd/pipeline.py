@@ -242,7 +242,7 @@ def export_stage(
     told = {request.target: work.recipe.export.options_of(request.target) for request in wanted} | dict(options or {})
     proof = proof_of(work)
     load, digest = functools.cache(load_student), functools.cache(hash_path)  # one program serves several targets
-    written = []
+    written = {}
     for request in wanted:
         exporter = plugins.load_exporter(request.target)
         plugins.require(request.target, exporter)
@@ -270,11 +270,10 @@ def export_stage(
             return [folder / name for name in (load_artifact(folder).path, *assets)] if made else []
 
         again = force or not (folder / MANIFEST).is_file()
-        _once(work, f"export-{request.target}-{request.precision}", inputs, make, progress, again)
-        if folder.is_dir():
-            written.append((request, folder))
+        if _once(work, f"export-{request.target}-{request.precision}", inputs, make, progress, again):
+            written[request] = folder
     note_regressions(work.folder.artifacts(), measurements_of(work))
-    return settle(written, student, proof, progress)
+    return settle(wanted, written, student, proof, progress)
 
 
 def _source_folder(work: Workspace, target: str, precision: Precision) -> Path:
@@ -384,11 +383,16 @@ def verify_artifacts(work: Workspace, progress: Progress) -> list[Artifact]:
 
 def _once(
     work: Workspace, stage: str, inputs: Json, make: Callable[[], list[Path]], progress: Progress, force: bool
-) -> None:
-    """Do a stage unless it is done; one that wrote nothing is tried again the next time."""
+) -> bool:
+    """Do a stage unless it is done; one that wrote nothing is tried again the next time.
+
+    Returns:
+        Whether what it writes is there, for these inputs.
+    """
     if not force and work.folder.is_done(stage, inputs):
         progress.say(f"{stage}: unchanged, not done again")
-        return
+        return True
     outputs = make()
     if outputs:
         work.folder.finish(stage, inputs, outputs)
+    return bool(outputs)

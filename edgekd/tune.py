@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgekd import plugins
+from edgekd.compress import choose_int8
 from edgekd.errors import UsageError
-from edgekd.export import Proof, Request, resolve_precision
+from edgekd.export import Proof, Request
 from edgekd.models import run_program
 from edgekd.parity import TOLERANCES, compare, run_file
 from edgekd.protocols import Progress
@@ -93,24 +94,31 @@ def tune(
     return folder, why
 
 
-def settle(written: Sequence[tuple[Request, Path]], student: Student, proof: Proof, progress: Progress) -> list[Path]:
+def settle(
+    requests: Sequence[Request], written: Mapping[Request, Path], student: Student, proof: Proof, progress: Progress
+) -> list[Path]:
     """The artifacts that were asked for; ``int8`` is the best candidate of its target.
 
     A target that this machine does not run is decided by rule, and the manifest says so.
 
+    Args:
+        requests: All that were made of what the user wrote.
+        written: Those that came through, with their folders.
+
     Raises:
-        UsageError: No candidate is good enough.
+        UsageError: No candidate could be written, or none is good enough.
     """
-    asked = [folder for request, folder in written if request.is_asked]
-    tuned = dict.fromkeys(request.target for request, _ in written if request.is_candidate)
-    for target in tuned:
+    asked = [folder for request, folder in written.items() if request.is_asked]
+    for target in dict.fromkeys(request.target for request in requests if request.is_candidate):
         runs = plugins.load_device("host").probe()
-        fp32 = next(folder for r, folder in written if (r.target, r.precision) == (target, "fp32"))
-        forms = {r.precision: folder for r, folder in written if r.target == target and r.is_candidate}
+        forms = {r.precision: folder for r, folder in written.items() if r.target == target and r.is_candidate}
+        if not forms:
+            raise UsageError(f"int8 was asked, and none of its forms could be written for {target}; keep fp32 or fp16")
         if target in runs.targets:
+            fp32 = next(folder for r, folder in written.items() if (r.target, r.precision) == (target, "fp32"))
             folder, why = tune([fp32, *forms.values()], student, proof, progress)
         else:
-            precision, rule = resolve_precision("int8", target, plugins.load_exporter(target), student)
+            precision, rule = choose_int8(student.program, forms)
             reason = runs.not_run.get(target, "this machine does not run it")
             folder, why = forms[precision], f"int8 is {precision} here, by rule: {rule}; not measured: {reason}"
             _note(folder, why)

@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import nn
 
+from edgekd.compress import compress
 from edgekd.console import LineProgress
-from edgekd.errors import UsageError
+from edgekd.errors import ExportError, UsageError
 from edgekd.export import Proof, Request, requests_of, write_request
 from edgekd.models import export_program, input_specs, output_specs
 from edgekd.plugins import load_exporter, missing
 from edgekd.regressions import note_regressions, regressions
 from edgekd.store import load_artifact, write_json
-from edgekd.tune import CANDIDATES, Candidate, choose, tune
+from edgekd.tune import CANDIDATES, Candidate, choose, settle, tune
 from edgekd.types import Artifact, Block, Card, Measurement, Plan, Student
 
 
@@ -127,3 +128,43 @@ def test_a_larger_file_says_so_in_its_manifest(onnx_file: tuple[Artifact, Path],
     manifest = json.loads((tmp_path / "onnx-w8" / "manifest.json").read_text())
     assert manifest["regressions"] == ["size: 2.00× its fp32 file"]
     assert note_regressions([tmp_path / "onnx-fp32", tmp_path / "onnx-w8"]) == []
+
+
+def _written(folder: Path, precision: str, convnet_student: Student) -> tuple[Request, Path]:
+    request = Request("coreml", precision, is_asked=False, is_candidate=precision != "fp32")
+    samples = {convnet_student.card.inputs[0].name: np.zeros((2, 1, 12, 12), np.float32)}
+    path, progress = folder / precision, LineProgress(io.StringIO())
+    assert write_request(request, compress(convnet_student, precision), {}, path, Proof(samples), None, progress)
+    return request, path
+
+
+def test_a_target_that_is_not_measured_here_gets_the_best_form_by_rule_of_those_that_were_written(
+    convnet_student: Student, tmp_path: Path
+) -> None:
+    """Without calibration there is no w8a8, which the rule would take first."""
+    if missing(load_exporter("coreml").requires):
+        pytest.skip("coreml is not installed")
+    written = dict(_written(tmp_path, precision, convnet_student) for precision in ("fp32", "w8"))
+    progress = LineProgress(io.StringIO())
+
+    assert settle(list(written), written, convnet_student, Proof({}), progress) == [tmp_path / "w8"]
+    assert "int8 is w8 here, by rule" in load_artifact(tmp_path / "w8").notes[0]
+    with pytest.raises(UsageError, match="none of its forms could be written for coreml"):
+        settle(list(written), {}, convnet_student, Proof({}), progress)
+
+
+def test_the_file_that_candidates_are_measured_against_must_be_written(tmp_path: Path) -> None:
+    if missing(load_exporter("onnx").requires):
+        pytest.skip("onnx is not installed")
+
+    class Odd(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.eigvalsh(x)
+
+    program = export_program(Odd(), [torch.ones(1, 3, 3)])
+    student = Student(program, Card("odd", input_specs(program), output_specs(program)))
+    samples = {student.card.inputs[0].name: np.ones((2, 3, 3), np.float32)}
+    request, progress = Request("onnx", "fp32", is_asked=False), LineProgress(io.StringIO())
+
+    with pytest.raises(ExportError, match="does not translate"):
+        write_request(request, student, {}, tmp_path / "fp32", Proof(samples), None, progress)
