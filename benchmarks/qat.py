@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib.util
 import statistics
 import tempfile
@@ -118,16 +119,12 @@ def one_seed(digits: ModuleType, data: tuple[Split, Split], cache: TeacherCache,
     longer = copy.deepcopy(module)  # the program shares its weights with the module
     fit(longer, distilled, QAT_PLAN, "float_longer")
     found["float_longer"] = score(replace(student, program=export_program(longer.eval(), [torch.zeros(1, 1, 8, 8)])))
-    for name, objective in (("qat_teacher", distilled), ("qat_labels", labels_only)):
-
-        def run(module: nn.Module, name: str = name, objective: Objective = objective) -> None:
-            fit(module, objective, QAT_PLAN, name)
-
-        static, trained = train_quantized(student, PRECISION, calibration, run)
-        assert static.card.calibration is not None
-        found |= {"static": score(static), "corrections": list(static.card.calibration.corrections)}
-        found[name] = score(trained)
-    return found
+    arms = {"qat_teacher": distilled, "qat_labels": labels_only}
+    fits = [functools.partial(fit, objective=arm, plan=QAT_PLAN, name=name) for name, arm in arms.items()]
+    static, trained = train_quantized(student, PRECISION, calibration, fits)
+    assert static.card.calibration is not None
+    found |= {"static": score(static), "corrections": list(static.card.calibration.corrections)}
+    return found | dict(zip(arms, map(score, trained), strict=True))
 
 
 def experiment(progress: Progress) -> Json:

@@ -248,7 +248,7 @@ def _against_fp32(measurement: Measurement, measured: Sequence[Measurement]) -> 
         if (other.target, other.device, other.precision) == (measurement.target, measurement.device, "fp32"):
             if other is measurement or len(other.blocks) != len(measurement.blocks):
                 return UNKNOWN
-            found = stats.ratio(stats.block_medians(other), stats.block_medians(measurement))
+            found = stats.latency_ratio(other, measurement)
             if found.low is None or found.high is None:
                 return f"{found.estimate:.2f} (no interval)"
             return f"{found.estimate:.2f} ({found.low:.2f} to {found.high:.2f})"

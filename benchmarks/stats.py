@@ -19,6 +19,7 @@ __all__ = [
     "Ratio",
     "Summary",
     "block_medians",
+    "latency_ratio",
     "latency_ms",
     "outliers",
     "percentile",
@@ -178,6 +179,15 @@ def ratio(first: Sequence[float], second: Sequence[float], confidence: float = 0
     cut = signed_rank_cut(len(logs), 1 - confidence)
     low, high = (None, None) if cut == 0 else (math.exp(walsh[cut - 1]), math.exp(walsh[-cut]))
     return Ratio(math.exp(float(np.median(walsh))), low, high, confidence, len(logs))
+
+
+def latency_ratio(parent: Measurement, child: Measurement) -> Ratio:
+    """How many times as slow the child is, from one interleaved session of both.
+
+    Raises:
+        ValueError: They have not the same number of blocks, or none.
+    """
+    return ratio(block_medians(parent), block_medians(child))
 
 
 def signed_rank_cut(pairs: int, alpha: float) -> int:

@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 __all__ = [
     "OBSERVER_NAMES",
     "PORTABLE",
+    "STATIC",
     "WEIGHT_BITS",
     "choose_int8",
     "compress",
     "finished",
+    "notes_of",
     "quantize_static",
     "quantize_weights",
-    "told",
 ]
 
 OBSERVER_NAMES = ("minmax", "percentile", "mse")
@@ -43,7 +44,10 @@ OBSERVER_NAMES = ("minmax", "percentile", "mse")
 WEIGHT_BITS = {"w8a8": 8, "w4a8": 4}
 """Precisions with static int8 activations, and the bits of their weights."""
 
-PORTABLE: tuple[Precision, ...] = ("w8", *WEIGHT_BITS, "auto")
+STATIC: tuple[Precision, ...] = (*WEIGHT_BITS, "auto")
+"""Precisions whose programs hold static scales of activations (``auto``: in all layers but some)."""
+
+PORTABLE: tuple[Precision, ...] = ("w8", *STATIC)
 """Precisions that are programs: decided here, once for all targets. The exporters make the others from ``fp32``."""
 
 
@@ -75,7 +79,7 @@ def compress(
         return student
     if precision == "w8":
         return quantize_weights(student)
-    if precision in (*WEIGHT_BITS, "auto"):
+    if precision in STATIC:
         if calibration is None:
             raise UsageError(
                 f"{precision} takes its scales from real samples and none were given; pass calibration data"
@@ -206,7 +210,7 @@ def _convolution_share(program: ExportedProgram) -> float:
     return convolutions / total if total else 0.0
 
 
-def told(card: Card) -> tuple[str, ...]:
+def notes_of(card: Card) -> tuple[str, ...]:
     """What compression has to say of a program, for manifests and reports."""
     lines = []
     if card.precision == "w4a8":

@@ -16,7 +16,7 @@ import numpy as np
 
 import edgekd
 from edgekd import plugins
-from edgekd.compress import choose_int8, told
+from edgekd.compress import choose_int8, notes_of
 from edgekd.errors import ExportError, ParityError, UsageError
 from edgekd.lint import lint
 from edgekd.metrics import accuracy, agreement
@@ -184,7 +184,7 @@ def export_student(
             if task is not None and proof.teacher is not None
             else None,
             options=options.model_dump(mode="json"),
-            notes=tuple(note for note in (*notes, *told(student.card), proof.note) if note),
+            notes=tuple(note for note in (*notes, *notes_of(student.card), proof.note) if note),
             warnings=tuple(warnings),
             findings=lint(exporter.contents(part / name), precision, student.program),
         )

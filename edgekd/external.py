@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from edgekd import plugins
-from edgekd.compress import compress
+from edgekd.compress import STATIC, compress
 from edgekd.data import load_arrays
 from edgekd.errors import ModelFileError, UsageError
 from edgekd.export import Proof, requests_of, synthetic_samples, write_request
 from edgekd.mixed import DEFAULT_MAX_DROP, Budget
 from edgekd.models import bind_inputs, count_macs, count_parameters, export_program, input_specs, output_specs
-from edgekd.parity import LOGITS, STATIC
+from edgekd.parity import LOGITS
 from edgekd.protocols import Arrays, Options, Progress
 from edgekd.regressions import note_regressions
 from edgekd.sources import hugging_face_example, hugging_face_module

@@ -6,19 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from edgekd.compress import STATIC
 from edgekd.models import bind_inputs
 from edgekd.protocols import Arrays, Runner, Tracing
 from edgekd.types import Conversion, OutputParity, Parity, Precision, TensorSpec, Tolerance
 
-__all__ = ["STATIC", "TOLERANCES", "compare", "conversions", "first_overflow", "run_file"]
+__all__ = ["TOLERANCES", "compare", "conversions", "first_overflow", "run_file"]
 
 
 LOGITS = "logits"
 """The meaning of an output whose largest value is a class; only there can a different top class fail a file."""
 
-
-STATIC: tuple[Precision, ...] = ("w8a8", "w4a8", "auto")
-"""Precisions whose programs hold static scales of activations (``auto``: in all layers but some)."""
 
 TOLERANCES: dict[Precision, Tolerance] = {
     "fp32": Tolerance(1e-4, 0.9999, 0.999),

@@ -34,21 +34,21 @@ def train_quantized(
     student: Student,
     precision: Precision,
     calibration: Arrays,
-    fit: Callable[[nn.Module], None],
+    fits: Sequence[Callable[[nn.Module], None]],
     observer: str = "minmax",
     corrections: Sequence[str] = ("auto",),
-) -> tuple[Student, Student]:
-    """Static int8, and the same program after training.
+) -> tuple[Student, list[Student]]:
+    """Static int8, and the same program after each of several trainings.
 
     Args:
         student: In ``fp32``.
         precision: One of ``edgekd.compress.WEIGHT_BITS``.
         calibration: See :func:`edgekd.compress.quantize_static`.
-        fit: Trains a module in place: it takes the student's inputs in order and returns logits (batch, classes). It
-            starts from the same weights every time, so an interrupted training goes on from its checkpoint.
+        fits: Each trains a module in place, which takes the student's inputs in order and returns logits (batch,
+            classes). It starts from the same weights every time, so an interrupted one goes on from its checkpoint.
 
     Returns:
-        The static student and the trained one; both are of the same form.
+        The static student and the trained ones; all are of the same form.
 
     Raises:
         UsageError, DataError, NumericalError: As :func:`edgekd.compress.quantize_static`.
@@ -60,16 +60,17 @@ def train_quantized(
     samples = checked_samples(student.program, calibration)
     static = static_of(student.program, samples, StaticPlan(observer, WEIGHT_BITS[precision], tuple(corrections)))
     put_integers(static.module)
-    calibrated = calibration_of(samples, observer, static.applied)
-    trainable = FakeQuantized(static, student.program)
-    fit(trainable)
-    trained = trainable.frozen()
-    students = []
-    for module, steps in ((static.module, static.applied), (trained, (*static.applied, "qat"))):
+    trained = []
+    for fit in fits:
+        trainable = FakeQuantized(static, student.program)
+        fit(trainable)
+        trained.append(trainable.frozen())
+
+    def frozen(module: GraphModule, *steps: str) -> Student:
         round_biases(module)
-        told = calibration_of(samples, observer, steps) if steps is not static.applied else calibrated
-        students.append(finished(student, module, precision, told))
-    return students[0], students[1]
+        return finished(student, module, precision, calibration_of(samples, observer, (*static.applied, *steps)))
+
+    return frozen(static.module), [frozen(module, "qat") for module in trained]
 
 
 class QuantizedWeight(nn.Module):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -32,10 +32,13 @@ __all__ = [
     "Settings",
     "calibration_split",
     "compressed",
-    "fit_of",
+    "pruned",
     "settings_of",
     "training_inputs",
 ]
+
+Fit: TypeAlias = Callable[[nn.Module], None]
+"""Trains a module in place."""
 
 DEFAULT_QAT_EPOCHS = 3
 QAT_RATE = 0.1
@@ -58,6 +61,22 @@ class Settings:
     max_drop: float | None
     qat_epochs: int
     qat_learning_rate: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long something smaller is trained.
+
+    Attributes:
+        method: As the card calls it.
+        name: As progress and checkpoints do.
+        learning_rate: Its peak.
+    """
+
+    method: str
+    name: str
+    epochs: int
+    learning_rate: float
 
 
 def settings_of(
@@ -122,47 +141,17 @@ def calibration_split(work: Workspace, samples: int) -> Split:
 def _trained(
     work: Workspace, student: Student, shipped: ArmResult, settings: Settings, progress: Progress
 ) -> tuple[Student, Json]:
-    """Quantization-aware training with the loss of the shipped arm and, for comparison, with labels only."""
+    """Quantization-aware training."""
     from edgekd.qat import train_quantized
 
     spec = work.recipe.compress
     calibration = calibration_split(work, spec.samples).arrays()
-    found: dict[str, tuple[Student, Quality]] = {}
-    arms = list(dict.fromkeys((CONTROL, shipped.arm)))
-    checkpoints = []
-    for arm in arms:
-        fit, checkpoint = fit_of(
-            work,
-            arm,
-            shipped.seed,
-            settings.qat_epochs,
-            settings.qat_learning_rate,
-            progress,
-            f"qat {settings.precision}",
-            [student.card.lineage, vars(settings)],
-        )
-        checkpoints.append(checkpoint)
-        static, trained = train_quantized(
-            student, settings.precision, calibration, fit, spec.observer, spec.corrections
-        )
-        for name, made in (("static", static), (arm, trained)):
-            found[name] = made, evaluate(made, work.splits.test, work.cache("test"))
-    for checkpoint in checkpoints:
-        checkpoint.unlink(missing_ok=True)
-    made, quality = found[shipped.arm]
-    retraining = Retraining(
-        "qat",
-        shipped.arm,
-        settings.qat_epochs,
-        before=found["static"][1].accuracy,
-        after=quality.accuracy,
-        control=found[CONTROL][1].accuracy if shipped.arm != CONTROL else None,
-    )
-    card = replace(made.card, retraining=(*student.card.retraining, retraining))
-    record = {"test": quality.to_json(), "static": found["static"][1].to_json()}
-    if shipped.arm != CONTROL:
-        record["control"] = found[CONTROL][1].to_json()
-    return Student(made.program, card), record
+
+    def make(fits: Sequence[Fit]) -> tuple[Student, list[Student]]:
+        return train_quantized(student, settings.precision, calibration, fits, spec.observer, spec.corrections)
+
+    schedule = Schedule("qat", f"qat {settings.precision}", settings.qat_epochs, settings.qat_learning_rate)
+    return _recovered(work, student, shipped, schedule, vars(settings), make, progress)
 
 
 def pruned(
@@ -176,30 +165,57 @@ def pruned(
     Returns:
         It, and the record: its quality, without training, and after the same training from labels only.
     """
-    epochs, test = work.recipe.compress.prune_epochs, work.splits.test
-    bare = prune(student, pruning)
-    before = evaluate(bare, test, work.cache("test"))
+    epochs = work.recipe.compress.prune_epochs
     if not epochs:
-        return bare, {"test": before.to_json()}
-    found: dict[str, tuple[Student, Quality]] = {}
-    checkpoints = []
-    for arm in dict.fromkeys((CONTROL, shipped.arm)):
-        rate = work.recipe.distill.learning_rate * PRUNE_RATE
-        what, inputs = f"prune {pruning.word}", [student.card.lineage, pruning.word]
-        fit, checkpoint = fit_of(work, arm, shipped.seed, epochs, rate, progress, what, inputs)
-        checkpoints.append(checkpoint)
-        made = prune(student, pruning, fit)
-        found[arm] = made, evaluate(made, test, work.cache("test"))
-    for checkpoint in checkpoints:
+        bare = prune(student, pruning)
+        return bare, {"test": evaluate(bare, work.splits.test, work.cache("test")).to_json()}
+
+    def make(fits: Sequence[Fit]) -> tuple[Student, list[Student]]:
+        return prune(student, pruning), [prune(student, pruning, fit) for fit in fits]
+
+    rate = work.recipe.distill.learning_rate * PRUNE_RATE
+    schedule = Schedule(f"pruning {pruning.word}", f"prune {pruning.word}", epochs, rate)
+    return _recovered(work, student, shipped, schedule, pruning.word, make, progress)
+
+
+def _recovered(
+    work: Workspace,
+    student: Student,
+    shipped: ArmResult,
+    schedule: Schedule,
+    inputs: object,
+    make: Callable[[Sequence[Fit]], tuple[Student, list[Student]]],
+    progress: Progress,
+) -> tuple[Student, Json]:
+    """A smaller student trained with the loss of the shipped arm and, for comparison, with labels only.
+
+    Args:
+        inputs: What the training depends on, besides student and recipe, as JSON.
+        make: The smaller student without training, and after each training.
+    """
+    arms = list(dict.fromkeys((CONTROL, shipped.arm)))
+    pairs = [_fit_of(work, arm, shipped.seed, schedule, [student.card.lineage, inputs], progress) for arm in arms]
+    bare, trained = make([fit for fit, _ in pairs])
+    for _, checkpoint in pairs:
         checkpoint.unlink(missing_ok=True)
-    made, quality = found[shipped.arm]
-    control = found[CONTROL][1].accuracy if shipped.arm != CONTROL else None
+
+    def quality(made: Student) -> Quality:
+        return evaluate(made, work.splits.test, work.cache("test"))
+
+    before, after = quality(bare), dict(zip(arms, map(quality, trained), strict=True))
+    control = after[CONTROL] if shipped.arm != CONTROL else None
     retraining = Retraining(
-        f"pruning {pruning.word}", shipped.arm, epochs, before=before.accuracy, after=quality.accuracy, control=control
+        schedule.method,
+        shipped.arm,
+        schedule.epochs,
+        before=before.accuracy,
+        after=after[shipped.arm].accuracy,
+        control=None if control is None else control.accuracy,
     )
+    made = trained[arms.index(shipped.arm)]
     card = replace(made.card, retraining=(*student.card.retraining, retraining))
-    record = {"test": quality.to_json(), "before": before.to_json()}
-    return Student(made.program, card), record
+    record = {"test": after[shipped.arm].to_json(), "before": before.to_json()}
+    return Student(made.program, card), record if control is None else record | {"control": control.to_json()}
 
 
 def training_inputs(work: Workspace, arm: str, seed: int) -> Json:
@@ -208,16 +224,9 @@ def training_inputs(work: Workspace, arm: str, seed: int) -> Json:
     return {key: value for key, value in inputs.items() if key not in ("epochs", "learning_rate", "student")}
 
 
-def fit_of(
-    work: Workspace,
-    arm: str,
-    seed: int,
-    epochs: int,
-    learning_rate: float,
-    progress: Progress,
-    what: str,
-    inputs: object,
-) -> tuple[Callable[[nn.Module], None], Path]:
+def _fit_of(
+    work: Workspace, arm: str, seed: int, schedule: Schedule, inputs: object, progress: Progress
+) -> tuple[Fit, Path]:
     """A training of the recipe's kind, for a module that compression made.
 
     Same data, views, losses and loop as distillation; killed, it goes on from its checkpoint bit for bit.
@@ -229,14 +238,21 @@ def fit_of(
         The training, and its checkpoint, to be removed when its result is saved.
     """
     distill, cache = work.recipe.distill, work.cache("train")
-    plan = TrainingPlan(epochs, distill.batch_size, learning_rate, distill.weight_decay, distill.warmup_share, seed)
+    plan = TrainingPlan(
+        schedule.epochs,
+        distill.batch_size,
+        schedule.learning_rate,
+        distill.weight_decay,
+        distill.warmup_share,
+        seed,
+    )
     key = fingerprint([inputs, vars(plan), training_inputs(work, arm, seed)])
-    checkpoint = work.folder.checkpoint(f"{what.replace(' ', '-').replace(':', '.')}-{arm}-{key}", seed)
+    checkpoint = work.folder.checkpoint(f"{schedule.name.replace(' ', '-').replace(':', '.')}-{arm}-{key}", seed)
 
     def fit(module: nn.Module) -> None:
         torch.set_num_threads(threads_of(work.recipe))  # another number adds up in another order
         objective = objective_of(work.recipe, arm)
-        name = f"{what} {arm}, seed {seed}"
+        name = f"{schedule.name} {arm}, seed {seed}"
         train(module, work.splits.train, cache, work.augment, objective, plan, checkpoint, progress, name)
         module.eval()
 

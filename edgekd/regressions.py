@@ -32,7 +32,7 @@ def regressions(artifact: Artifact, parent: Artifact, measurements: Sequence[Mea
         for theirs in measured:
             same = (theirs.artifact_sha256, theirs.device) == (parent.sha256, mine.device)
             if same and len(theirs.blocks) == len(mine.blocks):
-                ratio = stats.ratio(stats.block_medians(theirs), stats.block_medians(mine))
+                ratio = stats.latency_ratio(theirs, mine)
                 if ratio.low is not None and ratio.low > 1:
                     interval = f"{ratio.confidence:.0%} interval {ratio.low:.2f} to {ratio.high:.2f}"
                     found.append(f"latency: {ratio.estimate:.2f}× its fp32 file on {mine.device} ({interval})")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import edgekd
 from edgekd import plugins
-from edgekd.compress import PORTABLE, told
+from edgekd.compress import PORTABLE, notes_of
 from edgekd.distill import CONTROL, ArmResult
 from edgekd.ledger import ClassRow, Gain, Ledger, Row
 from edgekd.metrics import ClassCount, Quality, accuracy, quality
@@ -166,7 +166,7 @@ def _compressed_rows(work: Workspace) -> list[Row]:
                 size_bytes=size_of(folder / "student.pt2"),
                 parameters=student.card.parameters,
                 macs=student.card.macs,
-                note=" ".join(told(student.card)),
+                note=" ".join(notes_of(student.card)),
             )
         )
     return rows
@@ -331,7 +331,7 @@ def _artifact_sentences(
 def _latency_words(parent: Measurement, child: Measurement) -> str:
     """The ratio of two latencies from one interleaved session, and whether it can be told from 1."""
     stats = plugins.load_module("edgekd.benchmarks.stats")
-    ratio = stats.ratio(stats.block_medians(parent), stats.block_medians(child))
+    ratio = stats.latency_ratio(parent, child)
     if ratio.low is None or ratio.high is None:
         return f"{ratio.estimate:.2f}× the latency (too few blocks for an interval)"
     word = "faster" if ratio.high < 1 else "slower" if ratio.low > 1 else "no difference that can be told"

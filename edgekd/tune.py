@@ -135,7 +135,7 @@ def _note(folder: Path, why: str) -> None:
 
 def _ratio(parent: Measurement, child: Measurement) -> float:
     stats = plugins.load_module("edgekd.benchmarks.stats")
-    estimate: float = stats.ratio(stats.block_medians(parent), stats.block_medians(child)).estimate
+    estimate: float = stats.latency_ratio(parent, child).estimate
     return estimate
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
+from edgekd.compress import STATIC
 from edgekd.errors import ExportError, UsageError
 from edgekd.models import at_batch, input_specs, output_specs
-from edgekd.parity import STATIC, conversions
+from edgekd.parity import conversions
 from edgekd.protocols import Runner
 from edgekd.quiet import quiet
 from edgekd.types import Contents, Conversion, Precision, Student, Tolerance

@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from edgekd.compress import STATIC
 from edgekd.errors import DataError, ExportError, ModelFileError
 from edgekd.fold import folded_module
 from edgekd.models import input_specs, output_specs, retrace
-from edgekd.parity import STATIC, conversions
+from edgekd.parity import conversions
 from edgekd.protocols import Arrays, Options
 from edgekd.quiet import quiet_native
 from edgekd.types import Contents, Conversion, Precision, Student, TensorSpec, Tolerance

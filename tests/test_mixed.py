@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekd.compress import compress, quantize_static, told
+from edgekd.compress import compress, quantize_static, notes_of
 from edgekd.errors import BudgetError, DataError, UsageError
 from edgekd.metrics import accuracy
 from edgekd.mixed import Budget, mixed_precision
@@ -77,7 +77,7 @@ def test_the_guilty_layers_are_kept_and_told(mixed: Student) -> None:
     assert set(kept[:2]) == {"b", "c"}
     assert len(kept) < 6
     assert mixed.card.precision == "auto"
-    (sentence,) = told(mixed.card)
+    (sentence,) = notes_of(mixed.card)
     assert sentence.startswith(f"{len(kept)} of 6 layers stay float: {kept[0]} (")
 
 

@@ -71,7 +71,7 @@ def imitate(student: Student, images: dict[str, np.ndarray], steps: int = 150) -
 def test_training_nothing_gives_the_static_program(
     student: Student, images: dict[str, np.ndarray], precision: str
 ) -> None:
-    static, trained = train_quantized(student, precision, images, lambda module: None)
+    static, (trained,) = train_quantized(student, precision, images, [lambda module: None])
     np.testing.assert_allclose(logits(trained, images), logits(static, images), atol=1e-6)
     again = quantize_static(student, images, precision=precision)
     assert np.array_equal(logits(static, images), logits(again, images))
@@ -88,7 +88,7 @@ def test_the_trained_module_computes_what_the_program_computes(
         fit(module)
         modules.append(module)
 
-    _, trained = train_quantized(student, precision, images, keep)
+    _, (trained,) = train_quantized(student, precision, images, [keep])
     with torch.no_grad():
         seen = modules[0](torch.from_numpy(images["image"])).numpy()
     shipped = logits(trained, images)
@@ -99,13 +99,13 @@ def test_the_trained_module_computes_what_the_program_computes(
 
 def test_training_wins_back_most_of_what_four_bits_lose(student: Student, images: dict[str, np.ndarray]) -> None:
     wanted = logits(student, images)
-    static, trained = train_quantized(student, "w4a8", images, imitate(student, images), corrections=())
+    static, (trained,) = train_quantized(student, "w4a8", images, [imitate(student, images)], corrections=())
     before, after = (float(np.square(logits(s, images) - wanted).mean()) for s in (static, trained))
     assert after < before / 3
 
 
 def test_the_trained_program_has_the_form_of_the_static_one(student: Student, images: dict[str, np.ndarray]) -> None:
-    static, trained = train_quantized(student, "w4a8", images, imitate(student, images, steps=30))
+    static, (trained,) = train_quantized(student, "w4a8", images, [imitate(student, images, steps=30)])
     targets = [[str(n.target) for n in s.program.graph.nodes if n.op == "call_function"] for s in (static, trained)]
     assert targets[0] == targets[1]
     assert set(static.program.state_dict) == set(trained.program.state_dict)

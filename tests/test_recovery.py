@@ -85,7 +85,7 @@ def test_a_trained_student_is_told_as_one_and_an_export_does_not_undo_it(distill
     record = read_json(folder / "result.json")
     assert (retraining.method, retraining.epochs) == ("qat", 3)
     assert retraining.arm in ("kd", "dist")
-    assert retraining.before == record["static"]["accuracy"]
+    assert retraining.before == record["before"]["accuracy"]
     assert retraining.after == record["test"]["accuracy"]
     assert retraining.control == record["control"]["accuracy"]
     before = digest(work, "w4a8")
