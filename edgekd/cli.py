@@ -192,7 +192,7 @@ def export(
     json: JsonOption = False,
 ) -> None:
     """Write the model for each target and prove each file against the program it came from."""
-    from edgekd.recipe import parse_options
+    from edgekd.reading import parse_options
     from edgekd.store import load_artifact
 
     targets = _targets(target)
@@ -253,18 +253,9 @@ def lint(
     json: JsonOption = False,
 ) -> None:
     """Say what a file holds in float and what its converter added, each with its cost."""
-    from edgekd import plugins
-    from edgekd.lint import lint
-    from edgekd.store import MANIFEST, load_artifact
+    from edgekd.lint import lint_file
 
-    folder = file if (file / MANIFEST).is_file() else file.parent
-    artifact = load_artifact(folder) if (folder / MANIFEST).is_file() else None
-    path = folder / artifact.path if artifact is not None and folder == file else file
-    target = plugins.exporter_of(path)
-    exporter = plugins.load_exporter(target)
-    plugins.require(target, exporter)
-    contents = exporter.contents(path)
-    findings = lint(contents, precision or (artifact.precision if artifact is not None else "w8"))
+    contents, findings = lint_file(file, precision)
     if json:
         _json({"findings": [finding.to_json() for finding in findings], "contents": contents.to_json()})
         return
@@ -423,7 +414,7 @@ def _share(text: str | None) -> float | None:
 
 
 def _workspace(recipe: Path | None) -> Workspace:
-    from edgekd.recipe import find_recipe, load_recipe
+    from edgekd.reading import find_recipe, load_recipe
     from edgekd.workspace import Workspace
 
     return Workspace(load_recipe(recipe or find_recipe(Path.cwd())))

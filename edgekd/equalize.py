@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from edgekd.fold import CONVOLUTIONS, LINEAR, attribute
+from edgekd.fold import CONVOLUTIONS, LINEAR, attribute, pads_with_zero
 
 __all__ = ["Pair", "equalize", "pairs_of"]
 
@@ -116,7 +116,7 @@ def _pair_from(first: Node, readers: dict[str, int]) -> Pair | None:
                 return None
             repeat *= times
         elif (user.target is _ATEN.mean.dim and 1 in [axis % _rank(node) for axis in user.args[1]]) or (
-            user.target not in _SCALING and not _pads_with_zero(user)
+            user.target not in _SCALING and not pads_with_zero(user)
         ):
             return None
         node = user
@@ -207,10 +207,6 @@ def _flattened(before: Node, node: Node) -> int | None:
             times *= size
         return times if new[1] == old[1] * times else None
     return 1 if old[1] == new[1] and len(old) == 2 else None
-
-
-def _pads_with_zero(node: Node) -> bool:
-    return node.target is _ATEN.constant_pad_nd.default and (len(node.args) < 3 or node.args[2] == 0)
 
 
 def _value(module: GraphModule, layer: Node, position: int) -> Tensor | None:

@@ -24,6 +24,7 @@ __all__ = [
     "folded_module",
     "free_name",
     "is_transposed",
+    "pads_with_zero",
     "set_constant",
 ]
 
@@ -64,6 +65,8 @@ def fold_batch_norm(program: ExportedProgram) -> ExportedProgram:
 def folded_module(program: ExportedProgram) -> GraphModule:
     """The module of a program, ready to be rewritten: no operator in place, no dropout, batch norm folded.
 
+    Paddings with a constant are all ``constant_pad_nd``.
+
     Constants are ``get_attr`` nodes; those that nothing reads are gone.
     """
     if any(_in_place(node) for node in program.graph.nodes):
@@ -73,6 +76,9 @@ def folded_module(program: ExportedProgram) -> GraphModule:
             program = program.run_decompositions({})
     module = program.module(check_guards=False)
     for node in list(module.graph.nodes):
+        if node.target is _ATEN.pad.default and (len(node.args) < 3 or node.args[2] == "constant"):
+            value = node.args[3] if len(node.args) > 3 else None  # what torch.nn.functional.pad becomes
+            node.target, node.args = _ATEN.constant_pad_nd.default, (*node.args[:2], 0 if value is None else value)
         if _is_identity(node):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
@@ -81,6 +87,11 @@ def folded_module(program: ExportedProgram) -> GraphModule:
         if affine is not None and not _fold_back(module, affine) and not _fold_forward(module, affine):
             _multiply_and_add(module, affine)
     return clean(module)
+
+
+def pads_with_zero(node: Node) -> bool:
+    """Whether a node of a folded module pads with zero, which is always one of the quantized values."""
+    return node.target is _ATEN.constant_pad_nd.default and (len(node.args) < 3 or node.args[2] == 0)
 
 
 def clean(module: GraphModule) -> GraphModule:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch.export import ExportedProgram
 
-from edgekd.types import Contents, Finding, OperatorFact, OperatorKind, Precision, WeightFact
+from edgekd import plugins
+from edgekd.contents import Contents, OperatorFact, OperatorKind, WeightFact
+from edgekd.store import MANIFEST, load_artifact
+from edgekd.types import Finding, Precision
 
-__all__ = ["lint"]
+__all__ = ["lint", "lint_file"]
 
 SMALLEST_WEIGHT = 1024
 """Numbers of a constant below which it is no weight; biases and scales have one axis and are none either."""
@@ -39,6 +43,28 @@ def lint(contents: Contents, precision: Precision, program: ExportedProgram | No
     casts = (0 if program is None else _count(program, _CASTS)) + edges
     findings.append(_operators(contents, ("cast",), casts, "cast", "that the program has not"))
     return tuple(sorted((f for f in findings if f is not None), key=lambda finding: -finding.cost_bytes))
+
+
+def lint_file(path: Path, precision: Precision | None = None) -> tuple[Contents, tuple[Finding, ...]]:
+    """See :func:`lint`.
+
+    Args:
+        path: A model file, whoever made it, or the folder of an artifact.
+        precision: That it claims; by default that of the manifest beside it, or ``w8``.
+
+    Raises:
+        UsageError: No target writes such files.
+        ModelFileError: The file is damaged.
+        MissingToolchainError: The target's toolchain is not installed.
+    """
+    folder = path if (path / MANIFEST).is_file() else path.parent
+    artifact = load_artifact(folder) if (folder / MANIFEST).is_file() else None
+    file = folder / artifact.path if artifact is not None and folder == path else path
+    target = plugins.exporter_of(file)
+    exporter = plugins.load_exporter(target)
+    plugins.require(target, exporter)
+    contents = exporter.contents(file)
+    return contents, lint(contents, precision or (artifact.precision if artifact is not None else "w8"))
 
 
 def claimed_bits(precision: Precision) -> int:

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from edgekd.compress import STATIC
+from edgekd.errors import DataError
 from edgekd.models import bind_inputs
 from edgekd.protocols import Arrays, Runner, Tracing
 from edgekd.types import Conversion, OutputParity, Parity, Precision, TensorSpec, Tolerance
 
-__all__ = ["TOLERANCES", "compare", "conversions", "first_overflow", "run_file"]
+__all__ = ["TOLERANCES", "compare", "conversions", "first_overflow", "fitting", "run_file"]
 
 
 LOGITS = "logits"
@@ -37,6 +38,23 @@ def conversions(*precisions: Precision) -> Mapping[Precision, Conversion]:
         KeyError: A word is a target's own.
     """
     return {p: Conversion("fp32" if p in ("fp16", "w8d8") else p, TOLERANCES[p]) for p in precisions}
+
+
+def fitting(specs: Sequence[TensorSpec], inputs: Arrays) -> list[np.ndarray]:
+    """Inputs in the order, and in the types, that a file declares: for runners of files with fixed shapes.
+
+    Raises:
+        DataError: One is missing, or has another shape.
+    """
+    arrays = []
+    for spec in specs:
+        if spec.name not in inputs:
+            raise DataError(f"the file takes {', '.join(s.name for s in specs)}; there is no {spec.name!r}")
+        array = np.asarray(inputs[spec.name])
+        if array.shape != spec.shape:
+            raise DataError(f"input {spec.name!r} takes {spec.shape}; the array is {array.shape}")
+        arrays.append(np.array(array, dtype=spec.dtype, order="C"))
+    return arrays
 
 
 def run_file(runner: Runner, inputs: Arrays) -> list[np.ndarray]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from edgekd.types import Artifact, Block, Contents, Conversion, DeviceStatus, Plan, Precision, Student, TensorSpec
+from edgekd.contents import Contents
+from edgekd.types import Artifact, Block, Conversion, DeviceStatus, Plan, Precision, Student, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor

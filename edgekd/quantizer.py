@@ -30,7 +30,7 @@ from torchao.quantization.pt2e.quantizer import (
     SharedQuantizationSpec,
 )
 
-from edgekd.fold import CONVOLUTIONS, LINEAR, is_transposed
+from edgekd.fold import CONVOLUTIONS, LINEAR, is_transposed, pads_with_zero
 from edgekd.observers import OBSERVERS, WeightMseObserver
 
 __all__ = ["PortableQuantizer"]
@@ -117,7 +117,7 @@ class PortableQuantizer(Quantizer):
             self._set(node, {data: self.activation, weight[0]: _weight_spec(weight[1], self.weight_bits)}, quantized)
         elif not inputs or any(argument not in quantized for argument in inputs):
             return
-        elif node.target in _MOVES | _AVERAGES | _CONCATENATIONS or _is_windowed(node) or _pads_with_zero(node):
+        elif node.target in _MOVES | _AVERAGES | _CONCATENATIONS or _is_windowed(node) or pads_with_zero(node):
             self._share(node, inputs, quantized)
         elif node.target in _ACTIVATIONS or node.target in _ADAPTIVE or _is_global_mean(node):
             self._set(node, {inputs[0]: self.activation}, quantized)
@@ -202,11 +202,6 @@ def _is_windowed(node: Node) -> bool:
         return False
     sizes = node.args[1]
     return any(size != 1 for size in (sizes if isinstance(sizes, list | tuple) else (sizes,)))
-
-
-def _pads_with_zero(node: Node) -> bool:
-    """Whether a node pads with zero, which is always one of the quantized values."""
-    return node.target is _ATEN.constant_pad_nd.default and (len(node.args) < 3 or node.args[2] == 0)
 
 
 def _is_global_mean(node: Node) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import types
 import typing
 from collections.abc import Mapping
@@ -18,7 +17,6 @@ __all__ = [
     "Block",
     "Calibration",
     "Card",
-    "Contents",
     "Conversion",
     "DeviceStatus",
     "Finding",
@@ -26,8 +24,6 @@ __all__ = [
     "KeptLayer",
     "Measurement",
     "Mixture",
-    "OperatorFact",
-    "OperatorKind",
     "OutputParity",
     "Parity",
     "Plan",
@@ -36,7 +32,6 @@ __all__ = [
     "Student",
     "TensorSpec",
     "Tolerance",
-    "WeightFact",
 ]
 
 Json: TypeAlias = dict[str, Any]
@@ -46,10 +41,6 @@ Precision: TypeAlias = str
 
 ``fp32``, ``fp16``, ``w8``, ``w8d8`` and ``w8a8`` mean the same on every target that has them; a target may have more.
 """
-
-
-OperatorKind = Literal["quantize", "dequantize", "transpose", "cast", "batch_norm", "embedding", "other"]
-"""What of an operator matters to a lint, in words that all formats share."""
 
 
 class JsonMixin:
@@ -249,55 +240,6 @@ class Conversion:
 
     source: Precision
     tolerance: Tolerance
-
-
-@dataclass(frozen=True)
-class WeightFact(JsonMixin):
-    """One constant of a file that takes room.
-
-    Attributes:
-        name: As the file calls it.
-        dtype: As it is stored: ``float32``, ``int8``, ``int4``, ``uint4`` for a palette of 16 …
-        size_bytes: As stored, without scales or palettes.
-        shape: As stored.
-        reader: Type of the operator that computes with it, dequantization aside.
-    """
-
-    name: str
-    dtype: str
-    size_bytes: int
-    shape: tuple[int, ...]
-    reader: str
-
-    @property
-    def elements(self) -> int:
-        """How many numbers it holds."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class OperatorFact(JsonMixin):
-    """One operator of a file, as its runtime would run it.
-
-    Attributes:
-        name: Of the operator or of its first output.
-        type: As the format calls it.
-        kind: ``quantize`` and ``dequantize`` only where no integer kernel takes them up.
-        size_bytes: Of its first output for one inference; 0 where the file does not tell.
-    """
-
-    name: str
-    type: str
-    kind: OperatorKind
-    size_bytes: int
-
-
-@dataclass(frozen=True)
-class Contents(JsonMixin):
-    """What is really in a file: the evidence for ``edgekd.lint``."""
-
-    operators: tuple[OperatorFact, ...]
-    weights: tuple[WeightFact, ...]
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgekd.types import Contents, OperatorFact, OperatorKind, WeightFact
+from edgekd.contents import Contents, OperatorFact, OperatorKind, WeightFact, stored_bytes
 
 __all__ = ["read_contents"]
 
@@ -16,7 +15,6 @@ __all__ = ["read_contents"]
 _KINDS: dict[str, OperatorKind] = {"transpose": "transpose", "cast": "cast"}
 _PREPARING = ("dequantize", "cast", "reshape", "transpose", "broadcast_in_dims", "broadcast_to")
 _TYPES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "i1": "bool"}
-_BITS = {"bool": 8}
 
 
 def read_contents(path: Path) -> Contents:
@@ -34,7 +32,7 @@ def read_contents(path: Path) -> Contents:
         if not op.results:
             continue
         dtype, shape = _tensor(op.results[0].type)
-        size = math.prod(shape) * _bits(dtype) // 8
+        size = stored_bytes(dtype, shape)
         if name == "constant":
             weights.append(WeightFact(f"constant_{place}", dtype, size, shape, _reader(op)))
         else:
@@ -82,8 +80,3 @@ def _tensor(kind: Any) -> tuple[str, tuple[int, ...]]:
     element = sizes.pop().strip()
     dtype = _TYPES.get(element) or element.replace("si", "int").replace("ui", "uint")
     return dtype, tuple(int(size) if size.isdigit() else 0 for size in sizes)
-
-
-def _bits(dtype: str) -> int:
-    digits = "".join(character for character in dtype if character.isdigit())
-    return _BITS.get(dtype) or int(digits or 8)

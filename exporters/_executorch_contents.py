@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import tempfile
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from edgekd.types import Contents, OperatorFact, OperatorKind, WeightFact
+from edgekd.contents import Contents, OperatorFact, OperatorKind, WeightFact, stored_bytes
 
 __all__ = ["DTYPES", "read_contents"]
 
@@ -37,7 +36,6 @@ DTYPES = {
 }
 """By number, as ``executorch/runtime/core/portable_type/scalar_type.h`` has it."""
 
-_BYTES = {"float16": 2, "int16": 2, "float32": 4, "int32": 4, "int64": 8, "float64": 8, "int4": 0.5}
 _XNN_TYPES = {
     "xnn_datatype_fp32": "float32",
     "xnn_datatype_fp16": "float16",
@@ -83,7 +81,7 @@ def read_contents(content: bytes) -> Contents:
 
 
 def _size(tensors: list[Any]) -> int:
-    return sum(int(math.prod(t.sizes) * _BYTES.get(DTYPES.get(int(t.scalar_type), ""), 1)) for t in tensors)
+    return sum(stored_bytes(DTYPES.get(int(t.scalar_type), ""), tuple(t.sizes)) for t in tensors)
 
 
 def _constants(operator: str, arguments: list[int], plan: Any, program: Any) -> Iterator[WeightFact]:
@@ -123,7 +121,7 @@ def _values(graph: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _graph_operators(graph: dict[str, Any]) -> Iterator[OperatorFact]:
-    sizes = {t["id_out"]: int(math.prod(t["dims"]) * _BYTES.get(dtype, 1)) for t, dtype in _values(graph)}
+    sizes = {t["id_out"]: stored_bytes(dtype, tuple(t["dims"])) for t, dtype in _values(graph)}
     types = {t["id_out"]: dtype for t, dtype in _values(graph)}
     for node in graph["xnodes"]:
         name, body = f"xnnpack.{node['xnode_union_type'].removeprefix('XNN')}", node["xnode_union"]
@@ -146,6 +144,5 @@ def _graph_weights(graph: dict[str, Any]) -> Iterator[WeightFact]:
         if tensor["constant_buffer_idx"]:
             data = graph["constant_data"][tensor["constant_buffer_idx"]]
             name = data.get("named_key") or f"xnnpack_{data['offset']}"
-            elements = math.prod(tensor["dims"])
-            size = data["size"] or int(elements * _BYTES.get(dtype, 1))
+            size = data["size"] or stored_bytes(dtype, tuple(tensor["dims"]))
             yield WeightFact(name, dtype, int(size), tuple(tensor["dims"]), readers.get(tensor["id_out"], ""))

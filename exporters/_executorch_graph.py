@@ -14,8 +14,7 @@ from edgekd.errors import ExportError
 from edgekd.fold import CONVOLUTIONS, LINEAR, attribute, clean, folded_module, set_constant
 from edgekd.models import retrace
 
-from ._tflite_graph import _hoist_above_padding as hoist_above_padding
-from ._tflite_graph import _merge_padding as merge_padding
+from ._padding import hoist_above_padding, merge_padding
 
 __all__ = ["prepared"]
 
@@ -110,8 +109,7 @@ def _quantize_after_padding(module: GraphModule) -> None:
     An input of the program is padded in float, and quantized once. (XNNPACK's padding is in float in ExecuTorch 1.5.)
     """
     operators = _operators()
-    paddings = (_ATEN.pad.default, _ATEN.constant_pad_nd.default)
-    for pad in [node for node in module.graph.nodes if node.target in paddings]:
+    for pad in [node for node in module.graph.nodes if node.target is _ATEN.constant_pad_nd.default]:
         source, users = pad.args[0], list(pad.users)
         if not isinstance(source, Node) or source.target is not operators.dequantize_per_tensor.default:
             continue

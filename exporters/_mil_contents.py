@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgekd.types import Contents, OperatorFact, OperatorKind, WeightFact
+from edgekd.contents import Contents, OperatorFact, OperatorKind, WeightFact, stored_bytes
 
 from ._mil_package import Package, Type, read_package
 
@@ -96,14 +96,9 @@ def _kind(operation: Any, readers: dict[str, str], producers: dict[str, Any]) ->
 
 def _weight(name: str, declared: Type, reader: str) -> WeightFact:
     shape = declared.shape or ()
-    return WeightFact(name, declared.dtype, math.prod(shape) * _bits(declared.dtype) // 8, shape, reader)
+    return WeightFact(name, declared.dtype, stored_bytes(declared.dtype, shape), shape, reader)
 
 
 def _size(declared: Type) -> int:
     shape = declared.shape
-    return 0 if shape is None or -1 in shape else math.prod(shape) * _bits(declared.dtype) // 8
-
-
-def _bits(dtype: str) -> int:
-    digits = "".join(character for character in dtype if character.isdigit())
-    return int(digits) if digits else 8
+    return 0 if shape is None or -1 in shape else stored_bytes(declared.dtype, shape)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekd.contents import Contents, OperatorFact, OperatorKind, WeightFact, stored_bytes
 from edgekd.errors import ModelFileError
-from edgekd.types import Contents, OperatorFact, OperatorKind, WeightFact
 
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto, ValueInfoProto
@@ -96,14 +96,8 @@ def _weights(graph: GraphProto) -> Iterator[WeightFact]:
             reader = readers[reader.output[0]]
         shape = tuple(tensor.dims)
         dtype = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
-        bits = _bits(dtype)
         name = {"float": "float32", "double": "float64"}.get(dtype, dtype)
         place = _PACKED.get(reader.op_type) if reader is not None else None
         if reader is not None and place is not None and reader.input[place] == tensor.name and dtype == "uint8":
-            bits, name, shape = 4, "uint4", (*shape[:-1], shape[-1] * 2)  # two numbers in a byte
-        yield WeightFact(tensor.name, name, math.prod(shape) * bits // 8, shape, reader.op_type if reader else "")
-
-
-def _bits(dtype: str) -> int:
-    digits = "".join(character for character in dtype if character.isdigit())
-    return int(digits) if digits else {"float": 32, "double": 64, "bool": 8}.get(dtype, 8)
+            name, shape = "uint4", (*shape[:-1], shape[-1] * 2)  # two numbers in a byte
+        yield WeightFact(tensor.name, name, stored_bytes(name, shape), shape, reader.op_type if reader else "")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
-from edgekd.types import Contents, OperatorFact, OperatorKind, WeightFact
+from edgekd.contents import Contents, OperatorFact, OperatorKind, WeightFact, stored_bytes
 
 __all__ = ["read_contents"]
 
@@ -18,8 +17,6 @@ _KINDS: dict[str, OperatorKind] = {
     "EMBEDDING_LOOKUP": "embedding",
     "GATHER": "embedding",
 }
-_BITS = {"INT4": 4, "UINT4": 4, "INT2": 2, "FLOAT16": 16, "BFLOAT16": 16, "INT16": 16, "UINT16": 16, "FLOAT64": 64}
-_BITS |= {"INT8": 8, "UINT8": 8, "BOOL": 8, "INT64": 64, "UINT64": 64, "FLOAT32": 32, "INT32": 32, "UINT32": 32}
 
 
 def read_contents(path: Path) -> Contents:
@@ -41,7 +38,7 @@ def read_contents(path: Path) -> Contents:
 
     def size(tensor: Any) -> int:
         shape = tensor.shape if tensor.shape is not None else ()
-        return math.prod(int(n) for n in shape) * _BITS.get(types[tensor.type], 8) // 8
+        return stored_bytes(types[tensor.type], tuple(int(n) for n in shape))
 
     constant = {i for i, t in enumerate(graph.tensors) if _holds(model, t)}
     readers: dict[int, str] = {}

@@ -11,6 +11,8 @@ from torch.fx import GraphModule, Node
 from edgekd.fold import attribute, clean, set_constant
 from edgekd.types import Precision
 
+from ._padding import hoist_above_padding, merge_padding
+
 __all__ = ["prepare", "program_precision"]
 
 _ATEN = torch.ops.aten
@@ -47,8 +49,8 @@ def prepare(module: GraphModule) -> GraphModule:
     """All of this file, in place: the same numbers, in the form that the converter translates best."""
     for rewrite in (
         _unfold_weights,
-        _hoist_above_padding,
-        _merge_padding,
+        hoist_above_padding,
+        merge_padding,
         _pool_instead_of_mean,
         _keep_float_where_scales_are_fixed,
     ):
@@ -83,53 +85,6 @@ def _unfold_weights(module: GraphModule) -> None:
         with module.graph.inserting_before(node):
             quantized = module.graph.call_function(paired[node.target], (float_constant, *node.args[1:]))
         node.update_arg(0, quantized)
-
-
-def _hoist_above_padding(module: GraphModule) -> None:
-    """Quantize before a padding with zeros instead of after it, in place; zero is always a quantized value.
-
-    Between a padding and its convolution, the quantize and dequantize pair keeps the converter from merging the two,
-    and leaves a transposition on each side: three operators that only move numbers.
-    """
-    operators = _operators()
-    for pad in [node for node in module.graph.nodes if _pads_with_zero(node)]:
-        pairs = [(quantize, list(quantize.users)) for quantize in pad.users]
-        first = next(iter(pad.users), None)
-        if first is None or any(
-            quantize.target is not operators.quantize_per_tensor.default
-            or quantize.args[1:] != first.args[1:]
-            or any(user.target is not operators.dequantize_per_tensor.default for user in users)
-            for quantize, users in pairs
-        ):
-            continue
-        source = pad.args[0]
-        assert isinstance(source, Node)
-        for _, users in pairs:
-            for dequantize in users:
-                dequantize.replace_all_uses_with(pad)
-        if source.target is not operators.dequantize_per_tensor.default or source.args[1:] != first.args[1:]:
-            with module.graph.inserting_before(pad):
-                quantized = module.graph.call_function(first.target, (source, *first.args[1:]))
-                source = module.graph.call_function(
-                    operators.dequantize_per_tensor.default, (quantized, *first.args[1:])
-                )
-        pad.update_arg(0, source)
-
-
-def _merge_padding(module: GraphModule) -> None:
-    """Merge a symmetric padding with zeros into the convolutions that read it, in place."""
-    for pad in [node for node in module.graph.nodes if _pads_with_zero(node)]:
-        amounts = pad.args[1]
-        if len(amounts) != 4 or amounts[0] != amounts[1] or amounts[2] != amounts[3] or min(amounts) < 0:
-            continue
-        for user in list(pad.users):
-            if user.target is not _ATEN.conv2d.default or user.args[0] is not pad:
-                continue
-            arguments: list[Any] = [*user.args, *[None, [1, 1], [0, 0]][len(user.args) - 2 :]][: max(len(user.args), 5)]
-            height, width = arguments[4] if len(arguments[4]) == 2 else arguments[4] * 2
-            arguments[0] = pad.args[0]
-            arguments[4] = [height + amounts[2], width + amounts[0]]
-            user.args = tuple(arguments)
 
 
 def _pool_instead_of_mean(module: GraphModule) -> None:
@@ -179,16 +134,6 @@ def _keep_float_where_scales_are_fixed(module: GraphModule) -> None:
                 doubled = module.graph.call_function(_ATEN.mul.Tensor, (source, 2.0))
                 halved = module.graph.call_function(_ATEN.mul.Tensor, (doubled, 0.5))
             node.update_arg(0, halved)
-
-
-def _pads_with_zero(node: Node) -> bool:
-    if node.target is _ATEN.constant_pad_nd.default:
-        value = node.args[2] if len(node.args) > 2 else 0
-    elif node.target is _ATEN.pad.default and (len(node.args) < 3 or node.args[2] == "constant"):
-        value = node.args[3] if len(node.args) > 3 else 0
-    else:
-        return False
-    return value is None or value == 0
 
 
 def _value(module: GraphModule, argument: Any) -> Any:

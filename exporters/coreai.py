@@ -28,12 +28,13 @@ from typing import Any, TypeVar
 import numpy as np
 from torch.export import ExportedProgram
 
+from edgekd.contents import Contents
 from edgekd.errors import DataError, ExportError, ModelFileError, UsageError
 from edgekd.models import input_specs, output_specs
-from edgekd.parity import conversions
+from edgekd.parity import conversions, fitting
 from edgekd.protocols import Arrays, Exporter, Options
 from edgekd.quiet import quiet, quiet_native
-from edgekd.types import Contents, Precision, Student, TensorSpec
+from edgekd.types import Precision, Student, TensorSpec
 
 from ._coreai_contents import read_contents
 from ._coreai_graph import prepared
@@ -125,14 +126,8 @@ class CoreAIRunner:
         """
         from coreai.runtime import NDArray
 
-        feed = {}
-        for spec in self.inputs:
-            if spec.name not in inputs:
-                raise DataError(f"the file takes {', '.join(s.name for s in self.inputs)}; there is no {spec.name!r}")
-            array = np.asarray(inputs[spec.name])
-            if array.shape != spec.shape:
-                raise DataError(f"input {spec.name!r} takes {spec.shape}; the array is {array.shape}")
-            feed[spec.name] = NDArray(np.ascontiguousarray(array, dtype=spec.dtype))
+        arrays = fitting(self.inputs, inputs)
+        feed = {spec.name: NDArray(array) for spec, array in zip(self.inputs, arrays, strict=True)}
         try:
             with quiet_native():
                 outputs = self._waiter.wait(self._function(feed))

@@ -14,12 +14,13 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from edgekd.compress import STATIC
+from edgekd.contents import Contents
 from edgekd.errors import ExportError, UsageError
 from edgekd.models import at_batch, input_specs, output_specs
 from edgekd.parity import conversions
 from edgekd.protocols import Runner
 from edgekd.quiet import quiet
-from edgekd.types import Contents, Conversion, Precision, Student, Tolerance
+from edgekd.types import Conversion, Precision, Student, Tolerance
 
 from ._mil import load_package
 from ._mil_compress import Scheme, compress_weights

@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from edgekd.contents import Contents
 from edgekd.errors import DataError, ExportError, ModelFileError, UsageError
 from edgekd.models import input_specs, output_specs
-from edgekd.parity import TOLERANCES, conversions
+from edgekd.parity import TOLERANCES, conversions, fitting
 from edgekd.protocols import Arrays, Exporter, Options
 from edgekd.quiet import quiet, quiet_native
-from edgekd.types import Contents, Conversion, Precision, Student, TensorSpec
+from edgekd.types import Conversion, Precision, Student, TensorSpec
 
 from ._executorch_contents import DTYPES, read_contents
 from ._executorch_graph import prepared
@@ -126,14 +127,7 @@ class ExecuTorchRunner:
         Raises:
             DataError: An input is missing, has another shape, or holds what the model cannot take.
         """
-        tensors = []
-        for spec in self.inputs:
-            if spec.name not in inputs:
-                raise DataError(f"the file takes {', '.join(s.name for s in self.inputs)}; there is no {spec.name!r}")
-            array = np.asarray(inputs[spec.name])
-            if array.shape != spec.shape:
-                raise DataError(f"input {spec.name!r} takes {spec.shape}; the array is {array.shape}")
-            tensors.append(torch.from_numpy(np.array(array, dtype=spec.dtype, order="C")))
+        tensors = [torch.from_numpy(array) for array in fitting(self.inputs, inputs)]
         with quiet_native() as said:
             try:
                 outputs = self._method.execute(tensors)

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.compress import STATIC
+from edgekd.contents import Contents
 from edgekd.errors import DataError, ExportError, ModelFileError, UsageError
 from edgekd.parity import conversions
 from edgekd.protocols import Arrays, Exporter, Options, Runner
 from edgekd.quiet import quiet
-from edgekd.types import Contents, Conversion, Precision, Student, TensorSpec, Tolerance
+from edgekd.types import Conversion, Precision, Student, TensorSpec, Tolerance
 
 from ._onnx_contents import read_contents
 

@@ -23,13 +23,14 @@ from typing import Any
 import numpy as np
 
 from edgekd.compress import STATIC
+from edgekd.contents import Contents
 from edgekd.errors import DataError, ExportError, ModelFileError
 from edgekd.fold import folded_module
 from edgekd.models import input_specs, output_specs, retrace
-from edgekd.parity import conversions
+from edgekd.parity import conversions, fitting
 from edgekd.protocols import Arrays, Options
 from edgekd.quiet import quiet_native
-from edgekd.types import Contents, Conversion, Precision, Student, TensorSpec, Tolerance
+from edgekd.types import Conversion, Precision, Student, TensorSpec, Tolerance
 
 from ._tflite_contents import read_contents
 from ._tflite_convert import convert, first_line, quiet, requantize
@@ -150,13 +151,8 @@ class LiteRTRunner:
             DataError: An input is missing, has another shape, or holds a value that the model cannot take (a token id
                 beyond its embedding).
         """
-        for index, spec in self._inputs:
-            if spec.name not in inputs:
-                raise DataError(f"the file takes {', '.join(s.name for s in self.inputs)}; there is no {spec.name!r}")
-            array = np.asarray(inputs[spec.name])
-            if array.shape != spec.shape:
-                raise DataError(f"input {spec.name!r} takes {spec.shape}; the array is {array.shape}")
-            self._interpreter.set_tensor(index, np.ascontiguousarray(array, dtype=spec.dtype))
+        for (index, _), array in zip(self._inputs, fitting(self.inputs, inputs), strict=True):
+            self._interpreter.set_tensor(index, array)
         try:
             self._interpreter.invoke()
         except RuntimeError as error:

@@ -1,5 +1,6 @@
 """Shared fixtures: tiny real programs, no mocks."""
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable
@@ -12,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edgekd.compress import compress
 from edgekd.models import export_program, input_specs, output_specs
+from edgekd.protocols import Exporter
 from edgekd.types import Artifact, Card, Parity, Student, TensorSpec
 
 
@@ -95,6 +98,26 @@ def student_inputs(student: Student, count: int) -> dict[str, np.ndarray]:
 def inputs_of() -> Callable[[Student, int], dict[str, np.ndarray]]:
     """``inputs_of(student, count)``: see :func:`student_inputs`."""
     return student_inputs
+
+
+@pytest.fixture(scope="session")
+def writer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Callable[[str, str], tuple[Student, Path]]]:
+    """``writer(exporter, nets)`` gives ``written(net, precision)``: the program and its file, each written once."""
+
+    def writer(exporter: Exporter, nets: dict[str, Student]) -> Callable[[str, str], tuple[Student, Path]]:
+        folder = tmp_path_factory.mktemp("written")
+
+        @functools.cache
+        def written(net: str, precision: str) -> tuple[Student, Path]:
+            source = exporter.precisions[precision].source
+            student = compress(nets[net], source, student_inputs(nets[net], 24))
+            path = folder / f"{net}_{precision}{exporter.suffix}"
+            exporter.write(student, path, precision, exporter.options())
+            return student, path
+
+        return written
+
+    return writer
 
 
 @pytest.fixture(scope="session")

@@ -679,3 +679,28 @@ def test_cards_are_replaced_not_changed(residual: Student) -> None:
     before = replace(residual.card)
     quantize_weights(residual)
     assert residual.card == before
+
+
+def test_what_is_padded_by_hand_stays_in_integers(images: dict[str, np.ndarray]) -> None:
+    """torch.nn.functional.pad is exported as an operator of its own, which the quantizer did not know: a pool behind it
+    stayed in float."""
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = nn.functional.pad(torch.relu(self.first(x)), (0, 1, 0, 1))
+            return self.second(nn.functional.avg_pool2d(x, 2, 1))
+
+    torch.manual_seed(0)
+    student = quantize_static(student_of(Padded().eval(), torch.zeros(1, 3, 8, 8)), images)
+    nodes = {str(node.target): node for node in student.program.graph.nodes}
+
+    for name in ("aten.constant_pad_nd.default", "aten.avg_pool2d.default"):
+        (user,) = nodes[name].users
+        source = nodes[name].args[0]
+        assert "dequantize_per_tensor" in str(source.target)
+        assert "quantize_per_tensor" in str(user.target)
+        assert user.args[1:3] == source.args[1:3]  # one scale before and behind

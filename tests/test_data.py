@@ -7,7 +7,8 @@ import pytest
 
 from edgekd.data import load_arrays, load_splits, split_from_arrays
 from edgekd.errors import DataError, NumericalError
-from edgekd.recipe import Recipe, load_recipe
+from edgekd.reading import load_recipe
+from edgekd.recipe import Recipe
 
 
 def _arrays(count: int = 40, seed: int = 0) -> dict[str, np.ndarray]:

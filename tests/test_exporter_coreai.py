@@ -31,23 +31,9 @@ Written = Callable[[str, str], tuple[Student, Path]]
 
 
 @pytest.fixture(scope="module")
-def written(
-    convnet_student: Student, encoder_student: Student, inputs_of: Inputs, tmp_path_factory: pytest.TempPathFactory
-) -> Written:
-    """Write each net in each precision once: ``written(net, precision)`` is the program and its package."""
-    nets = {"convnet": convnet_student, "encoder": encoder_student}
-    folder = tmp_path_factory.mktemp("coreai")
-    done: dict[tuple[str, str], tuple[Student, Path]] = {}
-
-    def write(net: str, precision: str) -> tuple[Student, Path]:
-        if (net, precision) not in done:
-            student = compress(nets[net], EXPORTER.precisions[precision].source, inputs_of(nets[net], 24))
-            path = folder / f"{net}_{precision}.aimodel"
-            EXPORTER.write(student, path, precision, EXPORTER.options())
-            done[net, precision] = student, path
-        return done[net, precision]
-
-    return write
+def written(convnet_student: Student, encoder_student: Student, writer: Callable[..., Written]) -> Written:
+    """``written(net, precision)`` is the program and its file."""
+    return writer(EXPORTER, {"convnet": convnet_student, "encoder": encoder_student})
 
 
 def counted(path: Path) -> dict[str, int]:

@@ -49,25 +49,11 @@ def student_of(module: nn.Module, *examples: Tensor) -> Student:
 
 
 @pytest.fixture(scope="module")
-def written(
-    convnet_student: Student, encoder_student: Student, inputs_of: Inputs, tmp_path_factory: pytest.TempPathFactory
-) -> Written:
-    """Write each net in each precision once: ``written(net, precision)`` is the program and its file."""
+def written(convnet_student: Student, encoder_student: Student, writer: Callable[..., Written]) -> Written:
+    """``written(net, precision)`` is the program and its file."""
     torch.manual_seed(3)
     padded = student_of(Padded(), torch.zeros(1, 3, 12, 12))
-    nets = {"convnet": convnet_student, "encoder": encoder_student, "padded": padded}
-    folder = tmp_path_factory.mktemp("executorch")
-    done: dict[tuple[str, str], tuple[Student, Path]] = {}
-
-    def write(net: str, precision: str) -> tuple[Student, Path]:
-        if (net, precision) not in done:
-            student = compress(nets[net], EXPORTER.precisions[precision].source, inputs_of(nets[net], 24))
-            path = folder / f"{net}_{precision}.pte"
-            EXPORTER.write(student, path, precision, EXPORTER.options())
-            done[net, precision] = student, path
-        return done[net, precision]
-
-    return write
+    return writer(EXPORTER, {"convnet": convnet_student, "encoder": encoder_student, "padded": padded})
 
 
 def operators(path: Path) -> Counter[str]:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from edgekd import plugins
 from edgekd.compress import compress
+from edgekd.contents import Contents
 from edgekd.lint import claimed_bits, lint
 from edgekd.models import export_program, input_specs, output_specs
-from edgekd.types import Card, Contents, Finding, Student
+from edgekd.types import Card, Finding, Student
 
 TARGETS = ("coreml", "onnx", "tflite")
 

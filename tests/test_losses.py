@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from edgekd.losses import LOSSES, dist, mixed, soft_target_kl
-from edgekd.recipe import known_losses
+from edgekd.reading import known_losses
 
 
 def _logits(seed: int, batch: int = 6, classes: int = 4) -> torch.Tensor:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekd.compress import compress, quantize_static, notes_of
+from edgekd.compress import compress, notes_of, quantize_static
 from edgekd.errors import BudgetError, DataError, UsageError
 from edgekd.metrics import accuracy
 from edgekd.mixed import Budget, mixed_precision

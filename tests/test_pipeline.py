@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from edgekd.errors import CacheError, DataError, NumericalError, ParityError
-from edgekd.recipe import load_recipe
+from edgekd.reading import load_recipe
 from edgekd.scaffold import write_template
 from edgekd.store import hash_path
 from edgekd.workspace import Workspace

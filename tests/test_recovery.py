@@ -11,7 +11,8 @@ from edgekd.cli import app
 from edgekd.errors import RecipeError, UsageError
 from edgekd.mixed import mixed_precision
 from edgekd.pipeline import capture_stage, compress_stage, distill_stage, export_stage, prune_stage, shipped
-from edgekd.recipe import load_recipe, parse_drop
+from edgekd.reading import load_recipe
+from edgekd.recipe import parse_drop
 from edgekd.scaffold import write_template
 from edgekd.store import load_student, read_json
 from edgekd.summary import collect

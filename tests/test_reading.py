@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from edgekd.errors import RecipeError, UsageError
-from edgekd.recipe import find_recipe, json_schema, load_recipe, parse_options
+from edgekd.reading import find_recipe, load_recipe, parse_options
+from edgekd.recipe import json_schema
 
 GOOD = """
 name = "x"

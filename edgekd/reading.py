@@ -1,0 +1,277 @@
+"""edgekd.toml, and options on the command line, to values; every fault at once, with its key path and what would work.
+
+Paths are relative to the recipe. A recipe may name the user's own Python code, so it is trusted like a Makefile.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from edgekd import plugins
+from edgekd.errors import RecipeError, UsageError
+from edgekd.protocols import Options
+from edgekd.recipe import Export, Recipe
+from edgekd.types import Json
+
+__all__ = ["FILE_NAME", "find_recipe", "known_losses", "load_recipe", "parse_options"]
+
+FILE_NAME = "edgekd.toml"
+
+
+def find_recipe(start: Path) -> Path:
+    """The edgekd.toml of a folder or the nearest one above it, as pyproject.toml is found.
+
+    Raises:
+        UsageError: There is none.
+    """
+    for folder in (start.resolve(), *start.resolve().parents):
+        if (folder / FILE_NAME).is_file():
+            return folder / FILE_NAME
+    raise UsageError(f"no {FILE_NAME} in {start.resolve()} or above it; edgekd init writes one")
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe without loading a model or any data.
+
+    Raises:
+        UsageError: There is no such file.
+        RecipeError: With all faults.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    try:
+        table = tomllib.loads(content.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError([f"{path.name}: not TOML: {error}"]) from None
+    try:
+        recipe = Recipe.model_validate(table)
+    except ValidationError as error:
+        raise RecipeError([*_faults(error), *_cross_faults(table, path.parent)]) from None
+    recipe._folder = path.parent.resolve()
+    faults = _cross_faults(table, path.parent)
+    if faults:
+        raise RecipeError(faults)
+    return recipe
+
+
+def parse_options(words: Sequence[str], targets: Sequence[str]) -> dict[str, Options]:
+    """What targets are told on the command line: ``target.key=value``, or ``key=value`` where there is one target.
+
+    A value is read as in edgekd.toml (``true``, ``3``, ``[1, 8]``); what is no TOML is text.
+
+    Raises:
+        UsageError: A word is no such pair, or names no target of the call.
+        RecipeError: With everything that is wrong with the values.
+    """
+    tables: dict[str, Json] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        target, dot, name = key.rpartition(".")
+        target = target if dot else targets[0] if len(targets) == 1 else ""
+        if not equals or target not in targets:
+            raise UsageError(f"--option {word!r} is not target.key=value with a target of {', '.join(targets)}")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        tables.setdefault(target, {})[name] = value
+    faults = [fault for target, values in tables.items() for fault in _option_faults(target, values)]
+    if faults:
+        raise RecipeError(faults)
+    return {target: plugins.load_exporter(target).options.model_validate(table) for target, table in tables.items()}
+
+
+def _faults(error: ValidationError) -> list[str]:
+    lines: dict[str, str] = {}
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("literal[", "function-")))
+        if item["type"] == "extra_forbidden":
+            table, key = _table_at(item["loc"][:-1]), str(item["loc"][-1])
+            near = difflib.get_close_matches(key, table, n=1)
+            text = f"no such key; {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(sorted(table))}"
+        elif item["type"] == "too_short" and item["input"]:
+            continue  # said of the items already: a wrong one is not counted
+        elif item["type"] == "missing":
+            text = "missing; it has no default"
+        elif item["type"] == "literal_error":
+            wanted = item["ctx"]["expected"].replace("'", "")
+            text = f"{item['input']!r} is not known; there are {wanted}"
+        else:
+            text = f"{item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}"
+        lines.setdefault(where, f"{where}: {text}")
+    return list(lines.values())
+
+
+def _table_at(location: tuple[int | str, ...]) -> list[str]:
+    """Keys of the table at a key path."""
+    model: Any = Recipe
+    for part in location:
+        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        found = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not found:
+            return []
+        model = found[0]
+    return list(model.model_fields)
+
+
+def _cross_faults(table: Json, folder: Path) -> list[str]:
+    """What types cannot say: names that must exist, keys that need each other, files that must be there."""
+    faults: list[str] = []
+
+    def section(name: str) -> Json:
+        value = table.get(name, {})
+        return value if isinstance(value, dict) else {}
+
+    def each(name: str, key: str) -> list[str]:
+        value = section(name).get(key, [])
+        return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+    data, distill = section("data"), section("distill")
+    for key in ("train", "test", "validation"):
+        if isinstance(data.get(key), str):
+            faults += _source_faults(f"data.{key}", data[key], data, folder)
+    if isinstance(data.get("augment"), str):
+        faults += _function_faults("data.augment", data["augment"], folder)
+    if data.get("views", 1) != 1 and not data.get("augment"):
+        faults.append(
+            f"data.views: {data['views']!r} views without an augmentation would all be the same; set data.augment"
+        )
+    text = data.get("text")
+    if isinstance(text, dict) and isinstance(text.get("tokenizer"), str) and not (folder / text["tokenizer"]).is_file():
+        faults.append(
+            f"data.text.tokenizer: no file {text['tokenizer']!r} beside the recipe; a tokenizer.json is expected"
+        )
+    for name in ("teacher", "student"):
+        reference = section(name).get("model")
+        if isinstance(reference, str):
+            faults += _model_faults(f"{name}.model", reference, folder)
+    known = ("control", *known_losses())
+    for index, arm in enumerate(each("distill", "arms")):
+        if ":" in arm:
+            faults += _function_faults(f"distill.arms.{index}", arm, folder)
+        elif arm not in known:
+            faults.append(
+                f"distill.arms.{index}: no loss called {arm!r}; there are {', '.join(known)}, or module:function"
+            )
+    ship = distill.get("ship", "best")
+    if ship not in ("best", "control", *(each("distill", "arms") or known)):
+        faults.append(f"distill.ship: {ship!r} is not an arm; 'best' or one of distill.arms would work")
+    faults += _export_faults(section("export"), each("export", "targets"), each("export", "precisions"))
+    for index, device in enumerate(each("bench", "devices")):
+        if device not in plugins.device_names():
+            faults.append(f"bench.devices.{index}: no device {device!r}; there are {', '.join(plugins.device_names())}")
+    labels = table.get("labels", [])
+    if isinstance(labels, list) and len({str(label) for label in labels}) != len(labels):
+        faults.append("labels: a name stands twice; every class needs its own")
+    return faults
+
+
+def _export_faults(table: Json, targets: list[str], precisions: list[str]) -> list[str]:
+    """Targets, precisions and options: what the exporters know, and no type does."""
+    faults = []
+    known = plugins.exporter_names()
+    for index, target in enumerate(targets):
+        if target not in known:
+            faults.append(f"export.targets.{index}: no target {target!r}; there are {', '.join(known)}")
+    for key, own in table.items():
+        if key in Export.model_fields:
+            continue
+        if key not in known:
+            near = difflib.get_close_matches(key, [*Export.model_fields, *known], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join((*Export.model_fields, *known))}"
+            faults.append(f"export.{key}: no such key; {hint}")
+        elif not isinstance(own, dict):
+            faults.append(f"export.{key}: {own!r} is not a table; [export.{key}] holds what {key} alone is told")
+        else:
+            faults += _option_faults(key, {name: value for name, value in own.items() if name != "precisions"})
+    lacking: dict[str, str] = {}
+    for target in [name for name in targets if name in known] or Export().targets:
+        own = table.get(target, {})
+        words = own.get("precisions") if isinstance(own, dict) else None
+        where = "export.precisions" if words is None else f"export.{target}.precisions"
+        has = plugins.load_exporter(target).precisions
+        for index, word in enumerate(precisions if words is None else words):
+            if word not in has and word != "int8":
+                hint = "" if words is not None else f"; [export.{target}] precisions would be its own"
+                text = f"{target} has no precision {word!r}; it has {', '.join(has)}, and int8{hint}"
+                lacking.setdefault(f"{where}.{index}", text)
+    return faults + [f"{where}: {text}" for where, text in lacking.items()]
+
+
+def _option_faults(target: str, values: Json) -> list[str]:
+    """What is wrong with what a target is told, by ``export.<target>.<option>``."""
+    options = plugins.load_exporter(target).options
+    try:
+        options.model_validate(values)
+    except ValidationError as error:
+        faults = []
+        for item in error.errors():
+            where = ".".join(str(part) for part in item["loc"])
+            if item["type"] == "extra_forbidden":
+                has = ", ".join(options.model_fields)
+                text = f"{target} has no such option; " + (f"it has {has}" if has else "it has none")
+            else:
+                text = f"{item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}"
+            faults.append(f"export.{target}.{where}: {text}")
+        return faults
+    return []
+
+
+def known_losses() -> tuple[str, ...]:
+    """Names in ``edgekd.losses.LOSSES``; not read from there, since that imports torch. A test holds the two equal."""
+    return ("kd", "dist")
+
+
+def _source_faults(key: str, reference: str, data: Json, folder: Path) -> list[str]:
+    prefix, _, rest = reference.partition(":")
+    if prefix in ("imagefolder", "csv", "jsonl", "parquet"):
+        faults = [] if (folder / rest).exists() else [f"{key}: no {rest!r} beside the recipe"]
+        if not data.get("image") and not data.get("text"):
+            faults.append(f"{key}: {prefix} needs [data.image] with a size, or [data.text] with a tokenizer")
+        return faults
+    if reference.endswith(".npz"):
+        return [] if (folder / reference).is_file() else [f"{key}: no file {reference!r} beside the recipe"]
+    if ":" not in reference:
+        return [f"{key}: {reference!r} is none of module:function, file.npz, imagefolder:, csv:, jsonl:, parquet:"]
+    return _function_faults(key, reference, folder)
+
+
+def _model_faults(key: str, reference: str, folder: Path) -> list[str]:
+    prefix, _, rest = reference.partition(":")
+    if prefix in ("hf", "onnx", "pt2"):
+        return [] if (folder / rest).exists() else [f"{key}: no {rest!r} beside the recipe"]
+    if ":" not in reference:
+        return [f"{key}: {reference!r} is none of module:function, hf:folder, onnx:file, pt2:file"]
+    return _function_faults(key, reference, folder)
+
+
+def _function_faults(key: str, reference: str, folder: Path) -> list[str]:
+    """Look at the source only: nothing of the user's is run by a check of the text."""
+    module, _, function = reference.partition(":")
+    path = folder.joinpath(*module.split(".")).with_suffix(".py")
+    if not function:
+        return [f"{key}: {reference!r} is not module:function"]
+    if path.is_file():
+        source = path.read_text(encoding="utf-8", errors="replace")
+        if (
+            not any(f"{keyword} {function}" in source for keyword in ("def", "class", "import"))
+            and f"{function} =" not in source
+        ):
+            return [f"{key}: {path.name} beside the recipe defines no {function!r}"]
+        return []
+    import importlib.util
+
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        found = False
+    return [] if found else [f"{key}: no {path.name} beside the recipe, and no module {module!r} is installed"]
