@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ FLAGS: Mapping[str, str] = {
     "virtual_machine": "measured in a virtual machine: neighbours share the processor",
     "busy": "other work was running: the load average beyond the measured threads was above half the cores",
     "batched_timing": "the clock is coarse: each sample is the mean of several inferences",
+    "emulated": "not the device's own hardware ran it: an emulator, a software GPU, a slowed browser, or no device",
+    "void_blocks": "the device throttled, or something else spoiled a block",
     "non_finite_outputs": "some outputs are NaN or infinite; they count as wrong",
 }
 """What forbids a claim, in words."""
@@ -103,7 +106,8 @@ def measure_many(
         else None
         for artifact, folder in artifacts
     ]
-    _run_interleaved([one for one in collected if one is not None], device, plan, seed, where, progress)
+    with contextlib.closing(device):
+        _run_interleaved([one for one in collected if one is not None], device, plan, seed, where, progress)
     return tuple(
         _not_run(artifact, where, plan, status.not_run, status.targets)
         if one is None
@@ -213,6 +217,8 @@ def _flags(blocks: Sequence[Block], plan: Plan) -> list[str]:
             for seen in conditions
         ),
         "batched_timing": any(seen.get("inferences_per_sample", "1") != "1" for seen in conditions),
+        "emulated": any(seen.get("emulated") for seen in conditions),
+        "void_blocks": any(block.void for block in blocks),
     }
     return [name for name, is_raised in raised.items() if is_raised]
 

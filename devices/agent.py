@@ -3,7 +3,8 @@
 It stands alone (standard library, NumPy and the runtime of the job's target), so that it can be copied to a board and
 run there. What is timed and why: docs/measuring.md.
 
-The job is a JSON object, the result another; ``KEYS`` names the job's fields. Paths are relative to the working
+The job is a JSON object, the result another; ``KEYS`` names the job's fields (and ``cores``, a list of processors to
+run on, may stand beside them). Paths are relative to the working
 directory. Exit code 0 when the result was written; 1 with one line on stderr when it failed; 2 when the job is wrong.
 """
 
@@ -21,7 +22,7 @@ import statistics
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
@@ -181,9 +182,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     """
     plan = job["plan"]
     pin_threads(plan["threads"])
+    pinned = pin_cores(job.get("cores") or ())
     import numpy as np  # after the pinning: its thread pool is sized on import
 
-    conditions = describe_machine()
+    conditions = describe_machine() | {"pinned_to_cores": pinned}
     conditions |= {f"{key}_before": value for key, value in read_state().items()}
     module_name, start = RUNTIMES[job["target"]]
     began = time.perf_counter_ns()
@@ -242,6 +244,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         "peak_memory_bytes": peak,
         "converged": converged,
         "conditions": {key: value for key, value in conditions.items() if value},
+        "void": throttled(conditions.get("throttle_before", ""), conditions.get("throttle_after", "")),
     }
 
 
@@ -253,6 +256,38 @@ def pin_threads(threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     for name in ("OPENBLAS_NUM", "MKL_NUM", "BLIS_NUM", "VECLIB_MAXIMUM"):
         os.environ[f"{name}_THREADS"] = "1"
+
+
+def pin_cores(cores: Sequence[int]) -> str:
+    """Keep this process on these processors.
+
+    Returns:
+        Those that it now may use; empty when none were asked for.
+
+    Raises:
+        AgentError: There are no such processors, or this system cannot.
+    """
+    if not cores:
+        return ""
+    if not hasattr(os, "sched_setaffinity"):
+        raise AgentError(f"cores {list(cores)} were asked for; only Linux keeps a process on cores")
+    try:
+        os.sched_setaffinity(0, cores)
+    except OSError as error:
+        there = sorted(os.sched_getaffinity(0))
+        raise AgentError(f"cores {list(cores)} were asked for; this process may use {there} ({error})") from None
+    return ",".join(map(str, sorted(os.sched_getaffinity(0))))
+
+
+def throttled(before: str, after: str) -> str:
+    """Why a block says nothing, from ``throttle_flags`` before and after it; empty when the machine did not slow down.
+
+    A counter (``x=3``) counts when it rose; any other flag counts when it stands.
+    """
+    words, earlier = after.split("; ") if after else [], before.split("; ") if before else []
+    standing = [word for word in dict.fromkeys(earlier + words) if word and "=" not in word]
+    risen = [word for word in words if "=" in word and word not in earlier and before]
+    return f"throttled: {'; '.join(standing + risen)}" if standing or risen else ""
 
 
 def warm_up(
@@ -432,7 +467,31 @@ def read_state() -> dict[str, str]:
         "clock_mhz": str(int(khz) // 1000) if khz else "",
         "temperature_c": f"{hottest / 1000:.1f}" if hottest is not None else "",
         "load_average": f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "",
+        "throttle": throttle_flags(Path("/sys")),
     }
+
+
+# https://www.raspberrypi.com/documentation/computers/os.html#get_throttled: what holds now; bits 16 to 19 are the past.
+PI_FLAGS = {0: "under-voltage", 1: "clock capped", 2: "throttled", 3: "soft temperature limit"}
+
+
+def throttle_flags(system: Path) -> str:
+    """What the kernel says of a processor held below its speed, joined by ``; ``; unreadable is left out.
+
+    A Raspberry Pi's firmware has flags; on Arm the thermal governor's coolers are at work when above 0; on Intel
+    there is a count of throttlings per core.
+    """
+    found = []
+    if bits := _read(str(system / "devices/platform/soc/soc:firmware/get_throttled")):
+        found += [name for bit, name in PI_FLAGS.items() if int(bits, 16) >> bit & 1]
+    for cooler in sorted(system.glob("class/thermal/cooling_device*")):
+        kind, state = _read(str(cooler / "type")), _read(str(cooler / "cur_state"))
+        if "cpufreq" in kind and state.isdigit() and int(state) > 0:
+            found.append(f"{kind} cools at step {state}")
+    counts = [_read(str(path)) for path in system.glob("devices/system/cpu/cpu*/thermal_throttle/core_throttle_count")]
+    if any(counts):
+        found.append(f"thermal_throttle_count={sum(int(count) for count in counts if count.isdigit())}")
+    return "; ".join(found)
 
 
 def peak_memory_bytes() -> int | None:

@@ -293,7 +293,9 @@ def verify(
 
 @app.command()
 def bench(
-    device: Annotated[list[str] | None, typer.Option("--device", "-d", help="Name of a device; repeat it.")] = None,
+    device: Annotated[
+        list[str] | None, typer.Option("--device", "-d", help="Name of a device, or the path of its .toml; repeat it.")
+    ] = None,
     recipe: RecipeOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
@@ -352,20 +354,44 @@ def targets(json: JsonOption = False) -> None:
         _out(f"{fact['target']:<10} {', '.join(fact['precisions']):<30} {state}")
 
 
-@app.command()
-def devices(json: JsonOption = False) -> None:
+devices_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+app.add_typer(devices_app, name="devices")
+
+
+@devices_app.callback()
+def devices(context: typer.Context, json: JsonOption = False) -> None:
     """List the devices that are reachable now, and why the others are not."""
+    if context.invoked_subcommand:
+        return
     from edgekd.doctor import device_facts
 
     facts = device_facts()
     if json:
         _json(facts)
         return
-    for fact in facts:
-        state = f"runs {', '.join(fact['targets'])}" if fact["reachable"] else fact["reason"]
-        _out(f"{fact['device']:<10} {state}")
-        for target, reason in fact["not_run"].items():
-            _out(f"{'':<10} not {target}: {reason}")
+    width = max(len(fact["device"]) for fact in facts) + 1
+    for fact in sorted(facts, key=lambda fact: not fact["reachable"]):
+        state = f"runs {', '.join(fact['targets']) or 'nothing'}" if fact["reachable"] else f"not now: {fact['reason']}"
+        _out(f"{fact['device']:<{width}} {state}")
+        if fact["reachable"]:
+            for target, reason in fact["not_run"].items():
+                _out(f"{'':<{width}} not {target}: {reason}")
+
+
+@devices_app.command()
+def prepare(name: Annotated[str, typer.Argument(help="Name of a device, or the path of its .toml.")]) -> None:
+    """Install on a device what measuring needs there; says what it installs and where. Nothing else ever does."""
+    from edgekd.profiles import load_device
+    from edgekd.protocols import Preparable
+
+    device = load_device(name)
+    if not isinstance(device, Preparable):
+        raise UsageError(f"device {name} needs no preparing; edgekd devices says what it runs")
+    try:
+        device.prepare(_progress())
+    finally:
+        device.close()
+    _out(f"{name} is ready")
 
 
 @app.command()

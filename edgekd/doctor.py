@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from edgekd import plugins
-from edgekd.types import Json
+from edgekd.errors import UsageError
+from edgekd.profiles import device_names, device_of, load_profile
+from edgekd.types import DeviceStatus, Json
 
 __all__ = ["KNOWN_BAD", "BadPair", "device_facts", "diagnose", "target_facts"]
 
@@ -59,8 +62,23 @@ def target_facts() -> list[Json]:
 
 
 def device_facts() -> list[Json]:
-    """Every device: whether it can be used now, and for which targets."""
-    return [{"device": name, **plugins.load_device(name).probe().to_json()} for name in plugins.device_names()]
+    """Every device: whether it can be used now, and for which targets.
+
+    What the device says of itself goes before what its profile says.
+    """
+    with ThreadPoolExecutor(max_workers=8) as pool:  # most of it is waiting for those that do not answer
+        return list(pool.map(_device_fact, device_names()))
+
+
+def _device_fact(name: str) -> Json:
+    kind, facts = "", {}
+    try:
+        profile = load_profile(name)
+        kind, facts = profile.kind, profile.facts
+        status = device_of(profile).probe()
+    except UsageError as error:  # a file of the user's that is wrong hides no other device
+        status = DeviceStatus(reachable=False, reason=str(error))
+    return {"device": name, "kind": kind, **status.to_json(), "facts": facts | status.facts}
 
 
 def diagnose() -> list[Json]:
@@ -75,7 +93,8 @@ def diagnose() -> list[Json]:
         findings.append(_finding(state, f"target {fact['target']}", fact["reason"] or "ready", mend))
     for fact in device_facts():
         found = f"runs {', '.join(fact['targets'])}" if fact["reachable"] else fact["reason"]
-        findings.append(_finding("good" if fact["reachable"] else "bad", f"device {fact['device']}", found, ""))
+        # A phone that is not attached is no fault of this machine.
+        findings.append(_finding("good" if fact["reachable"] else "warn", f"device {fact['device']}", found, ""))
         findings += [
             _finding("warn", f"device {fact['device']}", f"does not run {target}", reason)
             for target, reason in fact["not_run"].items()

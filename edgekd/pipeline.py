@@ -19,13 +19,14 @@ from edgekd.compress import PORTABLE, WEIGHT_BITS
 from edgekd.distill import ArmResult, arm_inputs, arms_of, choose_arm, load_result, threads_of, train_arm
 from edgekd.errors import CacheError, UsageError
 from edgekd.export import Proof, Request, requests_of, toolchain, verify_artifact, write_request
+from edgekd.profiles import device_of, load_profile
 from edgekd.protocols import Options, Progress
 from edgekd.prune import parse_pruning
 from edgekd.recovery import Settings, calibration_split, compressed, pruned, settings_of, training_inputs
 from edgekd.regressions import note_regressions
 from edgekd.store import MANIFEST, hash_path, load_artifact, load_student, read_json, save_student, write_json
 from edgekd.tune import CANDIDATES, settle
-from edgekd.types import Artifact, Json, Measurement, Plan, Precision, Student
+from edgekd.types import Artifact, Json, Measurement, Plan, Precision, Profile, Student
 from edgekd.workspace import SPLITS, Workspace
 
 __all__ = [
@@ -309,7 +310,9 @@ def bench_stage(
     proof = proof_of(work)
     assert proof.task is not None
     artifacts = [(load_artifact(folder), folder) for folder in folders]
-    for name in devices or spec.devices:
+    for asked in devices or _recipe_devices(work):
+        profile = load_profile(asked)
+        name = profile.name
         inputs: Json = {
             "artifacts": {folder.name: artifact.sha256 for artifact, folder in artifacts},
             "plan": plan.to_json(),
@@ -317,10 +320,10 @@ def bench_stage(
             "samples": work.recipe.export.accuracy_samples,
         }
 
-        def make(name: str = name) -> list[Path]:
+        def make(profile: Profile = profile, name: str = name) -> list[Path]:
             teacher_top = None if proof.teacher is None else proof.teacher.argmax(axis=1)
             measured = session.measure_many(
-                artifacts, name, plugins.load_device(name), proof.task, proof.labels, teacher_top, plan, progress
+                artifacts, name, device_of(profile), proof.task, proof.labels, teacher_top, plan, progress
             )
             paths = []
             for (_, folder), measurement in zip(artifacts, measured, strict=True):
@@ -333,6 +336,12 @@ def bench_stage(
     measurements = measurements_of(work)
     note_regressions(folders, measurements)
     return measurements
+
+
+def _recipe_devices(work: Workspace) -> list[str]:
+    """Those of the recipe: names, or paths relative to it."""
+    folder = work.recipe.folder
+    return [str(folder / name) if name.endswith(".toml") else name for name in work.recipe.bench.devices]
 
 
 def measurements_of(work: Workspace) -> list[Measurement]:

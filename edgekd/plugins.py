@@ -17,15 +17,15 @@ from types import ModuleType
 from typing import Any, cast
 
 from edgekd.errors import MissingToolchainError, UsageError
-from edgekd.protocols import Device, Exporter
+from edgekd.protocols import Exporter, Kind
 
 __all__ = [
-    "device_names",
     "exporter_names",
     "exporter_of",
-    "load_device",
+    "kind_names",
     "load_exporter",
     "load_function",
+    "load_kind",
     "load_module",
     "missing",
     "require",
@@ -37,7 +37,7 @@ def exporter_names() -> tuple[str, ...]:
     return _names("edgekd.exporters")
 
 
-def device_names() -> tuple[str, ...]:
+def kind_names() -> tuple[str, ...]:
     """Names of all kinds of device."""
     return _names("edgekd.devices")
 
@@ -51,13 +51,13 @@ def load_exporter(name: str) -> Exporter:
     return cast(Exporter, _load("edgekd.exporters", name, "EXPORTER", "exporter"))
 
 
-def load_device(kind: str) -> Device:
+def load_kind(name: str) -> Kind:
     """The kind of device of that name.
 
     Raises:
         UsageError: There is no such kind; the message has those that exist.
     """
-    return cast(Device, _load("edgekd.devices", kind, "DEVICE", "kind of device"))
+    return cast(Kind, _load("edgekd.devices", name, "DEVICE", "kind of device"))
 
 
 def exporter_of(path: Path) -> str:

@@ -10,12 +10,26 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from edgekd.contents import Contents
-from edgekd.types import Artifact, Block, Conversion, DeviceStatus, Plan, Precision, Student, TensorSpec
+from edgekd.types import Artifact, Block, Conversion, DeviceStatus, Plan, Precision, Profile, Student, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-__all__ = ["Arrays", "Augmentation", "Device", "Exporter", "Loss", "Options", "Progress", "Runner", "Step", "Tracing"]
+__all__ = [
+    "Arrays",
+    "Augmentation",
+    "Device",
+    "Exporter",
+    "Kind",
+    "Loss",
+    "Options",
+    "Preparable",
+    "Progress",
+    "Runner",
+    "Settings",
+    "Step",
+    "Tracing",
+]
 
 Arrays: TypeAlias = Mapping[str, np.ndarray]
 """Arrays by input or output name, samples on the first axis."""
@@ -113,8 +127,32 @@ class Exporter(Protocol):
         """
 
 
+class Settings(BaseModel):
+    """What a kind of device can be told: ``[settings]`` in a device's TOML. A kind has a subclass."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Kind(Protocol):
+    """A kind of device: ``devices/<kind>.py`` with ``DEVICE``, or an entry point in group ``edgekd.devices``.
+
+    Attributes:
+        settings: What can be set; checked before the device is made.
+    """
+
+    settings: type[Settings]
+
+    def __call__(self, profile: Profile, settings: Any) -> Device:
+        """One device of this kind; nothing is touched yet.
+
+        Args:
+            profile: Its TOML.
+            settings: An instance of ``self.settings``, from the profile.
+        """
+
+
 class Device(Protocol):
-    """A kind of device: ``devices/<kind>.py`` with ``DEVICE``, or an entry point in group ``edgekd.devices``."""
+    """One device."""
 
     def probe(self) -> DeviceStatus:
         """Look, without changing anything."""
@@ -133,7 +171,23 @@ class Device(Protocol):
             The blocks, and the outputs by the file's names.
 
         Raises:
-            DeviceError: The device went away or its runtime failed.
+            DeviceError: The device went away, is another one than the profile's, or its runtime failed.
+        """
+
+    def close(self) -> None:
+        """End a sitting: whoever called ``run`` calls this in ``finally``. Files, connections and modes that the runs
+        left for one another are undone; without effect when there are none, and no error when the device is gone."""
+
+
+@runtime_checkable
+class Preparable(Protocol):
+    """What a device may offer beside its runs: to be set up. Nothing is installed anywhere else."""
+
+    def prepare(self, progress: Progress) -> None:
+        """Install what its runs need, and say what and where.
+
+        Raises:
+            DeviceError: It failed; what was there before still is.
         """
 
 

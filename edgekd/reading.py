@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from edgekd import plugins
 from edgekd.errors import RecipeError, UsageError
+from edgekd.profiles import load_profile
 from edgekd.protocols import Options
 from edgekd.recipe import Export, Recipe
 from edgekd.types import Json
@@ -167,8 +168,10 @@ def _cross_faults(table: Json, folder: Path) -> list[str]:
         faults.append(f"distill.ship: {ship!r} is not an arm; 'best' or one of distill.arms would work")
     faults += _export_faults(section("export"), each("export", "targets"), each("export", "precisions"))
     for index, device in enumerate(each("bench", "devices")):
-        if device not in plugins.device_names():
-            faults.append(f"bench.devices.{index}: no device {device!r}; there are {', '.join(plugins.device_names())}")
+        try:
+            load_profile(str(folder / device) if device.endswith(".toml") else device)
+        except UsageError as error:
+            faults.append(f"bench.devices.{index}: {error}")
     labels = table.get("labels", [])
     if isinstance(labels, list) and len({str(label) for label in labels}) != len(labels):
         faults.append("labels: a name stands twice; every class needs its own")

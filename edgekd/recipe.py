@@ -160,6 +160,7 @@ class Bench(_Table):
     """Where and how it is measured."""
 
     devices: tuple[str, ...] = ("host",)
+    """Names, or paths of .toml files."""
     threads: Count = 1
     blocks: Count = 6
     warmup_s: Annotated[float, Field(ge=0)] = 0.5

@@ -12,6 +12,7 @@ from edgekd.errors import UsageError
 from edgekd.export import Proof, Request
 from edgekd.models import run_program
 from edgekd.parity import TOLERANCES, compare, run_file
+from edgekd.profiles import load_device
 from edgekd.protocols import Progress
 from edgekd.store import MANIFEST, load_artifact, write_json
 from edgekd.types import Artifact, Measurement, Plan, Precision, Student
@@ -78,9 +79,7 @@ def tune(
     """
     session = plugins.load_module("edgekd.benchmarks.session")
     artifacts = [(load_artifact(folder), folder) for folder in folders]
-    measured = session.measure_many(
-        artifacts, "host", plugins.load_device("host"), proof.samples, None, None, plan, progress
-    )
+    measured = session.measure_many(artifacts, "host", load_device("host"), proof.samples, None, None, plan, progress)
     if measured[0].status != "measured":
         raise UsageError(f"--tune cannot measure {artifacts[0][0].target} here: {measured[0].reason}")
     parent = artifacts[0][0]
@@ -110,7 +109,7 @@ def settle(
     """
     asked = [folder for request, folder in written.items() if request.is_asked]
     for target in dict.fromkeys(request.target for request in requests if request.is_candidate):
-        runs = plugins.load_device("host").probe()
+        runs = load_device("host").probe()
         forms = {r.precision: folder for r, folder in written.items() if r.target == target and r.is_candidate}
         if not forms:
             raise UsageError(f"int8 was asked, and none of its forms could be written for {target}; keep fp32 or fp16")

@@ -28,6 +28,7 @@ __all__ = [
     "Parity",
     "Plan",
     "Precision",
+    "Profile",
     "Retraining",
     "Student",
     "TensorSpec",
@@ -376,7 +377,10 @@ class Block(JsonMixin):
         warmup_ms, latency_ms: One value per inference, in order.
         peak_memory_bytes: Of the process, resident.
         converged: Whether warm-up settled before its cap.
-        conditions: Clock, governor, temperature, versions: what was readable, as text.
+        conditions: Clock, governor, temperature, versions: what was readable, as text. ``emulated`` says by what, where
+            the time is not that of the device's own hardware.
+        void: Why the block says nothing about the file (the device throttled, the page was hidden); empty when it does.
+            A void block is measured again, with its partner, and counted.
     """
 
     runtime_load_ms: float
@@ -387,6 +391,7 @@ class Block(JsonMixin):
     peak_memory_bytes: int | None
     converged: bool
     conditions: dict[str, str] = field(default_factory=dict)
+    void: str = ""
 
 
 @dataclass(frozen=True)
@@ -418,6 +423,27 @@ class Measurement(JsonMixin):
     teacher_agreement: float | None = None
     samples: int = 0
     flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Profile(JsonMixin):
+    """One device as its TOML file tells it: ``devices/<name>.toml``, or one of the user's own (``edgekd.profiles``).
+
+    Attributes:
+        name: The file's, without its suffix.
+        kind: Name of the module that drives it.
+        facts: Model, processor, memory …: what is told of it, as text.
+        sources: Where each fact is from, by the fact's name.
+        identity: What the device must say of itself, or it is another one: which words, its kind knows.
+        settings: How to reach and drive it; its kind checks them.
+    """
+
+    name: str
+    kind: str
+    facts: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    identity: dict[str, str] = field(default_factory=dict)
+    settings: Json = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pytest
 
 from edgekd.devices.host import HostDevice
 from edgekd.errors import DeviceError, StorageError, UsageError
-from edgekd.plugins import load_device
+from edgekd.profiles import load_device
 from edgekd.types import Artifact, Plan
 
 QUICK = Plan(blocks=2, warmup_runs=3, warmup_s=0.0, min_runs=10, min_s=0.0, max_s=2.0)
@@ -126,7 +126,7 @@ def test_no_process_outlives_the_one_that_measures(onnx_file: File, tmp_path: Pa
         import json, signal, numpy as np
         from pathlib import Path
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it otherwise
-        from edgekd.plugins import load_device
+        from edgekd.profiles import load_device
         from edgekd.types import Artifact, Plan
         artifact = Artifact.from_json(json.loads({json.dumps(artifact.to_json())!r}))
         plan = Plan(blocks=1, warmup_runs=1, warmup_s=0.0, min_s=60.0, max_s=60.0)

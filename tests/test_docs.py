@@ -20,14 +20,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 EXAMPLES = ("digits", "fashion", "spam")
 ARMS = ("control", "kd", "dist")
 COMMANDS = ["init", "check", "capture", "distill", "compress", "export", "lint", "verify", "bench", "report", "run"]
-COMMANDS += ["targets", "devices", "doctor", "schema"]
+COMMANDS += ["targets", "devices", "devices prepare", "doctor", "schema"]
 
 pytestmark = pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="only in a checkout")
 
 
 def help_page(command: str) -> str:
     environment = {**os.environ, "COLUMNS": "110", "TERM": "dumb", "NO_COLOR": "1"}
-    arguments = [command, "--help"] if command else ["--help"]
+    arguments = [*command.split(), "--help"]
     done = subprocess.run(
         [sys.executable, "-c", "from edgekd.cli import app; app(prog_name='edgekd')", *arguments],
         capture_output=True,

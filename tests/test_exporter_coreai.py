@@ -22,7 +22,7 @@ from edgekd.export import Proof, export_student
 from edgekd.exporters.coreai import EXPORTER
 from edgekd.models import export_program, input_specs, output_specs, program_bytes, run_program
 from edgekd.parity import compare, run_file
-from edgekd.plugins import load_device
+from edgekd.profiles import load_device
 from edgekd.store import hash_path, size_of
 from edgekd.types import Card, Student
 

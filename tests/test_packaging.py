@@ -19,8 +19,8 @@ in_tree = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="on
 
 def test_the_built_in_targets_and_devices_are_found() -> None:
     assert {"coreai", "coreml", "executorch", "onnx", "tflite"} <= set(plugins.exporter_names())
-    assert "host" in plugins.device_names()
-    assert "agent" not in plugins.device_names()
+    assert {"fake", "host"} <= set(plugins.kind_names())
+    assert "agent" not in plugins.kind_names()
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ def test_unknown_target_names_the_known() -> None:
         plugins.load_exporter("corml")
 
 
-def test_unknown_device_names_the_known() -> None:
+def test_unknown_kind_of_device_names_the_known() -> None:
     with pytest.raises(UsageError, match=r"no kind of device called 'pixel'; there are .*host"):
-        plugins.load_device("pixel")
+        plugins.load_kind("pixel")
 
 
 def test_a_missing_toolchain_is_answered_with_its_install_line() -> None:

@@ -1,0 +1,117 @@
+"""What host and ssh share: the agent's job, how long to wait for it, and why it ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekd.errors import UsageError
+from edgekd.protocols import Arrays
+from edgekd.types import Artifact, Plan
+
+from . import agent
+
+START_S = 300  # what starting a process and loading a file may take
+SAMPLE_S = 5  # what one sample's outputs may take
+TAIL_LINES = 3  # of the stderr of a process that could not end with a line of its own
+
+
+@dataclass(frozen=True)
+class Packages:
+    """What must be installed for a target.
+
+    Attributes:
+        module: That must be importable.
+        extra: Of edgekd, that installs it.
+        names: Packages that the agent needs from PyPI, beside NumPy.
+    """
+
+    module: str
+    extra: str
+    names: tuple[str, ...]
+
+
+RUNTIMES: Mapping[str, Packages] = {
+    "onnx": Packages("onnxruntime", "onnx", ("onnxruntime",)),
+    "tflite": Packages("ai_edge_litert", "tflite", ("ai-edge-litert",)),
+    "executorch": Packages("executorch", "executorch", ("executorch",)),
+}
+
+NOT_RUN: Mapping[str, str] = {
+    "coreml": "Core ML runs on Apple devices only; use a Mac or an iPhone",
+    "coreai": "off Apple devices Core AI's runtime proves files and its times mean nothing; "
+    "use a device with iOS 27 or macOS 27",
+}
+
+
+def checked_inputs(who: str, artifact: Artifact, inputs: Arrays, plan: Plan, targets: Sequence[str]) -> Arrays:
+    """The inputs that the file takes, in its order.
+
+    Raises:
+        UsageError: The device does not run the target, an input is lacking, or the plan has no block.
+    """
+    if artifact.target not in targets:
+        raise UsageError(f"{who} runs {', '.join(targets) or 'nothing'}; not {artifact.target!r}")
+    if plan.blocks < 1 or plan.threads < 1 or plan.min_runs < 1:
+        raise UsageError(f"a plan needs at least 1 block, thread and run; this one has {plan}")
+    names = [spec.name for spec in artifact.inputs]
+    lacking = [name for name in names if name not in inputs]
+    if lacking:
+        raise UsageError(f"{artifact.path} takes input {lacking[0]!r}; given are {', '.join(inputs) or 'none'}")
+    return {name: inputs[name] for name in names}
+
+
+def agent_file() -> Any:
+    """The one-file agent, as a context manager that gives its path."""
+    return as_file(files("edgekd.devices") / "agent.py")
+
+
+def make_job(artifact: Artifact, model: str, plan: Plan, session_config: Mapping[str, str]) -> dict[str, Any]:
+    """A job for the agent, without outputs; ``with_outputs`` adds them."""
+    return {
+        "target": artifact.target,
+        "model": model,
+        "input_names": [spec.name for spec in artifact.inputs],
+        "output_names": [spec.name for spec in artifact.outputs],
+        "sample": "sample.npz",
+        "inputs": None,
+        "outputs": None,
+        "result": "block.json",
+        "session_config": dict(session_config),
+        "plan": dataclasses.asdict(plan),
+    }
+
+
+def write_inputs(folder: Path, artifact: Artifact, inputs: Arrays) -> None:
+    """``sample.npz``, what is timed, and ``inputs.npz``, what outputs are wanted for."""
+    batch = max(1, artifact.inputs[0].shape[0])
+    np.savez(folder / "sample.npz", allow_pickle=False, **{name: array[:batch] for name, array in inputs.items()})
+    np.savez(folder / "inputs.npz", allow_pickle=False, **dict(inputs))
+
+
+def limit_s(plan: Plan, samples: int) -> float:
+    """When to give up on one process, in seconds."""
+    return START_S + (plan.warmup_s + agent.SETTLING_S + plan.max_s) * 2 + samples * SAMPLE_S
+
+
+def last_words(code: int, said: str) -> str:
+    """Why a process ended, on one line: the agent's own line, or the signal and the end of what it printed.
+
+    Args:
+        code: Negative for a signal; a shell's ``128 + signal`` means the same.
+        said: Its stderr.
+    """
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    number = -code if code < 0 else code - 128 if code > 128 else 0
+    if not number:
+        return lines[-1] if lines else f"the measuring process ended with exit code {code} and said nothing"
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    hint = ", perhaps for lack of memory" if number == signal.SIGKILL else ""
+    return f"the measuring process was ended by {name}{hint}; {' | '.join(lines[-TAIL_LINES:]) or 'it said nothing'}"
