@@ -23,6 +23,7 @@ from edgekd.quiet import quiet
 from edgekd.types import TensorSpec
 
 __all__ = [
+    "OPEN",
     "at_batch",
     "bind_inputs",
     "call_arguments",
@@ -32,6 +33,7 @@ __all__ = [
     "export_program",
     "input_specs",
     "load_program",
+    "open_axes",
     "output_specs",
     "program_bytes",
     "rename_outputs",
@@ -155,11 +157,14 @@ def _refuse_pickle(path: Path) -> None:
 def input_specs(program: ExportedProgram) -> tuple[TensorSpec, ...]:
     """User inputs by name, shape (-1 where dynamic) and dtype."""
     wanted = set(program.graph_signature.user_inputs)
-    return tuple(
-        _spec(node.name, node.meta["val"])
-        for node in program.graph.nodes
-        if node.op == "placeholder" and node.name in wanted and isinstance(node.meta.get("val"), Tensor)
-    )
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    return tuple(_spec(name, value) for name, value in values.items() if name in wanted and isinstance(value, Tensor))
+
+
+def _inputs(program: ExportedProgram) -> list[Tensor]:
+    """Fake tensors of the user inputs, in the order of :func:`input_specs`."""
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    return [values[spec.name] for spec in input_specs(program)]
 
 
 def output_specs(program: ExportedProgram) -> tuple[TensorSpec, ...]:
@@ -173,39 +178,57 @@ def _spec(name: str, value: Tensor) -> TensorSpec:
     return TensorSpec(name=name, shape=shape, dtype=str(value.dtype).removeprefix("torch."))
 
 
-def at_batch(program: ExportedProgram, batch: int = 1) -> ExportedProgram:
+OPEN = -1
+"""Of an axis: any size is taken, as in :attr:`TensorSpec.shape`."""
+
+
+def at_batch(program: ExportedProgram, batch: int = 1, length: int | None = None) -> ExportedProgram:
     """The same program with its batch axis fixed, as phones run it; one that is fixed already is returned as it is.
 
+    Args:
+        batch, length: See :func:`retrace`.
+
     Raises:
-        ModelFileError: An axis other than the first is dynamic: no size can be guessed for it.
+        ModelFileError: An axis other than the first is dynamic and no length is given: no size can be guessed for it.
     """
     if all(-1 not in spec.shape for spec in input_specs(program)):
         return program
-    return retrace(program.module(), program, batch)
+    return retrace(program.module(), program, batch, length)
 
 
-def retrace(module: nn.Module, program: ExportedProgram, batch: int | None = None) -> ExportedProgram:
+def retrace(
+    module: nn.Module, program: ExportedProgram, batch: int = OPEN, length: int | None = None
+) -> ExportedProgram:
     """Export a rewritten module of a program again: names of inputs and outputs stay, however the module computes them.
 
     Args:
         module: Takes and returns what ``program.module()`` does.
         program: What the module was made from.
-        batch: Fixes a dynamic batch; None keeps it dynamic where it was.
+        batch: Fixes a dynamic batch; ``OPEN`` keeps it dynamic where it was.
+        length: The same for all other dynamic axes. None keeps them where the batch stays open, and refuses them where
+            it is fixed.
 
     Raises:
         ModelFileError: ``torch.export`` cannot trace the module; the message is its first line. Or an axis other
-            than the first is dynamic.
+            than the first is dynamic and its size is not told.
     """
-    tensors = example_inputs(program, batch or 2)
+    if length is None and batch == OPEN:
+        length = OPEN
     shapes = torch.export.ShapesCollection()
-    size = Dim("batch")
-    for spec, tensor in zip(input_specs(program), tensors, strict=True):
-        if -1 in spec.shape[1:]:
-            raise ModelFileError(
-                f"input {spec.name!r} {spec.shape} has a dynamic axis besides the batch; export it fixed"
-            )
-        if batch is None and -1 in spec.shape:
-            shapes[tensor] = {0: size}
+    tensors = example_inputs(program)
+    for place, (spec, axes) in enumerate(zip(input_specs(program), _dims(program), strict=True)):
+        sizes = list(tensors[place].shape)
+        for axis in axes:
+            wanted = batch if axis == 0 else length
+            if wanted is None:
+                raise ModelFileError(
+                    f"input {spec.name!r} {spec.shape} has a dynamic axis besides the batch; export it fixed"
+                )
+            sizes[axis] = wanted if wanted != OPEN else max(2, sizes[axis])  # torch.export takes 1 for fixed
+        tensors[place] = tensors[place].new_zeros(sizes)
+        kept = {axis: dim for axis, dim in axes.items() if (batch if axis == 0 else length) == OPEN}
+        if kept:
+            shapes[tensors[place]] = kept
     args, kwargs = call_arguments(program, tensors)
     dynamic = shapes if len(shapes) else None
     try:
@@ -213,6 +236,43 @@ def retrace(module: nn.Module, program: ExportedProgram, batch: int | None = Non
     except Exception as error:
         raise ModelFileError(f"torch.export cannot trace the rewritten program: {_first_line(error)}") from error
     return rename_outputs(_without_origin(traced), [str(name) for name in program.graph_signature.user_outputs])
+
+
+def open_axes(program: ExportedProgram) -> list[dict[int, tuple[int, int | None]]]:
+    """Of each input, its dynamic axes with the smallest and the largest size that they take, None without an end."""
+    found: list[dict[int, tuple[int, int | None]]] = []
+    for value in _inputs(program):
+        found.append({})
+        for axis, size in enumerate(value.shape):
+            if not isinstance(size, int):
+                limits = program.range_constraints.get(size.node.expr)
+                ends = limits is not None and limits.upper.is_Integer
+                low = 0 if limits is None else int(limits.lower)
+                found[-1][axis] = low, int(limits.upper) if ends else None
+    return found
+
+
+def _dims(program: ExportedProgram) -> list[dict[int, Any]]:
+    """What torch.export calls a ``Dim``, for each dynamic axis: the same one for sizes that are the same.
+
+    Raises:
+        ModelFileError: A size is no free one, but computed from another (twice as long …).
+    """
+    dims: dict[str, Any] = {}
+    found: list[dict[int, Any]] = []
+    for spec, value, axes in zip(input_specs(program), _inputs(program), open_axes(program), strict=True):
+        found.append({})
+        for axis, (low, high) in axes.items():
+            size = str(value.shape[axis])
+            if not size.isidentifier():
+                raise ModelFileError(f"axis {axis} of input {spec.name!r} is {size}, a size that follows from another")
+            if size not in dims:
+                name = "batch" if axis == 0 else "length"
+                while name in {dim.__name__ for dim in dims.values()}:
+                    name += "_"
+                dims[size] = Dim(name, min=low if low > 1 else None, max=high)
+            found[-1][axis] = dims[size]
+    return found
 
 
 def call_arguments(program: ExportedProgram, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -253,12 +313,20 @@ def rename_outputs(program: ExportedProgram, names: Sequence[str]) -> ExportedPr
     return program
 
 
-def example_inputs(program: ExportedProgram, batch: int = 1) -> tuple[Tensor, ...]:
-    """Zeros in the shapes of the program, with the given batch where it is dynamic."""
-    return tuple(
-        torch.zeros([batch if size == -1 else size for size in spec.shape], dtype=getattr(torch, spec.dtype))
-        for spec in input_specs(program)
-    )
+def example_inputs(program: ExportedProgram, batch: int = 1) -> list[Tensor]:
+    """Zeros in the shapes of the program, with the given batch where it is dynamic.
+
+    Other dynamic axes have 8, or what is nearest to it of the sizes that the program takes; each another size.
+    """
+    lengths: dict[str, int] = {}
+    tensors = []
+    for spec, value, axes in zip(input_specs(program), _inputs(program), open_axes(program), strict=True):
+        shape = list(spec.shape)
+        for axis, (low, high) in axes.items():
+            size = max(low, 8 + len(lengths)) if high is None else max(low, min(high, 8 + len(lengths)))
+            shape[axis] = batch if axis == 0 else lengths.setdefault(str(value.shape[axis]), size)
+        tensors.append(torch.zeros(shape, dtype=getattr(torch, spec.dtype)))
+    return tensors
 
 
 def bind_inputs(specs: Sequence[TensorSpec], arrays: Arrays) -> dict[str, np.ndarray]:

@@ -12,9 +12,11 @@ import numpy as np
 from torch.export import ExportedProgram
 
 from edgekd.errors import ExportError, UsageError
+from edgekd.models import OPEN
 from edgekd.types import Card, Precision, Student, TensorSpec
 
 from ._mil_options import CoreMLOptions, pixels
+from ._sizes import Sizes, check_open
 
 __all__ = ["PROBABILITIES", "convert", "describe", "input_types", "label_output", "without_bars"]
 
@@ -27,8 +29,8 @@ _MOST_SHAPES = 128  # that an input of Core ML can list
 def input_types(
     student: Student,
     specs: tuple[TensorSpec, ...],
-    batch: tuple[int, ...] | range,
-    length: tuple[int, ...] | range | None,
+    batch: Sizes,
+    length: Sizes | None,
     options: CoreMLOptions,
 ) -> list[Any]:
     """Core ML's types of the inputs: images, and shapes with open axes.
@@ -38,10 +40,11 @@ def input_types(
     """
     import coremltools as ct
 
+    check_open(student.program, "coreml", options.batch, options.length)
     found = pixels(student) if options.image else None
     types: list[Any] = []
     for spec in specs:
-        shape = _shape(spec, batch, length, options)
+        shape = _shape(spec, batch, length)
         if found is not None and spec.name == found.name:
             types.append(ct.ImageType(spec.name, shape, color_layout=getattr(ct.colorlayout, found.layout)))
         else:
@@ -49,27 +52,12 @@ def input_types(
     return types
 
 
-def _shape(
-    spec: TensorSpec, batch: tuple[int, ...] | range, length: tuple[int, ...] | range | None, options: CoreMLOptions
-) -> Any:
+def _shape(spec: TensorSpec, batch: Sizes, length: Sizes | None) -> Any:
     import coremltools as ct
 
-    choices: list[tuple[int, ...] | range] = []
+    choices: list[Sizes] = []
     for axis, size in enumerate(spec.shape):
-        wanted = batch if axis == 0 else (length if size == -1 else (size,))
-        name = "batch" if axis == 0 else "length"
-        if wanted is None:
-            raise UsageError(f"axis {axis} of input {spec.name!r} {spec.shape} is open; set length, as 16,32 or 1..128")
-        if size != -1 and tuple(wanted) != (size,):
-            raise UsageError(
-                f"coreml {name}={getattr(options, name)} takes a program with that axis open; input {spec.name!r} is "
-                f"{spec.shape}"
-            )
-        choices.append(wanted)
-    if length is not None and not any(size == -1 for size in spec.shape[1:]):
-        raise UsageError(
-            f"coreml length={options.length} takes a program with an open axis; {spec.name!r} is {spec.shape}"
-        )
+        choices.append(batch if axis == 0 else (length or ()) if size == OPEN else (size,))
     ranges = [isinstance(choice, range) for choice in choices]
     lists = [not isinstance(choice, range) and len(choice) > 1 for choice in choices]
     if any(ranges) and any(lists):

@@ -16,7 +16,7 @@ from edgekd.parity import LOGITS
 from edgekd.protocols import Arrays, Options
 from edgekd.types import Student, TensorSpec
 
-__all__ = ["SYSTEMS", "CoreMLOptions", "Pixels", "pixels", "probabilities", "sizes"]
+__all__ = ["SYSTEMS", "CoreMLOptions", "Pixels", "pixels", "probabilities"]
 
 SYSTEMS = ("iOS15", "iOS16", "iOS17", "iOS18")
 """Deployment targets, oldest first."""
@@ -211,23 +211,3 @@ def _replaced(value: Any, old: Any, new: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_replaced(item, old, new) for item in value)
     return new if value is old else value
-
-
-def sizes(text: str, option: str) -> tuple[int, ...] | range:
-    """``4``, ``1,4,8`` or ``1..8``.
-
-    Raises:
-        UsageError: It is none of them.
-    """
-    try:
-        if ".." in text:
-            low, high = (int(part) for part in text.split(".."))
-            if 0 < low < high:
-                return range(low, high + 1)
-        else:
-            listed = tuple(int(part) for part in text.split(","))
-            if listed and min(listed) > 0:
-                return listed
-    except ValueError:
-        pass
-    raise UsageError(f"coreml {option}={text!r} is no size (1), list of sizes (1,4,8) or range (1..8)")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["add_constant", "array_of", "drop_unused", "producer_type", "replace_node", "tidy"]
+__all__ = ["add_constant", "array_of", "drop_unused", "name_axes", "producer_type", "replace_node", "tidy"]
 
 
 def tidy(graph: ir.Graph) -> None:
@@ -22,6 +24,29 @@ def tidy(graph: ir.Graph) -> None:
             value.metadata_props.clear()
             if value.name in taken and value is not taken[value.name]:
                 value.name = f"{value.name}_inner"
+
+
+def name_axes(graph: ir.Graph) -> None:
+    """Call open axes ``batch`` and ``length``, where torch calls them ``s43``, also in sizes that follow from them."""
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        for axis, size in enumerate(value.shape or ()):
+            if isinstance(size, ir.SymbolicDim) and size.value is not None and size.value not in names:
+                name = "batch" if axis == 0 else "length"
+                while name in names.values():
+                    name += "_"
+                names[size.value] = name
+    if not names:
+        return
+    symbols = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in names))
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                symbols.sub(lambda found: names[found.group()], size.value)
+                if isinstance(size, ir.SymbolicDim) and size.value is not None
+                else size
+                for size in value.shape
+            )
 
 
 def drop_unused(graph: ir.Graph) -> None:

@@ -27,10 +27,11 @@ from ._mil_compress import Scheme, compress_weights
 from ._mil_contents import read_contents
 from ._mil_convert import convert, describe, input_types, label_output, without_bars
 from ._mil_fold import fold_pads
-from ._mil_options import SYSTEMS, CoreMLOptions, probabilities, sizes
+from ._mil_options import SYSTEMS, CoreMLOptions, probabilities
 from ._mil_prepare import is_quantized, prepare_program, within_half
 from ._mil_runner import ProgramRunner
 from ._mil_write import rename_features, write_package
+from ._sizes import sizes
 
 __all__ = ["EXPORTER", "CoreMLExporter", "load"]
 
@@ -78,7 +79,8 @@ class CoreMLExporter:
         """
         _check(student, precision, options)
         student, _ = options.applied(student, {})
-        batch, length = sizes(options.batch, "batch"), sizes(options.length, "length") if options.length else None
+        batch = sizes(options.batch, "coreml", "batch")
+        length = sizes(options.length, "coreml", "length") if options.length else None
         flexible = batch != (1,) or length is not None
         program = student.program if flexible else at_batch(student.program)
         inputs, outputs = input_specs(program), output_specs(program)

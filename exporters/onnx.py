@@ -15,11 +15,13 @@ from edgekd.compress import STATIC
 from edgekd.contents import Contents
 from edgekd.errors import DataError, ExportError, ModelFileError, UsageError
 from edgekd.parity import conversions
-from edgekd.protocols import Arrays, Exporter, Options, Runner
+from edgekd.protocols import Arrays, Runner
 from edgekd.quiet import quiet
 from edgekd.types import Conversion, Precision, Student, TensorSpec, Tolerance
 
 from ._onnx_contents import read_contents
+from ._onnx_options import OnnxOptions
+from ._sizes import few_of, sizes, with_axes
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -51,6 +53,9 @@ W4_TOLERANCE = Tolerance(None, 0.95, 0.8)
 """Real models lose more to 4 bits than to 8: MiniLM's sentence vectors come to a cosine of 0.974 (w8: 0.9995)."""
 
 
+_DEFAULTS = OnnxOptions()
+
+
 class OnnxExporter:
     """See :class:`edgekd.protocols.Exporter`.
 
@@ -67,9 +72,9 @@ class OnnxExporter:
         **conversions("fp32", "fp16", "w8", "w8d8", "w8a8", "w4a8", "auto"),
         "w4": Conversion("fp32", W4_TOLERANCE),
     }
-    options = Options
+    options = OnnxOptions
 
-    def write(self, student: Student, path: Path, precision: Precision, options: Options = Options()) -> None:
+    def write(self, student: Student, path: Path, precision: Precision, options: OnnxOptions = _DEFAULTS) -> None:
         source = self.precisions[precision].source
         if student.card.precision != source:
             raise UsageError(
@@ -77,14 +82,14 @@ class OnnxExporter:
             )
         _refuse_large(student)
         with quiet():
-            model = _translate(student, precision)
+            model = _translate(student, precision, options)
             if precision == "fp16":
                 model = _halve(model)
             elif precision == "w8d8":
                 model = _quantize_dynamically(model)
             elif precision == "w4":
                 model = _quantize_blocks(model)
-        _describe(model, student, precision)
+        _describe(model, student, precision, options)
         path.write_bytes(model.SerializeToString(deterministic=True))
 
     def load(self, path: Path) -> Runner:
@@ -95,7 +100,11 @@ class OnnxExporter:
 
 
 class OnnxRunner:
-    """A file in ONNX Runtime on the CPU."""
+    """A file in ONNX Runtime on the CPU.
+
+    Attributes:
+        batch_sizes: Some of those that the file says it is for; the one that it has, or 1, where it says nothing.
+    """
 
     def __init__(self, path: Path, threads: int = 1) -> None:
         import onnxruntime
@@ -111,6 +120,8 @@ class OnnxRunner:
             raise ModelFileError(f"{path} is not a model that ONNX Runtime reads: {_first_line(error)}") from error
         self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
         self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
+        batch = self._session.get_modelmeta().custom_metadata_map.get("edgekd.batch")
+        self.batch_sizes = few_of(sizes(batch, "onnx", "batch")) if batch else (max(1, self.inputs[0].shape[0]),)
 
     def __call__(self, inputs: Arrays) -> dict[str, np.ndarray]:
         feed = {
@@ -125,7 +136,7 @@ class OnnxRunner:
         return dict(zip(names, outputs, strict=True))
 
 
-EXPORTER: Exporter = OnnxExporter()
+EXPORTER = OnnxExporter()
 
 
 def session_options(threads: int = 1) -> Any:
@@ -151,19 +162,19 @@ def _refuse_large(student: Student) -> None:
         )
 
 
-def _translate(student: Student, precision: Precision) -> ModelProto:
-    """The program as ONNX, for a batch of one, with its own names of inputs and outputs."""
+def _translate(student: Student, precision: Precision, options: OnnxOptions) -> ModelProto:
+    """The program as ONNX, for the sizes that were asked for, with its own names of inputs and outputs."""
     import onnx_ir
     import torch
 
-    from edgekd.models import at_batch, input_specs, output_specs
+    from edgekd.models import input_specs, output_specs
 
     from . import _onnx_activations as activations
     from . import _onnx_blocks as blocks
     from . import _onnx_graph as editing
     from . import _onnx_weights as weights
 
-    program = at_batch(student.program)
+    program = with_axes(student.program, "onnx", options.batch, options.length)
     try:
         exported = torch.onnx.export(
             program,
@@ -179,6 +190,7 @@ def _translate(student: Student, precision: Precision) -> ModelProto:
     assert exported is not None
     graph = exported.model.graph
     editing.tidy(graph)
+    editing.name_axes(graph)
     if precision in STATIC:
         activations.drop_saturated(graph)
         activations.pad_in_convolutions(graph)
@@ -255,7 +267,7 @@ def _quantize_blocks(model: ModelProto) -> ModelProto:
     return blocks.quantize_blocks(model)
 
 
-def _describe(model: ModelProto, student: Student, precision: Precision) -> None:
+def _describe(model: ModelProto, student: Student, precision: Precision, options: OnnxOptions) -> None:
     """Write what an app needs to know into the file."""
     from edgekd import __version__
 
@@ -269,6 +281,8 @@ def _describe(model: ModelProto, student: Student, precision: Precision) -> None
     }
     if precision in ("w8d8", *STATIC):
         facts["session_config"] = json.dumps(SESSION_CONFIG)
+    axes = {size.dim_param for value in model.graph.input for size in value.type.tensor_type.shape.dim}
+    facts |= {name: getattr(options, name) for name in ("batch", "length") if name in axes}
     del model.metadata_props[:]
     for key, value in facts.items():
         entry = model.metadata_props.add()
