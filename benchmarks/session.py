@@ -13,10 +13,20 @@ import numpy as np
 
 from edgekd.errors import DataError, DeviceError, UsageError
 from edgekd.models import bind_inputs
-from edgekd.protocols import Arrays, Device, Progress
+from edgekd.protocols import Arrays, Device, Progress, Side, TakingTurns
 from edgekd.types import Artifact, Block, Measurement, Plan
 
-__all__ = ["FLAGS", "measure", "measure_many"]
+__all__ = [
+    "FLAGS",
+    "TOLD_BY_THE_DEVICE",
+    "class_output",
+    "flags_of",
+    "measure",
+    "measure_many",
+    "measure_pair",
+    "top_classes",
+    "where_of",
+]
 
 FLAGS: Mapping[str, str] = {
     "few_blocks": "fewer than 6 fresh processes: no interval can be given",
@@ -27,10 +37,17 @@ FLAGS: Mapping[str, str] = {
     "busy": "other work was running: the load average beyond the measured threads was above half the cores",
     "batched_timing": "the clock is coarse: each sample is the mean of several inferences",
     "emulated": "not the device's own hardware ran it: an emulator, a software GPU, a slowed browser, or no device",
+    "launch_only": "the time ends when the work was handed over, not when the outputs could be read",
+    "coarse_timer": "a step of the clock is more than 2 % of a sample, and inferences could not be batched",
+    "not_isolated": "the page is not cross-origin isolated: a coarse clock, and one thread whatever was asked",
+    "partial_delegation": "a part of the model did not run on the unit that was asked for",
     "void_blocks": "the device throttled, or something else spoiled a block",
     "non_finite_outputs": "some outputs are NaN or infinite; they count as wrong",
 }
 """What forbids a claim, in words."""
+
+TOLD_BY_THE_DEVICE = ("emulated", "launch_only", "coarse_timer", "not_isolated", "partial_delegation")
+"""Raised by a block's condition of the same name, which says why. Nothing about speed is concluded from such blocks."""
 
 FEWEST_BLOCKS = 6  # below it the exact signed-rank interval does not exist
 
@@ -99,7 +116,7 @@ def measure_many(
     status = device.probe()
     if not status.reachable:
         raise DeviceError(f"{device_name}: {status.reason}")
-    where = _where(device_name, status.facts)
+    where = where_of(device_name, status.facts)
     collected = [
         _Collected(artifact, folder, bind_inputs(artifact.inputs, inputs))
         if artifact.target in status.targets
@@ -139,11 +156,11 @@ def _run_interleaved(
 def _measured(
     one: _Collected, where: str, plan: Plan, labels: np.ndarray | None, teacher_top: np.ndarray | None
 ) -> Measurement:
-    flags = _flags(one.blocks, plan)
+    flags = flags_of(one.blocks, plan)
     scored = labels is not None or teacher_top is not None
     accuracy = agreement = None
     if scored:
-        top = _top_classes(one)
+        top = top_classes(one.artifact, one.outputs)
         accuracy, agreement = _share(top, labels, "labels"), _share(top, teacher_top, "top classes of the teacher")
     if not all(np.all(np.isfinite(output)) for output in one.outputs.values()):
         flags.append("non_finite_outputs")
@@ -179,17 +196,21 @@ def _not_run(
     )
 
 
-def _top_classes(one: _Collected) -> np.ndarray:
-    """Top class of each sample, (samples,), from the output that means logits, else the first; -1 where not finite.
+def class_output(artifact: Artifact) -> str:
+    """Name of the output that means logits, else of the first."""
+    told = zip(artifact.outputs, artifact.card.outputs, strict=False)  # the card knows what the file's outputs mean
+    meant = [output.name for output, card in told if "logits" in (output.meaning, card.meaning)]
+    return (meant or [output.name for output in artifact.outputs])[0]
+
+
+def top_classes(artifact: Artifact, outputs: Arrays) -> np.ndarray:
+    """Top class of each sample, (samples,), from ``class_output``; -1 where not finite.
 
     Raises:
         DataError: That output is not (samples, classes).
     """
-    artifact = one.artifact
-    told = zip(artifact.outputs, artifact.card.outputs, strict=False)  # the card knows what the file's outputs mean
-    meant = [output.name for output, card in told if "logits" in (output.meaning, card.meaning)]
-    name = (meant or [output.name for output in artifact.outputs])[0]
-    logits = one.outputs[name]
+    name = class_output(artifact)
+    logits = outputs[name]
     if logits.ndim != 2:
         raise DataError(f"{artifact.path}: accuracy needs an output of (samples, classes); {name!r} is {logits.shape}")
     return np.where(np.isfinite(logits).all(axis=1), logits.argmax(axis=1), -1)
@@ -203,7 +224,7 @@ def _share(top: np.ndarray, wanted: np.ndarray | None, what: str) -> float | Non
     return float(np.mean(top == wanted))
 
 
-def _flags(blocks: Sequence[Block], plan: Plan) -> list[str]:
+def flags_of(blocks: Sequence[Block], plan: Plan) -> list[str]:
     """Names in ``FLAGS``, in its order."""
     conditions = [block.conditions for block in blocks]
     raised = {
@@ -217,13 +238,34 @@ def _flags(blocks: Sequence[Block], plan: Plan) -> list[str]:
             for seen in conditions
         ),
         "batched_timing": any(seen.get("inferences_per_sample", "1") != "1" for seen in conditions),
-        "emulated": any(seen.get("emulated") for seen in conditions),
+        **{name: any(seen.get(name) for seen in conditions) for name in TOLD_BY_THE_DEVICE},
         "void_blocks": any(block.void for block in blocks),
     }
     return [name for name, is_raised in raised.items() if is_raised]
 
 
-def _where(device_name: str, facts: Mapping[str, str]) -> str:
+def measure_pair(
+    device: Device, sides: Sequence[Side], plan: Plan, seed: int
+) -> tuple[tuple[Block, dict[str, np.ndarray]], ...]:
+    """A block of each side, in turns of a few inferences where the device can, else one after the other.
+
+    Args:
+        seed: Of the order.
+
+    Raises:
+        DeviceError: As ``Device.run``.
+    """
+    if isinstance(device, TakingTurns):
+        return device.run_in_turns(sides, plan, seed)
+    single, found = dataclasses.replace(plan, blocks=1), {}
+    for index in random.Random(seed).sample(range(len(sides)), len(sides)):
+        side = sides[index]
+        blocks, outputs = device.run(side.artifact, side.folder, side.inputs, single)
+        found[index] = blocks[0], outputs
+    return tuple(found[index] for index in range(len(sides)))
+
+
+def where_of(device_name: str, facts: Mapping[str, str]) -> str:
     """The name and what stands behind it, so that no number can pass for one of another device."""
     described = ", ".join(facts[key] for key in ("model", "processor", "system") if facts.get(key))
     return f"{device_name} ({described})" if described else device_name

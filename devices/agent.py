@@ -1,5 +1,9 @@
 """Measure one model file in this process: ``python agent.py job.json``. One block is one run of this file.
 
+With several jobs (``python agent.py --seed 0 a/job.json b/job.json``) each has a process of its own, and these take
+turns of a few inferences: one works while the others wait, so that whatever slows the machine slows all alike. Paths
+in a job are then relative to its own folder.
+
 It stands alone (standard library, NumPy and the runtime of the job's target), so that it can be copied to a board and
 run there. What is timed and why: docs/measuring.md.
 
@@ -17,8 +21,10 @@ import json
 import math
 import os
 import platform
+import random
 import signal
 import statistics
+import subprocess
 import sys
 import time
 import zipfile
@@ -43,6 +49,8 @@ WINDOW = 10  # inferences in each of the two windows whose medians are compared
 SETTLED = 0.02  # their largest relative difference
 SETTLING_RUNS = 200  # caps of the settling, counted after the minimum warm-up
 SETTLING_S = 5.0
+TURN_S = 0.01  # a turn lasts at least this long …
+TURN_RUNS = 5  # … and this many samples: the first of a turn finds the caches full of the other file
 # As in exporters/onnx.py: without it, int8 products saturate on x86 processors that lack VNNI. A job may say otherwise.
 SESSION_CONFIG = {"session.x64quantprecision": "1"}
 TIMER_SHARE = 0.02  # largest share of one sample that the step of the clock may be
@@ -171,8 +179,11 @@ RUNTIMES: dict[str, tuple[str, Callable[[Any, dict[str, Any]], Runtime]]] = {
 }
 
 
-def measure(job: dict[str, Any]) -> dict[str, Any]:
+def measure(job: dict[str, Any], turns: Turns | None = None) -> dict[str, Any]:
     """One block: load, first inference, warm-up, timed inferences; then the outputs, if they are wanted.
+
+    Args:
+        turns: Of the timed inferences, with other processes; None when this one is alone.
 
     Returns:
         The fields of edgekd.types.Block.
@@ -213,9 +224,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         warmup_ms, converged = warm_up(runtime, sample, plan)
         group = inferences_per_sample(step_ns, statistics.median(warmup_ms[-WINDOW:] or [first_ms]))
         switched = _status_field("nonvoluntary_ctxt_switches")
-        cpu_ns, wall_ns = time.process_time_ns(), time.perf_counter_ns()
-        latency_ms = time_inferences(runtime, sample, plan, group)
-        cpu_ns, wall_ns = time.process_time_ns() - cpu_ns, time.perf_counter_ns() - wall_ns
+        cpu_ns = time.process_time_ns()
+        latency_ms = time_inferences(runtime, sample, plan, group, turns)
+        cpu_ns = time.process_time_ns() - cpu_ns
     except Exception as error:
         raise AgentError(f"{runtime.name} cannot run {job['model']}: {_first_line(error)}") from error
     peak = peak_memory_bytes()  # before the inputs of the outputs are loaded: they are not the model's
@@ -231,7 +242,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         "involuntary_switches": str(int(_status_field("nonvoluntary_ctxt_switches")) - int(switched))
         if switched
         else "",
-        "cpu_share": f"{cpu_ns / wall_ns:.2f}",
+        "cpu_share": f"{cpu_ns / (sum(latency_ms) * group * 1e6):.2f}",
+        "turns": str(turns.taken) if turns else "",
     }
     if job["outputs"] is not None:
         write_outputs(runtime, job)
@@ -321,21 +333,115 @@ def settled(latency_ms: list[float]) -> bool:
     return abs(statistics.median(latency_ms[-WINDOW:]) - before) < SETTLED * before
 
 
-def time_inferences(runtime: Runtime, sample: dict[str, Any], plan: dict[str, Any], group: int) -> list[float]:
+def time_inferences(
+    runtime: Runtime, sample: dict[str, Any], plan: dict[str, Any], group: int, turns: Turns | None = None
+) -> list[float]:
     """Timed samples with the garbage collector off; each is the mean of ``group`` inferences (1 on a fine clock)."""
     latency_ms: list[float] = []
-    spent_ms = 0.0
+    spent_ms = turn_ms = 0.0
+    turn_runs = 0
     gc.collect()
     gc.disable()
     try:
-        while len(latency_ms) < plan["min_runs"] or spent_ms < plan["min_s"] * 1e3:
+        while True:
+            least = len(latency_ms) >= plan["min_runs"] and spent_ms >= plan["min_s"] * 1e3
+            is_enough = least or (bool(latency_ms) and spent_ms >= plan["max_s"] * 1e3)
+            if turns is None and is_enough:
+                break
+            if turns is not None and (not turns.taken or (turn_ms >= TURN_S * 1e3 and turn_runs >= TURN_RUNS)):
+                if not turns.wait(is_enough):
+                    break
+                turn_ms, turn_runs = 0.0, 0
             latency_ms.append(_time(runtime, sample, group))
             spent_ms += latency_ms[-1] * group
-            if spent_ms >= plan["max_s"] * 1e3:
-                break
+            turn_ms += latency_ms[-1] * group
+            turn_runs += 1
     finally:
         gc.enable()
     return latency_ms
+
+
+class Turns:
+    """One process's end of the rope: it says whether it has enough samples, and waits until it may go on.
+
+    Attributes:
+        taken: How many turns it had.
+    """
+
+    def __init__(self) -> None:
+        # What a runtime prints must not be taken for a word of ours.
+        self._say = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        self.taken = 0
+
+    def wait(self, is_enough: bool) -> bool:
+        """Give the turn away; False when there will be no further one."""
+        self._say.write("enough\n" if is_enough else "more\n")
+        self._say.flush()
+        answer = sys.stdin.readline().strip()
+        if answer not in ("go", "stop"):
+            raise AgentError("whoever gives the turns is gone")
+        self.taken += answer == "go"
+        return answer == "go"
+
+
+class _EndedError(Exception):
+    """A process that should take turns is gone; its exit code says why."""
+
+
+def give_turns(jobs: list[str], seed: int) -> int:
+    """A process for each job, each in the folder of its job; one works at a time, in an order drawn for each round.
+
+    They start one after the other, so that no start is disturbed, and end one after the other.
+
+    Returns:
+        0 when all results were written; else the exit code of the one that failed, which has said why on stderr.
+    """
+    drawn = random.Random(seed)
+    processes: list[subprocess.Popen[str]] = []
+    try:
+        for job in drawn.sample(jobs, len(jobs)):
+            processes.append(_start_in_turns(Path(job).resolve()))
+            _ask(processes[-1], "")
+        while "more" in [_ask(process, "go\n") for process in drawn.sample(processes, len(processes))]:
+            pass
+        for process in processes:
+            process.communicate("stop\n")
+    except _EndedError as error:
+        error.args[0].wait(10)
+    finally:
+        codes = [process.poll() for process in processes]
+        for process in processes:
+            process.kill()  # nothing, when it has ended
+            process.wait()
+    failed = [code for code in codes if code]
+    return (failed[0] if failed[0] > 0 else 128 - failed[0]) if failed else int(len(codes) < len(jobs) or None in codes)
+
+
+def _start_in_turns(job: Path) -> subprocess.Popen[str]:
+    # As this process was started: without -P, files beside the agent would shadow others' modules.
+    python = [sys.executable, "-P"] if sys.flags.safe_path else [sys.executable]
+    command = [*python, str(Path(__file__).resolve()), "--in-turns", job.name]
+    return subprocess.Popen(command, cwd=job.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def _ask(process: subprocess.Popen[str], words: str) -> str:
+    """Say something to a process, and wait until it gives its turn away.
+
+    Raises:
+        _EndedError: It has ended instead.
+    """
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(words)
+        process.stdin.flush()
+    except BrokenPipeError:
+        raise _EndedError(process) from None
+    answer = process.stdout.readline().strip()
+    if answer not in ("more", "enough"):
+        raise _EndedError(process)
+    return answer
 
 
 def _time(runtime: Runtime, sample: dict[str, Any], group: int) -> float:
@@ -576,18 +682,27 @@ def _first_line(error: BaseException) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the job of the one argument; the exit code says how it went."""
+    """Run one job, or several in turns; the exit code says how it went."""
     _die_with_parent()
-    if len(arguments) != 1:
-        sys.stderr.write("usage: python agent.py job.json\n")
-        return 2
+    match arguments:
+        case ["--seed", seed, *jobs] if jobs:
+            return give_turns(jobs, int(seed))
+        case ["--in-turns", job]:
+            return _run(job, Turns())
+        case [job]:
+            return _run(job, None)
+    sys.stderr.write("usage: python agent.py job.json, or python agent.py --seed 0 a/job.json b/job.json\n")
+    return 2
+
+
+def _run(name: str, turns: Turns | None) -> int:
     try:
-        job = read_job(Path(arguments[0]))
+        job = read_job(Path(name))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        sys.stderr.write(f"{arguments[0]}: {_first_line(error)}\n")
+        sys.stderr.write(f"{name}: {_first_line(error)}\n")
         return 2
     try:
-        block = measure(job)
+        block = measure(job, turns)
         with _Replaced(Path(job["result"])) as path:
             path.write_text(json.dumps(block), encoding="utf-8")
     except (AgentError, OSError, MemoryError) as error:

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from pydantic import Field
 
 from edgekd.errors import DeviceError, StorageError
 from edgekd.plugins import missing
-from edgekd.protocols import Arrays, Settings
+from edgekd.protocols import Arrays, Settings, Side
 from edgekd.types import Artifact, Block, DeviceStatus, Plan, Profile
 
 from . import agent
 from ._agents import NOT_RUN, RUNTIMES, agent_file, checked_inputs, last_words, limit_s, make_job, write_inputs
 
 __all__ = ["DEVICE", "HostDevice"]
+
+WITH_OUTPUTS = {"inputs": "inputs.npz", "outputs": "outputs.npz"}
 
 
 class HostSettings(Settings):
@@ -78,35 +80,61 @@ class HostDevice:
     def close(self) -> None:
         """Nothing is left between runs."""
 
+    def run_in_turns(
+        self, sides: Sequence[Side], plan: Plan, seed: int
+    ) -> tuple[tuple[Block, dict[str, np.ndarray]], ...]:
+        """See ``edgekd.protocols.TakingTurns``; errors as in ``run``."""
+        given = [checked_inputs("host", side.artifact, side.inputs, plan, tuple(RUNTIMES)) for side in sides]
+        try:
+            with tempfile.TemporaryDirectory(prefix="edgekd-host-") as temporary, agent_file() as script:
+                work = Path(temporary)
+                folders = [work / str(index) for index in range(len(sides))]
+                samples = 0
+                for side, inputs, folder in zip(sides, given, folders, strict=True):
+                    folder.mkdir()
+                    write_inputs(folder, side.artifact, inputs)
+                    job = self._job(side.artifact, side.folder, plan) | WITH_OUTPUTS
+                    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+                    samples += len(next(iter(inputs.values())))
+                what = " and ".join(f"{side.artifact.path} ({side.artifact.target})" for side in sides)
+                jobs = [str(folder / "job.json") for folder in folders]
+                timeout_s = self.timeout_s or len(sides) * limit_s(plan, samples)
+                self._process([str(script), "--seed", str(seed), *jobs], work, f"{what} on host", timeout_s)
+                return tuple((_read_block(folder / job["result"]), _read_outputs(folder)) for folder in folders)
+        except OSError as error:
+            raise StorageError(f"cannot measure in {tempfile.gettempdir()}: {error.strerror or error}") from error
+
+    def _job(self, artifact: Artifact, folder: Path, plan: Plan) -> dict[str, Any]:
+        job = make_job(artifact, str((folder / artifact.path).resolve()), plan, self.session_config)
+        return job | {"cores": list(self.cores)}
+
     def _run(
         self, artifact: Artifact, folder: Path, inputs: Arrays, plan: Plan
     ) -> tuple[tuple[Block, ...], dict[str, np.ndarray]]:
         with tempfile.TemporaryDirectory(prefix="edgekd-host-") as temporary, agent_file() as script:
             work = Path(temporary)
             write_inputs(work, artifact, inputs)
-            job = make_job(artifact, str((folder / artifact.path).resolve()), plan, self.session_config)
-            job["cores"] = list(self.cores)
+            job = self._job(artifact, folder, plan)
+            what = f"{artifact.path} ({artifact.target} {artifact.precision}) on host"
             blocks = []
             for index in range(plan.blocks):
                 samples = 0
                 if index == plan.blocks - 1:
-                    job |= {"inputs": "inputs.npz", "outputs": "outputs.npz"}
+                    job |= WITH_OUTPUTS
                     samples = len(next(iter(inputs.values())))
-                timeout_s = self.timeout_s or limit_s(plan, samples)
-                blocks.append(self._block(script, work, job, artifact, timeout_s))
-            with np.load(work / "outputs.npz", allow_pickle=False) as outputs:
-                return tuple(blocks), {name: outputs[name] for name in outputs.files}
+                result = work / job["result"]
+                result.unlink(missing_ok=True)
+                (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
+                self._process([str(script), "job.json"], work, what, self.timeout_s or limit_s(plan, samples))
+                blocks.append(_read_block(result))
+            return tuple(blocks), _read_outputs(work)
 
-    def _block(self, script: Path, work: Path, job: dict[str, Any], artifact: Artifact, timeout_s: float) -> Block:
-        """One process, from its start to its end; it never outlives this call."""
-        result = work / job["result"]
-        result.unlink(missing_ok=True)
-        (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        what = f"{artifact.path} ({artifact.target} {artifact.precision}) on host"
+    def _process(self, arguments: Sequence[str], work: Path, what: str, timeout_s: float) -> None:
+        """One process of the agent, from its start to its end; it never outlives this call."""
         with (work / "stderr.txt").open("w+b") as stderr:
             # -P keeps the script's folder off the path: files beside the agent must not shadow anyone's modules.
             process = subprocess.Popen(
-                [self.python, "-P", str(script), "job.json"],
+                [self.python, "-P", *arguments],
                 cwd=work,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -122,7 +150,15 @@ class HostDevice:
             if code != 0:
                 said = (work / "stderr.txt").read_text(encoding="utf-8", errors="replace")
                 raise DeviceError(f"{what}: {last_words(code, said)}")
-        return Block.from_json(json.loads(result.read_text(encoding="utf-8")))
+
+
+def _read_block(path: Path) -> Block:
+    return Block.from_json(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _read_outputs(folder: Path) -> dict[str, np.ndarray]:
+    with np.load(folder / WITH_OUTPUTS["outputs"], allow_pickle=False) as outputs:
+        return {name: outputs[name] for name in outputs.files}
 
 
 class _Host:

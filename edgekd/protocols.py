@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
@@ -27,7 +28,9 @@ __all__ = [
     "Progress",
     "Runner",
     "Settings",
+    "Side",
     "Step",
+    "TakingTurns",
     "Tracing",
 ]
 
@@ -177,6 +180,45 @@ class Device(Protocol):
     def close(self) -> None:
         """End a sitting: whoever called ``run`` calls this in ``finally``. Files, connections and modes that the runs
         left for one another are undone; without effect when there are none, and no error when the device is gone."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the files that take turns.
+
+    Attributes:
+        artifact: What to run; its file lies in ``folder``.
+        inputs: As in ``Device.run``.
+    """
+
+    artifact: Artifact
+    folder: Path
+    inputs: Arrays
+
+
+@runtime_checkable
+class TakingTurns(Protocol):
+    """What a device may offer beside its runs: blocks of several files that take turns of a few inferences.
+
+    What slows the device for a while then slows all of them alike, and their ratio shows far less of it than that of
+    blocks one after the other (docs/decisions/0007-turns.md).
+    """
+
+    def run_in_turns(
+        self, sides: Sequence[Side], plan: Plan, seed: int
+    ) -> tuple[tuple[Block, dict[str, np.ndarray]], ...]:
+        """A block of each file, each a fresh process as in ``Device.run``; only one works at a time.
+
+        Args:
+            plan: Its number of blocks is not looked at.
+            seed: Of the order in which they start, and of that in each round of turns.
+
+        Returns:
+            For each side its block, and the outputs of all its ``inputs``.
+
+        Raises:
+            DeviceError: As ``Device.run``.
+        """
 
 
 @runtime_checkable

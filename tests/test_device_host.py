@@ -18,6 +18,7 @@ import pytest
 from edgekd.devices.host import HostDevice
 from edgekd.errors import DeviceError, StorageError, UsageError
 from edgekd.profiles import load_device
+from edgekd.protocols import Side, TakingTurns
 from edgekd.types import Artifact, Plan
 
 QUICK = Plan(blocks=2, warmup_runs=3, warmup_s=0.0, min_runs=10, min_s=0.0, max_s=2.0)
@@ -170,3 +171,60 @@ def test_a_target_or_plan_it_cannot_run_is_wrong_use(onnx_file: File, images: np
         load_device("host").run(artifact, folder, {"image": images}, replace(QUICK, blocks=0))
     with pytest.raises(UsageError, match="takes input 'image'; given are photo"):
         load_device("host").run(artifact, folder, {"photo": images}, QUICK)
+
+
+def sides(images: np.ndarray, *found: File) -> list[Side]:
+    return [Side(artifact, folder, {artifact.inputs[0].name: images}) for artifact, folder in found]
+
+
+def test_files_take_turns_in_processes_of_their_own(
+    onnx_file: File, tflite_file: File, images: np.ndarray, tmp_path: Path
+) -> None:
+    device = load_device("host")
+    assert isinstance(device, TakingTurns)
+    plan = replace(QUICK, min_s=1.0, max_s=5.0)
+    began = time.monotonic()
+    found = device.run_in_turns(sides(images, onnx_file, tflite_file), plan, seed=0)
+    took_ms = (time.monotonic() - began) * 1e3
+    assert [block.conditions["runtime"].split()[0] for block, _ in found] == ["onnxruntime", "ai-edge-litert"]
+    for (block, outputs), (artifact, folder) in zip(found, (onnx_file, tflite_file), strict=True):
+        _, alone = device.run(artifact, folder, {artifact.inputs[0].name: images}, replace(QUICK, blocks=1))
+        assert int(block.conditions["turns"]) > 20
+        assert sum(block.latency_ms) >= 1000
+        for name, output in alone.items():
+            np.testing.assert_array_equal(outputs[name], output)
+    assert took_ms > sum(sum(block.latency_ms) for block, _ in found), "only one works at a time"
+
+
+def test_a_file_that_cannot_be_loaded_ends_the_turns_with_its_own_words(
+    onnx_file: File, images: np.ndarray, tmp_path: Path
+) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"not a model")
+    broken = replace(onnx_file[0], path="model.onnx"), tmp_path
+    for order in ((onnx_file, broken), (broken, onnx_file)):
+        with pytest.raises(DeviceError, match=f"onnxruntime cannot load {tmp_path}/model.onnx"):
+            HostDevice().run_in_turns(sides(images, *order), QUICK, seed=0)
+    assert not children()
+
+
+def test_one_killed_in_its_turn_ends_the_other_too(onnx_file: File, images: np.ndarray) -> None:
+    def kill() -> None:
+        wait_for(lambda: len(children()) == 3)
+        time.sleep(0.5)
+        for child in children():
+            if "--in-turns" in child.cmdline():
+                child.kill()
+                return
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(DeviceError, match="ended by SIGKILL, perhaps for lack of memory"):
+        HostDevice().run_in_turns(sides(images, onnx_file, onnx_file), ENDLESS, seed=0)
+    killer.join()
+    assert not children()
+
+
+def test_turns_that_take_too_long_are_stopped_with_all_their_processes(onnx_file: File, images: np.ndarray) -> None:
+    with pytest.raises(DeviceError, match="no result after 3 s; the process was stopped"):
+        HostDevice(timeout_s=3.0).run_in_turns(sides(images, onnx_file, onnx_file), ENDLESS, seed=0)
+    wait_for(lambda: not children())

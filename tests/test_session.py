@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from edgekd.benchmarks import session
-from edgekd.benchmarks.session import FLAGS, measure, measure_many
+from edgekd.benchmarks.session import FLAGS, TOLD_BY_THE_DEVICE, measure, measure_many
 from edgekd.devices.host import HostDevice
 from edgekd.errors import DataError, DeviceError, UsageError
 from edgekd.protocols import Arrays
@@ -186,18 +186,19 @@ def test_each_flag_is_raised_by_its_cause() -> None:
     plan = Plan(min_runs=10)
     calm = {"governor": "performance", "load_average_before": "0.5", "cores": "4", "inferences_per_sample": "1"}
     six = [made_block(**calm)] * 6
-    assert session._flags(six, plan) == []
-    assert session._flags(six[:5], plan) == ["few_blocks"]
-    assert session._flags([*six, replace(six[0], converged=False)], plan) == ["not_converged"]
-    assert session._flags([*six, replace(six[0], latency_ms=(1.0,) * 9)], plan) == ["few_runs"]
+    assert session.flags_of(six, plan) == []
+    assert session.flags_of(six[:5], plan) == ["few_blocks"]
+    assert session.flags_of([*six, replace(six[0], converged=False)], plan) == ["not_converged"]
+    assert session.flags_of([*six, replace(six[0], latency_ms=(1.0,) * 9)], plan) == ["few_runs"]
     for changed, flag in (
         ({"governor": "powersave"}, "unpinned"),
         ({"virtual_machine": "yes"}, "virtual_machine"),
         ({"load_average_before": "3.1"}, "busy"),
         ({"inferences_per_sample": "5"}, "batched_timing"),
+        *(({name: "the device says why"}, name) for name in TOLD_BY_THE_DEVICE),
     ):
-        assert session._flags([*six, made_block(**(calm | changed))], plan) == [flag]
-    assert session._flags([made_block()] * 6, plan) == ["unpinned"], "what can't be read is not held fixed"
+        assert session.flags_of([*six, made_block(**(calm | changed))], plan) == [flag]
+    assert session.flags_of([made_block()] * 6, plan) == ["unpinned"], "what can't be read is not held fixed"
 
 
 def test_every_flag_has_words_in_the_documentation() -> None:
@@ -205,6 +206,6 @@ def test_every_flag_has_words_in_the_documentation() -> None:
     if not page.is_file():
         pytest.skip("tests run without the source tree")
     text = page.read_text(encoding="utf-8")
-    assert len(FLAGS) == 10
+    assert len(FLAGS) == 14
     for flag, words in FLAGS.items():
         assert f"| `{flag}` | {words} |" in text
