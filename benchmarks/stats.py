@@ -6,6 +6,7 @@ other far better than processes do, so an interval or a test over pooled inferen
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,10 +22,13 @@ __all__ = [
     "block_medians",
     "latency_ms",
     "latency_ratio",
+    "log_ratios",
     "outliers",
     "percentile",
     "ratio",
+    "ratio_of_logs",
     "signed_rank_cut",
+    "signed_rank_p",
     "spread",
     "summarize",
 ]
@@ -169,12 +173,25 @@ def ratio(first: Sequence[float], second: Sequence[float], confidence: float = 0
     Raises:
         ValueError: The lengths differ, or there is no pair, or a latency is not above zero.
     """
+    return ratio_of_logs(log_ratios(first, second), confidence)
+
+
+def log_ratios(first: Sequence[float], second: Sequence[float]) -> np.ndarray:
+    """Logarithm of second over first, (pairs,).
+
+    Raises:
+        ValueError: As ``ratio``.
+    """
     if len(first) != len(second) or not first:
         raise ValueError(f"a ratio needs pairs; there are {len(first)} and {len(second)} blocks")
     if min(*first, *second) <= 0:
         raise ValueError("a latency is above zero")
-    logs = np.log(np.asarray(second, dtype=float) / np.asarray(first, dtype=float))
-    rows, columns = np.triu_indices(len(logs))
+    return np.asarray(np.log(np.asarray(second, dtype=float) / np.asarray(first, dtype=float)))
+
+
+def ratio_of_logs(logs: np.ndarray, confidence: float = 0.95) -> Ratio:
+    """The same as ``ratio``, from ``log_ratios``, (pairs,)."""
+    rows, columns = _upper(len(logs))
     walsh = np.sort((logs[rows] + logs[columns]) / 2)
     cut = signed_rank_cut(len(logs), 1 - confidence)
     low, high = (None, None) if cut == 0 else (math.exp(walsh[cut - 1]), math.exp(walsh[-cut]))
@@ -195,16 +212,41 @@ def signed_rank_cut(pairs: int, alpha: float) -> int:
 
     The interval then goes from the cut-th smallest to the cut-th largest Walsh average.
     """
-    ways = [1]  # ways[t]: subsets of the ranks 1 … n with the sum t
-    for rank in range(1, pairs + 1):
-        longer = ways + [0] * rank
-        for total, count in enumerate(ways):
-            longer[total + rank] += count
-        ways = longer
     cut, tail = 0, 0
-    for count in ways:
+    for count in _signed_rank_ways(pairs):
         tail += count
         if tail > alpha / 2 * 2**pairs + 1e-9:
             break
         cut += 1
     return cut
+
+
+def signed_rank_p(logs: np.ndarray, center: float) -> float:
+    """How likely values so far above ``center`` are when their centre is not above it: exact, one-sided.
+
+    ``p ≤ α`` exactly where the lower end of the interval of confidence ``1 - 2 α`` lies above ``center``: both count
+    Walsh averages, so ties need no care, and a tie with the centre counts against the claim.
+
+    Args:
+        logs: (pairs,).
+    """
+    rows, columns = _upper(len(logs))
+    not_above = int(np.sum(logs[rows] + logs[columns] <= 2 * center))
+    return sum(_signed_rank_ways(len(logs))[: not_above + 1]) / 2 ** len(logs)
+
+
+@functools.lru_cache(maxsize=64)
+def _signed_rank_ways(pairs: int) -> list[int]:
+    """How many subsets of the ranks 1 … pairs have the sum 0, 1, 2 …"""
+    ways = [1]
+    for rank in range(1, pairs + 1):
+        longer = ways + [0] * rank
+        for total, count in enumerate(ways):
+            longer[total + rank] += count
+        ways = longer
+    return ways
+
+
+@functools.lru_cache(maxsize=64)
+def _upper(pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.triu_indices(pairs)
