@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 WHEEL := build/wheel
 
-.PHONY: demo test lint wheel-test check clean
+.PHONY: demo test daemons lint wheel-test check clean
 
 # The main job on the embedded default: scikit-learn's digits, from the teacher to the report.
 demo: $(INSTALLED)
@@ -13,6 +13,12 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -rs --numprocesses 2 --dist loadfile
+
+# What the device tests run against, on Debian and Ubuntu; without them those tests are skipped, aloud.
+DAEMONS := openssh-server adb chromium iproute2
+daemons:
+	dpkg --status $(DAEMONS) > /dev/null 2>&1 || \
+	{ apt-get update && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends $(DAEMONS); }
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

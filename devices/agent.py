@@ -26,6 +26,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Sequence
@@ -550,8 +551,26 @@ def describe_machine() -> dict[str, str]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "model": _device_tree_model(),
         "virtual_machine": "yes" if " hypervisor" in info else "",
+        "emulated": emulated_by(),
     }
+
+
+def emulated_by() -> str:
+    """The emulator that runs this process, or this whole machine; empty on real hardware."""
+    task = f"/proc/self/task/{threading.get_native_id()}/exe"  # qemu-user shows its guest's name in /proc/self/exe only
+    try:
+        if Path(task).readlink().name.startswith("qemu-"):
+            return "qemu-user"
+    except OSError:
+        pass
+    return "QEMU" if _device_tree_model() == "linux,dummy-virt" else ""
+
+
+def _device_tree_model() -> str:
+    """A board's name: ``Raspberry Pi 5 Model B Rev 1.0``; empty on a PC."""
+    return _read("/proc/device-tree/model").rstrip("\0")
 
 
 def processor_name(info: str) -> str:
@@ -559,7 +578,7 @@ def processor_name(info: str) -> str:
     for line in info.splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
-    return _read("/proc/device-tree/model").rstrip("\0") or platform.processor() or platform.machine()
+    return _device_tree_model() or platform.processor() or platform.machine()
 
 
 def read_state() -> dict[str, str]:

@@ -1,0 +1,302 @@
+"""A Linux board or machine over OpenSSH: every block is a fresh process of the one-file agent, there.
+
+Nothing is installed but by ``edgekd devices prepare``. A sitting keeps its files in a folder of its own and removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import shlex
+import tempfile
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+
+from edgekd.errors import DataError, DeviceError
+from edgekd.protocols import Arrays, Progress, Settings
+from edgekd.types import Artifact, Block, DeviceStatus, Json, Plan, Profile
+
+from . import agent
+from ._agents import NOT_RUN, RUNTIMES, agent_file, checked_inputs, last_words, limit_s, make_job, write_inputs
+from ._shell import safe_name, watched
+from ._ssh import Connection
+
+__all__ = ["DEVICE", "SshDevice"]
+
+PYTHON = "venv/bin/python"  # below the folder
+TARGETS = ("onnx", "tflite")  # what prepare installs: ExecuTorch's runtime for Python brings all of PyTorch
+INSTALL_S = 1800
+STALE_MINUTES = 24 * 60  # a folder of a sitting this old belongs to nobody
+
+
+class SshSettings(Settings):
+    host: str = Field("", description="Name, address, or an alias of ~/.ssh/config.")
+    port: int | None = Field(None, description="By default ssh's own configuration.")
+    user: str | None = Field(None, description="The same.")
+    key: str | None = Field(None, description="File of the private key; by default ssh's own choice.")
+    known_hosts: str | None = Field(None, description="File of host keys instead of ~/.ssh/known_hosts.")
+    config: str | None = Field(None, description="Configuration file instead of ~/.ssh/config; 'none' for none.")
+    folder: str = Field("~/.edgekd", description="Of edgekd on the board.")
+    python: str = Field("", description="Interpreter there that has the runtimes; by default what prepare installs.")
+    cores: tuple[int, ...] = Field((), description="Processors to run on; all when empty.")
+
+
+@dataclass
+class _Sitting:
+    """What the runs of one sitting leave for one another.
+
+    Attributes:
+        folder: On the board.
+        sent: Names of files there, to the digest of what they hold.
+    """
+
+    folder: str
+    python: str
+    sent: dict[str, str] = field(default_factory=dict)
+
+
+class SshDevice:
+    """Fulfils ``edgekd.protocols.Device`` and ``Preparable``."""
+
+    def __init__(self, profile: Profile, settings: SshSettings) -> None:
+        self._profile, self._settings = profile, settings
+        self._connection: Connection | None = None
+        self._sitting: _Sitting | None = None
+
+    def probe(self) -> DeviceStatus:
+        """Ask the machine what it is and which runtimes it has; nothing is written there."""
+        if not self._settings.host:
+            return DeviceStatus(
+                reachable=False,
+                reason=f'no address is known; write a TOML with extends = "{self._profile.name}" and settings.host',
+            )
+        try:
+            found = self._look()
+        except DeviceError as error:
+            return DeviceStatus(reachable=False, reason=str(error))
+        finally:
+            if self._sitting is None:
+                self.close()
+        not_run = dict(NOT_RUN)
+        targets = []
+        for target, packages in RUNTIMES.items():
+            if packages.module in found["modules"]:
+                targets.append(target)
+            elif target in TARGETS:
+                not_run[target] = f"{packages.module} is not on the board; edgekd devices prepare {self._profile.name}"
+            else:
+                not_run[target] = f"{packages.module} is not on the board; settings.python may name one that has it"
+        facts = self._profile.facts | found["facts"]
+        return DeviceStatus(reachable=True, facts=facts, targets=tuple(targets), not_run=not_run)
+
+    def run(
+        self, artifact: Artifact, folder: Path, inputs: Arrays, plan: Plan
+    ) -> tuple[tuple[Block, ...], dict[str, np.ndarray]]:
+        """See ``edgekd.protocols.Device``; the process of the last block computes the outputs, after its timing.
+
+        Raises:
+            DeviceError: The board is away, is another one, or a process failed; with its last words.
+            UsageError: The board does not run the target, or the plan has no block.
+        """
+        what = f"{artifact.path} ({artifact.target} {artifact.precision}) on {self._profile.name}"
+        inputs = checked_inputs(self._profile.name, artifact, inputs, plan, tuple(RUNTIMES))
+        try:
+            return self._run(artifact, folder, inputs, plan)
+        except DeviceError as error:
+            raise DeviceError(f"{what}: {error}") from None
+
+    def close(self) -> None:
+        """Remove the sitting's folder and end the connection; no error when the board is away."""
+        if self._connection is None:
+            return
+        with contextlib.suppress(DeviceError):
+            if self._sitting is not None:
+                self._connection.run(f"rm -rf {shlex.quote(self._sitting.folder)}")
+        self._connection.close()
+        self._connection = self._sitting = None
+
+    def prepare(self, progress: Progress) -> None:
+        """Make a virtual environment on the board, with the runtimes in the versions that are installed here.
+
+        Raises:
+            DeviceError: It failed; an environment that was there before still is.
+        """
+        connection = self._open()
+        folder = _last_line(connection.run(f"mkdir -p {_path(self._settings.folder)} && {self._cd()} && pwd").out)
+        if not folder:
+            raise DeviceError(f"{self._settings.host}: {self._settings.folder} cannot be made")
+        wanted = ["numpy", *(name for target in TARGETS for name in _pinned(RUNTIMES[target].names))]
+        progress.say(f"{self._settings.host}: {', '.join(wanted)} into {folder}/venv, by pip on the board")
+        new, final = shlex.quote(f"{folder}/venv.new"), shlex.quote(f"{folder}/venv")
+        # A virtual environment cannot be moved, so the old one steps aside until the new one is whole.
+        done = connection.run(
+            f"rm -rf {new}; mv {final} {new} 2>/dev/null; "
+            f"python3 -m venv {final} && {final}/bin/python -m pip install --quiet {shlex.join(wanted)} "
+            f"&& rm -rf {new} || {{ rm -rf {final}; mv {new} {final} 2>/dev/null; exit 1; }}",
+            limit_s=INSTALL_S,
+        )
+        if done.code != 0:
+            lines = [line for line in done.err.splitlines() if line.strip() and "notice" not in line]
+            raise DeviceError(f"{self._settings.host}: nothing was installed: {lines[-1] if lines else 'pip failed'}")
+
+    def _run(
+        self, artifact: Artifact, folder: Path, inputs: Arrays, plan: Plan
+    ) -> tuple[tuple[Block, ...], dict[str, np.ndarray]]:
+        sitting = self._sit()
+        model = safe_name(artifact.sha256)
+        path = folder / artifact.path
+        if not path.is_file():
+            raise DeviceError(f"no file at {path}")
+        self._send(sitting, model, path.read_bytes(), artifact.sha256)
+        with tempfile.TemporaryDirectory(prefix="edgekd-ssh-") as temporary:
+            write_inputs(Path(temporary), artifact, inputs)
+            for name in ("sample.npz", "inputs.npz"):
+                self._send(sitting, name, (Path(temporary) / name).read_bytes())
+        job = make_job(artifact, model, plan, agent.SESSION_CONFIG) | {"cores": list(self._settings.cores)}
+        blocks = []
+        for index in range(plan.blocks):
+            samples = 0
+            if index == plan.blocks - 1:
+                job |= {"inputs": "inputs.npz", "outputs": "outputs.npz"}
+                samples = len(next(iter(inputs.values())))
+            blocks.append(self._block(sitting, job, limit_s(plan, samples)))
+        content = self._open().get(f"{sitting.folder}/outputs.npz")
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as outputs:
+                return tuple(blocks), {name: outputs[name] for name in outputs.files}
+        except (ValueError, OSError) as error:
+            raise DataError(f"the outputs of {self._profile.name} cannot be read: {error}") from None
+
+    def _block(self, sitting: _Sitting, job: Json, limit: float) -> Block:
+        """One process there, from its start to its end."""
+        connection = self._open()
+        self._send(sitting, "job.json", json.dumps(job).encode())
+        # -I keeps the folder off the module path: files beside the agent must not shadow anyone's modules.
+        script = watched((sitting.python, "-I", "agent.py", "job.json"), sitting.folder, limit)
+        done = connection.run_watched(f"rm -f {shlex.quote(sitting.folder)}/block.json; {script}", limit)
+        if done.code == 124:
+            raise DeviceError(f"no result after {limit:.0f} s; the process was stopped")
+        if done.code != 0:
+            self._sitting = None if done.code == 97 else self._sitting  # the folder is gone
+            raise DeviceError(last_words(done.code, done.err))
+        return Block.from_json(json.loads(connection.get(f"{sitting.folder}/block.json")))
+
+    def _sit(self) -> _Sitting:
+        """The sitting's folder; made, and the board recognized, by its first run."""
+        if self._sitting is None:
+            found = self._look()
+            runs = f"{_path(self._settings.folder)}/runs"
+            done = self._open().run(
+                f"mkdir -p {runs} && cd {runs} && "
+                f"find . -maxdepth 1 -name 'run-*' -mmin +{STALE_MINUTES} -exec rm -rf {{}} + ; "
+                'umask 077; cd "$(mktemp -d run-XXXXXXXX)" && pwd'
+            )
+            if done.code != 0:
+                raise DeviceError(f"no folder can be made in {self._settings.folder}: {last_words(1, done.err)}")
+            self._sitting = _Sitting(_last_line(done.out), found["python"])
+            with agent_file() as script:
+                self._send(self._sitting, "agent.py", Path(script).read_bytes())
+        return self._sitting
+
+    def _send(self, sitting: _Sitting, name: str, content: bytes, digest: str = "") -> None:
+        """A file into the sitting's folder, unless it is there."""
+        digest = digest or hashlib.sha256(content).hexdigest()
+        if sitting.sent.get(name) != digest:
+            sitting.sent.pop(name, None)
+            self._open().put(content, f"{sitting.folder}/{name}")
+            sitting.sent[name] = digest
+
+    def _look(self) -> Json:
+        """What the machine is, by the agent's own words, and which runtimes its Python has.
+
+        Raises:
+            DeviceError: It does not answer, has no Python, or is another one than the profile's.
+        """
+        connection = self._open()
+        python = f"{_path(self._settings.folder)}/{PYTHON}"
+        if self._settings.python:
+            python = _path(self._settings.python)
+        with agent_file() as script:
+            source = Path(script).read_text(encoding="utf-8")
+        modules = {packages.module for packages in RUNTIMES.values()} | {"numpy"}
+        asked = (
+            f"import importlib.util, json, sys\nspace = {{'__name__': 'agent'}}\nexec({source!r}, space)\n"
+            "facts = {key: value for key, value in space['describe_machine']().items() if value}\n"
+            f"modules = [name for name in {sorted(modules)!r} if importlib.util.find_spec(name)]\n"
+            "print(json.dumps({'facts': facts, 'modules': modules, 'python': sys.executable}))\n"
+        )
+        done = connection.run(f"p={python}; [ -x $p ] || p=python3; exec $p -I -", asked.encode())
+        if done.code != 0:
+            raise DeviceError(
+                f"{self._settings.host} has no Python of 3.10 or newer: {last_words(done.code, done.err)}"
+            )
+        found: Json = json.loads(_last_line(done.out))
+        self._recognize(found["facts"])
+        if "numpy" not in found["modules"]:
+            found["modules"] = []
+        return found
+
+    def _recognize(self, facts: dict[str, str]) -> None:
+        """Raises DeviceError when the machine says of itself that it is another one."""
+        for key, wanted in self._profile.identity.items():
+            is_there = facts.get(key, "nothing")
+            if not is_there.startswith(wanted):
+                raise DeviceError(
+                    f"another device answers at {self._settings.host}: {key} is {is_there!r}; "
+                    f"{self._profile.name} has {wanted!r}"
+                )
+
+    def _open(self) -> Connection:
+        if self._connection is None:
+            settings, options = self._settings, {}
+            for option, value in (("Port", settings.port), ("User", settings.user)):
+                if value is not None:
+                    options[option] = str(value)
+            for option, value in (("IdentityFile", settings.key), ("UserKnownHostsFile", settings.known_hosts)):
+                if value is not None:
+                    options[option] = f'"{Path(value).expanduser()}"'
+            if settings.key is not None:
+                options["IdentitiesOnly"] = "yes"
+            self._connection = Connection(settings.host, options, settings.config)
+        return self._connection
+
+    def _cd(self) -> str:
+        return f"cd {_path(self._settings.folder)}"
+
+
+def _path(path: str) -> str:
+    """Quoted for sh, with a leading ``~/`` as the home folder there."""
+    return f'"$HOME"/{shlex.quote(path[2:])}' if path.startswith("~/") else shlex.quote(path)
+
+
+def _pinned(names: tuple[str, ...]) -> list[str]:
+    """As installed here, so that host and board run the same runtime; newest where it is not installed here."""
+    pinned = []
+    for name in names:
+        try:
+            pinned.append(f"{name}=={version(name)}")
+        except PackageNotFoundError:
+            pinned.append(name)
+    return pinned
+
+
+def _last_line(out: bytes) -> str:
+    """A login shell may greet before it."""
+    lines = out.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else ""
+
+
+class _Ssh:
+    settings = SshSettings
+
+    def __call__(self, profile: Profile, settings: SshSettings) -> SshDevice:
+        return SshDevice(profile, settings)
+
+
+DEVICE = _Ssh()

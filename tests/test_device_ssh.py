@@ -1,0 +1,408 @@
+"""The ssh device against a real sshd of the test's own: own keys, own port, own configuration, loopback only."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from edgekd.benchmarks.session import measure
+from edgekd.devices import _shell, _ssh
+from edgekd.devices._ssh import Connection
+from edgekd.devices.ssh import SshDevice
+from edgekd.errors import DeviceError, UsageError
+from edgekd.profiles import device_of, load_device, load_profile
+from edgekd.protocols import Preparable
+from edgekd.types import Artifact, Plan
+
+SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+pytestmark = [
+    pytest.mark.skipif(SSHD is None, reason="needs sshd: apt-get install openssh-server"),
+    pytest.mark.skipif(sys.platform != "linux", reason="processes are counted in /proc"),
+]
+
+QUICK = Plan(blocks=2, warmup_runs=3, warmup_s=0.0, min_runs=10, min_s=0.0, max_s=2.0)
+ENDLESS = replace(QUICK, blocks=1, min_s=60.0, max_s=60.0)
+
+File = tuple[Artifact, Path]
+
+
+@dataclass
+class Board:
+    """A running sshd, and a TOML that reaches it."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+    port: int
+    toml: Path
+
+    def device(self, extra: str = "", identity: str = "") -> SshDevice:
+        self.toml.with_name("board.toml").write_text(f"{self.toml.read_text()}{extra}\n[identity]\n{identity}\n")
+        device = device_of(load_profile(str(self.toml.with_name("board.toml"))))
+        assert isinstance(device, SshDevice)
+        return device
+
+    def agents(self) -> list[psutil.Process]:
+        """Processes that run below the board's folder: agents, their shells and timers."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.cwd().startswith(str(self.folder)) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def measuring(self) -> list[psutil.Process]:
+        found = []
+        for process in self.agents():
+            with contextlib.suppress(psutil.Error):
+                if "agent.py" in process.cmdline() and "python" in process.name():
+                    found.append(process)
+        return found
+
+    def left(self) -> list[str]:
+        runs = self.folder / "edgekd" / "runs"
+        return sorted(path.name for path in runs.iterdir()) if runs.is_dir() else []
+
+
+def start_sshd(folder: Path, address: str = "127.0.0.1", inside: tuple[str, ...] = ()) -> Board:
+    for name in ("host", "user", "other"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
+    shutil.copy(folder / "user.pub", folder / "authorized")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (folder / "sshd_config").write_text(
+        textwrap.dedent(f"""
+        Port {port}
+        ListenAddress {address}
+        HostKey {folder}/host
+        AuthorizedKeysFile {folder}/authorized
+        PidFile none
+        UsePAM no
+        StrictModes no
+        PasswordAuthentication no
+        SetEnv OMP_WAIT_POLICY=PASSIVE PIP_NO_INDEX=1 TMPDIR={folder}
+        """)
+    )
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)  # where it drops its privileges; Debian's own start makes it
+    key = (folder / "host.pub").read_text().split()
+    (folder / "known").write_text(f"[{address}]:{port} {key[0]} {key[1]}\n")
+    (folder / "strangers").write_text(
+        f"[{address}]:{port} {' '.join((folder / 'other.pub').read_text().split()[:2])}\n"
+    )
+    (folder / "edgekd").mkdir()
+    toml = folder / "base.toml"
+    toml.write_text(
+        f'extends = "ssh"\n[settings]\nhost = "{address}"\nport = {port}\nkey = "{folder}/user"\nconfig = "none"\n'
+        f'known_hosts = "{folder}/known"\nfolder = "{folder}/edgekd"\npython = "{sys.executable}"\n'
+    )
+    log = (folder / "sshd.log").open("wb")
+    assert SSHD is not None
+    process = subprocess.Popen([*inside, SSHD, "-D", "-e", "-f", str(folder / "sshd_config")], stderr=log)
+    wait_for(lambda: "listening" in (folder / "sshd.log").read_text())
+    return Board(process, folder, port, toml)
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Iterator[Board]:
+    board = start_sshd(tmp_path)
+    yield board
+    stop(board)
+
+
+def stop(board: Board) -> None:
+    for process in (*psutil.Process(board.process.pid).children(recursive=True), *board.agents()):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    board.process.kill()
+    board.process.wait()
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((6, 1, 12, 12)).astype(np.float32)
+
+
+def test_the_probe_tells_what_the_board_is_and_runs(board: Board) -> None:
+    status = board.device().probe()
+    assert status.reachable, status.reason
+    assert {"onnx", "tflite"} <= set(status.targets)
+    assert status.facts["system"].startswith("Linux ")
+    assert "Apple" in status.not_run["coreml"]
+    assert board.left() == [], "a probe writes nothing"
+
+
+def test_blocks_and_outputs_are_those_of_the_same_file_on_the_host(
+    board: Board, onnx_file: File, images: np.ndarray
+) -> None:
+    device = board.device()
+    blocks, outputs = device.run(*onnx_file, {"image": images}, QUICK)
+    again, _ = device.run(*onnx_file, {"image": images[:1]}, replace(QUICK, blocks=1))
+    _, expected = load_device("host").run(*onnx_file, {"image": images}, replace(QUICK, blocks=1))
+    np.testing.assert_array_equal(outputs["logits"], expected["logits"])
+    assert [len(block.latency_ms) for block in (*blocks, *again)] == [10, 10, 10]
+    assert blocks[0].latency_ms != blocks[1].latency_ms
+    assert blocks[0].conditions["runtime"].startswith("onnxruntime")
+    assert len(board.left()) == 1, "the runs of a sitting share a folder"
+    device.close()
+    assert board.left() == []
+    wait_for(lambda: not board.agents(), 5)
+
+
+def test_a_sitting_measures_two_targets_and_leaves_nothing(board: Board, tflite_file: File, images: np.ndarray) -> None:
+    labels = np.zeros(6, np.int64)
+    found = measure(*tflite_file, "board", board.device(), {"args_0": images}, labels, None, QUICK)
+    assert found.status == "measured"
+    assert found.accuracy is not None
+    assert found.device.startswith("board (")
+    assert board.left() == []
+
+
+def test_a_board_runs_on_the_cores_it_is_told(board: Board, onnx_file: File, images: np.ndarray) -> None:
+    with contextlib.closing(board.device("cores = [0]")) as device:
+        blocks, _ = device.run(*onnx_file, {"image": images}, replace(QUICK, blocks=1))
+    assert blocks[0].conditions["pinned_to_cores"] == "0"
+    with (
+        contextlib.closing(board.device("cores = [4000]")) as device,
+        pytest.raises(DeviceError, match=r"cores \[4000\] were asked for; this process may use \[0"),
+    ):
+        device.run(*onnx_file, {"image": images}, replace(QUICK, blocks=1))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ('known_hosts = "{folder}/strangers"', "Host key verification failed.; compare the board's fingerprint"),
+        ('known_hosts = "{folder}/nobody"', "Host key verification failed.; compare the board's fingerprint"),
+        ('key = "{folder}/other"', r"Permission denied \(publickey.*only keys are used: ssh-copy-id"),
+        ("port = 1", "Connection refused"),
+    ],
+)
+def test_a_board_that_cannot_be_trusted_or_reached_says_why(board: Board, setting: str, message: str) -> None:
+    text = board.toml.read_text()
+    key = setting.split(" =")[0]
+    kept = [line for line in text.splitlines() if not line.startswith(f"{key} =")]
+    board.toml.write_text("\n".join([*kept, setting.format(folder=board.folder), ""]))
+    status = board.device().probe()
+    assert not status.reachable
+    assert re.search(message, status.reason), status.reason
+    assert "\n" not in status.reason
+    assert "yes" not in (board.folder / "known").read_text(), "no key is learned"
+
+
+def test_another_board_is_not_measured_under_this_ones_name(board: Board, onnx_file: File, images: np.ndarray) -> None:
+    device = board.device(identity='model = "Raspberry Pi 5"')
+    status = device.probe()
+    assert not status.reachable
+    assert "another device answers at 127.0.0.1: model is 'nothing'; board has 'Raspberry Pi 5'" in status.reason
+    with contextlib.closing(device), pytest.raises(DeviceError, match="another device answers"):
+        device.run(*onnx_file, {"image": images}, QUICK)
+    with pytest.raises(DeviceError, match="board: another device answers"):
+        measure(*onnx_file, "board", device, {"image": images}, None, None, QUICK)
+    assert board.left() == []
+
+
+def test_without_an_address_it_says_what_to_write() -> None:
+    status = load_device("ssh").probe()
+    assert not status.reachable
+    assert status.reason == 'no address is known; write a TOML with extends = "ssh" and settings.host'
+    with pytest.raises(UsageError, match="is no host name for ssh"):
+        Connection("-oProxyCommand=touch /tmp/owned")
+
+
+@pytest.mark.parametrize("name", ["$(touch owned).onnx", "a b'; touch owned; '.onnx", "-rf.onnx", "é\n.onnx"])
+def test_a_hostile_file_name_is_only_a_name(
+    board: Board, onnx_file: File, images: np.ndarray, tmp_path: Path, name: str
+) -> None:
+    artifact, folder = onnx_file
+    (tmp_path / "models").mkdir()
+    shutil.copy(folder / artifact.path, tmp_path / "models" / name)
+    with contextlib.closing(board.device()) as device:
+        blocks, _ = device.run(
+            replace(artifact, path=name), tmp_path / "models", {"image": images}, replace(QUICK, blocks=1)
+        )
+        assert len(blocks) == 1
+        assert not list(tmp_path.rglob("owned"))
+
+
+def during_a_run(board: Board, device: SshDevice, file: File, images: np.ndarray, happens: Callable[[], object]) -> str:
+    """What is said when something happens while the agent measures; the device is closed afterwards."""
+
+    def meanwhile() -> None:
+        wait_for(board.measuring)
+        time.sleep(1.0)
+        happens()
+
+    thread = threading.Thread(target=meanwhile)
+    thread.start()
+    try:
+        with contextlib.closing(device), pytest.raises(DeviceError) as caught:
+            device.run(*file, {"image": images}, ENDLESS)
+    finally:
+        thread.join()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_agent_killed_for_memory_is_told_as_that(board: Board, onnx_file: File, images: np.ndarray) -> None:
+    said = during_a_run(board, board.device(), onnx_file, images, lambda: board.measuring()[0].kill())
+    assert "model.onnx (onnx fp32) on board: the measuring process was ended by SIGKILL, perhaps for lack" in said
+    assert board.left() == []
+    wait_for(lambda: not board.agents(), 10)
+
+
+def test_a_killed_sshd_is_a_clear_line_and_nothing_goes_on_running(
+    board: Board, onnx_file: File, images: np.ndarray
+) -> None:
+    said = during_a_run(board, board.device(), onnx_file, images, lambda: stop_sshd_only(board))
+    assert "127.0.0.1 cannot be reached or broke off" in said
+    wait_for(lambda: not board.agents(), 20)
+    assert board.left() == [], "the board itself cleans up when nobody listens"
+
+
+def stop_sshd_only(board: Board) -> None:
+    """The listener and the processes of its sessions; not what these run."""
+    daemons = [child for child in psutil.Process(board.process.pid).children(recursive=True) if child.name() == "sshd"]
+    for process in daemons:
+        process.kill()
+    board.process.kill()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_outlives_the_one_that_measures(
+    board: Board, onnx_file: File, tmp_path: Path, how: signal.Signals
+) -> None:
+    artifact, folder = onnx_file
+    board.device()
+    (tmp_path / "measure.py").write_text(
+        textwrap.dedent(f"""
+        import contextlib, json, signal, numpy as np
+        from pathlib import Path
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        from edgekd.profiles import load_device
+        from edgekd.types import Artifact, Plan
+        artifact = Artifact.from_json(json.loads({json.dumps(artifact.to_json())!r}))
+        plan = Plan(blocks=1, warmup_runs=1, warmup_s=0.0, min_s=60.0, max_s=60.0)
+        with contextlib.closing(load_device({str(board.folder / "board.toml")!r})) as device:
+            device.run(artifact, Path({str(folder)!r}), {{"image": np.zeros((1, 1, 12, 12), "float32")}}, plan)
+        """)
+    )
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "measure.py")], stderr=subprocess.DEVNULL)
+    try:
+        wait_for(board.measuring)
+        time.sleep(0.5)
+        parent.send_signal(how)
+        assert parent.wait(60) != 0
+        wait_for(lambda: not board.agents() and not board.left(), 20)
+    finally:
+        parent.kill()
+
+
+def test_an_agent_that_takes_too_long_is_ended_on_the_board(
+    board: Board, onnx_file: File, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekd.devices.ssh.limit_s", lambda plan, samples: 3.0)
+    with contextlib.closing(board.device()) as device:
+        with pytest.raises(DeviceError, match="no result after 3 s; the process was stopped"):
+            device.run(*onnx_file, {"image": images}, ENDLESS)
+        assert not board.measuring()
+
+
+needs_namespaces = pytest.mark.skipif(
+    os.geteuid() != 0 or subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode != 0,
+    reason="a network of its own needs root and unshare",
+)
+
+
+@needs_namespaces
+def test_a_link_that_goes_down_is_told_and_the_board_ends_by_itself(
+    onnx_file: File, images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_shell, "BEAT_S", 1.0)
+    monkeypatch.setitem(_ssh.OPTIONS, "ServerAliveInterval", "1")
+    monkeypatch.setitem(_ssh.OPTIONS, "ConnectTimeout", "2")
+    space = f"edgekd{os.getpid()}"
+    ip = shutil.which("ip", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") or "ip"
+    subprocess.run([ip, "netns", "add", space], check=True)
+    try:
+        near, far = f"ek{os.getpid() % 100000}a", f"ek{os.getpid() % 100000}b"
+        for line in (
+            f"link add {near} type veth peer name {far} netns {space}",
+            f"addr add 198.18.77.1/30 dev {near}",
+            f"link set {near} up",
+            f"-n {space} addr add 198.18.77.2/30 dev {far}",
+            f"-n {space} link set {far} up",
+        ):
+            subprocess.run([ip, *line.split()], check=True)
+        board = start_sshd(tmp_path, "198.18.77.2", (ip, "netns", "exec", space))
+        try:
+            down = [ip, "link", "set", near, "down"]
+            said = during_a_run(board, board.device(), onnx_file, images, lambda: subprocess.run(down, check=True))
+            assert "198.18.77.2 cannot be reached or broke off" in said
+            wait_for(lambda: not board.agents() and not board.left(), 30)
+        finally:
+            stop(board)
+    finally:
+        subprocess.run([ip, "netns", "delete", space], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted by root")
+def test_a_full_disk_on_the_board_is_told_and_cleaned_up(board: Board, onnx_file: File, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "none", str(small)]).returncode != 0:
+        pytest.skip("mount is not allowed here")
+    try:
+        text = board.toml.read_text().replace(f'folder = "{board.folder}/edgekd"', f'folder = "{small}"')
+        board.toml.write_text(text)
+        many = {"image": np.zeros((1000, 1, 12, 12), np.float32)}
+        with (
+            contextlib.closing(board.device()) as device,
+            pytest.raises(DeviceError, match=r"bytes could not be written to .*inputs.npz: .*No space left on device"),
+        ):
+            device.run(*onnx_file, many, QUICK)
+        assert list((small / "runs").iterdir()) == []
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def test_preparing_says_what_it_does_and_a_failure_keeps_what_was_there(board: Board) -> None:
+    class Said:
+        lines: list[str] = []  # noqa: RUF012
+
+        def say(self, line: str) -> None:
+            self.lines.append(line)
+
+    device = board.device()
+    assert issubclass(SshDevice, Preparable), "as the command asks"
+    kept = board.folder / "edgekd" / "venv" / "kept"
+    kept.parent.mkdir()
+    kept.write_text("was here")
+    # PIP_NO_INDEX stands in the board's environment: nothing is downloaded in a test, so the installation fails.
+    with contextlib.closing(device), pytest.raises(DeviceError, match=r"nothing was installed: ERROR: .*numpy"):
+        device.prepare(Said())
+    assert "numpy, onnxruntime==" in Said.lines[0]
+    assert "by pip on the board" in Said.lines[0]
+    assert kept.read_text() == "was here"
