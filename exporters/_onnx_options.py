@@ -18,3 +18,7 @@ class OnnxOptions(Options):
     length: str = Field(
         default="", description="Sizes of a second open axis (a sequence): a list or a range as for batch."
     )
+    fuse: bool = Field(
+        default=False,
+        description="Write attention, biased gelu and residual norms as ONNX Runtime's own fused operators.",
+    )

@@ -20,6 +20,7 @@ from edgekd.quiet import quiet
 from edgekd.types import Conversion, Precision, Student, TensorSpec, Tolerance
 
 from ._onnx_contents import read_contents
+from ._onnx_fuse import fused_operators
 from ._onnx_options import OnnxOptions
 from ._sizes import few_of, sizes, with_axes
 
@@ -80,9 +81,13 @@ class OnnxExporter:
             raise UsageError(
                 f"onnx {precision} is written from a program in {source}; this is {student.card.precision}"
             )
+        if options.fuse and precision in STATIC:
+            raise UsageError(f"onnx fuse=true fuses float operators, which {precision} has few of; w8d8, fp32 … have")
         _refuse_large(student)
         with quiet():
             model = _translate(student, precision, options)
+            if options.fuse:
+                model = _fuse(model)
             if precision == "fp16":
                 model = _halve(model)
             elif precision == "w8d8":
@@ -171,6 +176,7 @@ def _translate(student: Student, precision: Precision, options: OnnxOptions) -> 
 
     from . import _onnx_activations as activations
     from . import _onnx_blocks as blocks
+    from . import _onnx_fuse as fusing
     from . import _onnx_graph as editing
     from . import _onnx_weights as weights
 
@@ -191,6 +197,8 @@ def _translate(student: Student, precision: Precision, options: OnnxOptions) -> 
     graph = exported.model.graph
     editing.tidy(graph)
     editing.name_axes(graph)
+    if options.fuse:
+        fusing.fuse_attention(graph)
     if precision in STATIC:
         activations.drop_saturated(graph)
         activations.pad_in_convolutions(graph)
@@ -241,6 +249,15 @@ def _halve(model: ModelProto) -> ModelProto:
     return onnx_ir.to_proto(halved)
 
 
+def _fuse(model: ModelProto) -> ModelProto:
+    from . import _onnx_fuse as fusing
+
+    fused = fusing.fuse_rest(model)
+    if not fusing.fused_operators(fused):
+        raise ExportError("onnx fuse=true finds no attention, gelu or residual sum to fuse in this model")
+    return fused
+
+
 def _quantize_dynamically(model: ModelProto) -> ModelProto:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -281,6 +298,8 @@ def _describe(model: ModelProto, student: Student, precision: Precision, options
     }
     if precision in ("w8d8", *STATIC):
         facts["session_config"] = json.dumps(SESSION_CONFIG)
+    if options.fuse:
+        facts["fused"] = json.dumps(fused_operators(model))
     axes = {size.dim_param for value in model.graph.input for size in value.type.tensor_type.shape.dim}
     facts |= {name: getattr(options, name) for name in ("batch", "length") if name in axes}
     del model.metadata_props[:]

@@ -1,5 +1,6 @@
-"""What ONNX alone can be told: open axes. Files in ONNX Runtime against their programs."""
+"""What ONNX alone can be told: open axes, fused operators. Files in ONNX Runtime against their programs."""
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgekd.compress import compress
-from edgekd.errors import UsageError
+from edgekd.errors import ExportError, UsageError
 from edgekd.export import Proof, export_student
-from edgekd.models import input_specs, output_specs, run_program
+from edgekd.models import export_program, input_specs, output_specs, run_program
 from edgekd.parity import compare, run_file
 from edgekd.types import Card, Precision, Student
 
@@ -143,3 +144,81 @@ def test_sizes_that_the_program_does_not_take_are_refused(
         with pytest.raises(UsageError, match=message):
             EXPORTER.write(student, tmp_path / "a.onnx", "fp32", options)
     assert not list(tmp_path.iterdir())
+
+
+class Patches(nn.Module):
+    """A vision transformer's first block, with its queries, keys and values cut from one tensor as timm does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cut, self.norms = nn.Conv2d(3, 32, 4, stride=4), nn.ModuleList(nn.LayerNorm(32) for _ in range(3))
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.up, self.down, self.head = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 5)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.cut(image).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.down(F.gelu(self.up(self.norms[1](x))))
+        return self.head(self.norms[2](x).mean(1))
+
+
+class Written(Encoder):
+    """Attention written out, as models without PyTorch's own do."""
+
+    def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        x = self.norms[0](self.words(ids) + self.places.weight[: ids.shape[1]])
+        q, k, v = (layer(x).view(ids.shape[0], -1, 4, 8) for layer in (self.q, self.k, self.v))
+        bias = (1 - mask[:, None, None, :].float()) * -1e4
+        scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) / 8**0.5
+        attended = torch.softmax(scores + bias, -1) @ v.transpose(1, 2)
+        x = self.norms[1](x + self.out(attended.transpose(1, 2).flatten(2)))
+        x = self.norms[2](x + self.down(F.gelu(self.up(x))))
+        weight = mask[..., None].to(x.dtype)
+        return {"logits": self.head((x * weight).sum(1) / weight.sum(1)), "tokens": x}
+
+
+@pytest.fixture(scope="module")
+def transformers() -> dict[str, Student]:
+    torch.manual_seed(6)
+    ids = torch.zeros(1, 12, dtype=torch.int32)
+    nets: dict[str, tuple[nn.Module, list[Tensor]]] = {
+        "patches": (Patches(), [torch.zeros(1, 3, 16, 16)]),
+        "written": (Written(), [ids, torch.ones_like(ids)]),
+    }
+    found = {}
+    for name, (net, inputs) in nets.items():
+        program = export_program(net.eval(), inputs)
+        found[name] = Student(program, Card(name, input_specs(program), output_specs(program)))
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "w8", "w8d8", "w4"])
+@pytest.mark.parametrize("name", ["patches", "written"])
+def test_attention_is_one_operator_that_gives_the_same(
+    name: str, precision: Precision, transformers: dict[str, Student], tmp_path: Path
+) -> None:
+    student = compress(transformers[name], EXPORTER.precisions[precision].source)
+    samples = texts(24, 12)
+    if name == "patches":
+        samples = {"image": np.random.default_rng(3).standard_normal((24, 3, 16, 16), dtype=np.float32)}
+    options = OnnxOptions(fuse=True, batch="1,4" if precision in ("fp32", "w8d8") else "1")
+    artifact = export_student(student, {}, "onnx", precision, tmp_path / "a", Proof(samples), options=options)
+    assert artifact.parity.status == "passed"
+    model = onnx.load(tmp_path / "a" / artifact.path)
+    counts = Counter(node.op_type for node in model.graph.node)
+    assert counts["MultiHeadAttention"] == 1
+    assert not counts["Softmax"]
+    told = json.loads({entry.key: entry.value for entry in model.metadata_props}["edgekd.fused"])
+    assert told == {kind: counts[kind] for kind in told}
+    assert set(told) >= {"MultiHeadAttention", "BiasGelu"}
+
+
+def test_what_cannot_be_fused_is_refused(
+    transformers: dict[str, Student], convnet_student: Student, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match="finds no attention, gelu or residual sum to fuse"):
+        EXPORTER.write(convnet_student, tmp_path / "a.onnx", "fp32", OnnxOptions(fuse=True))
+    student = compress(transformers["written"], "w8a8", texts(24, 12))
+    with pytest.raises(UsageError, match="fuse=true fuses float operators, which w8a8 has few of"):
+        EXPORTER.write(student, tmp_path / "a.onnx", "w8a8", OnnxOptions(fuse=True))
