@@ -40,6 +40,7 @@ class Packages:
 
 RUNTIMES: Mapping[str, Packages] = {
     "onnx": Packages("onnxruntime", "onnx", ("onnxruntime",)),
+    "ort": Packages("onnxruntime", "onnx", ("onnxruntime",)),
     "tflite": Packages("ai_edge_litert", "tflite", ("ai-edge-litert",)),
     "executorch": Packages("executorch", "executorch", ("executorch",)),
 }

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 KEYS = {
-    "target": "onnx, tflite or executorch",
+    "target": "onnx, ort, tflite or executorch",
     "model": "the model file",
     "input_names": "names of the file's inputs",
     "output_names": "names of the file's outputs",
@@ -175,6 +175,7 @@ _EXECUTORCH_DTYPES = {0: "uint8", 1: "int8", 2: "int16", 3: "int32", 4: "int64",
 
 RUNTIMES: dict[str, tuple[str, Callable[[Any, dict[str, Any]], Runtime]]] = {
     "onnx": ("onnxruntime", OnnxRuntime),
+    "ort": ("onnxruntime", OnnxRuntime),
     "tflite": ("ai_edge_litert.interpreter", LiteRt),
     "executorch": ("executorch.runtime", ExecuTorch),
 }

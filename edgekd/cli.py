@@ -40,7 +40,7 @@ TargetOption = Annotated[
     typer.Option(
         "--target",
         "-t",
-        help="onnx, coreml, tflite, coreai, executorch …; repeat it, or 'all' for every installed one.",
+        help="onnx, coreml, tflite, coreai, executorch, ort …; repeat it, or 'all' for every installed one.",
     ),
 ]
 PrecisionOption = Annotated[

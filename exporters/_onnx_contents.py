@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,9 @@ from edgekd.errors import ModelFileError
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto, ValueInfoProto
 
-__all__ = ["read_contents"]
+__all__ = ["KINDS", "WIDENERS", "read_contents", "weight_fact"]
 
-_KINDS: dict[str, OperatorKind] = {
+KINDS: dict[str, OperatorKind] = {
     "QuantizeLinear": "quantize",
     "DequantizeLinear": "dequantize",
     "DynamicQuantizeLinear": "quantize",
@@ -27,7 +27,7 @@ _KINDS: dict[str, OperatorKind] = {
 _PACKED = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
 """Operators that take weights of 4 bits, and at which place."""
 
-_WIDENERS = ("DequantizeLinear", "Cast")  # a weight's reader is what stands behind these
+WIDENERS = ("DequantizeLinear", "Cast")  # a weight's reader is what stands behind these
 
 
 def read_contents(path: Path, options: Any) -> Contents:
@@ -55,7 +55,7 @@ def read_contents(path: Path, options: Any) -> Contents:
     sizes |= _sizes(optimized.graph)
     return Contents(
         operators=tuple(
-            OperatorFact(node.name or node.output[0], node.op_type, _KINDS.get(node.op_type, "other"), _of(node, sizes))
+            OperatorFact(node.name or node.output[0], node.op_type, KINDS.get(node.op_type, "other"), _of(node, sizes))
             for node in optimized.graph.node
         ),
         weights=tuple(_weights(stored.graph)),
@@ -92,12 +92,23 @@ def _weights(graph: GraphProto) -> Iterator[WeightFact]:
             readers.setdefault(name, node)
     for tensor in graph.initializer:
         reader = readers.get(tensor.name)
-        while reader is not None and reader.op_type in _WIDENERS and reader.output[0] in readers:
+        while reader is not None and reader.op_type in WIDENERS and reader.output[0] in readers:
             reader = readers[reader.output[0]]
-        shape = tuple(tensor.dims)
         dtype = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
-        name = {"float": "float32", "double": "float64"}.get(dtype, dtype)
-        place = _PACKED.get(reader.op_type) if reader is not None else None
-        if reader is not None and place is not None and reader.input[place] == tensor.name and dtype == "uint8":
-            name, shape = "uint4", (*shape[:-1], shape[-1] * 2)  # two numbers in a byte
-        yield WeightFact(tensor.name, name, stored_bytes(name, shape), shape, reader.op_type if reader else "")
+        inputs = [] if reader is None else list(reader.input)
+        yield weight_fact(tensor.name, dtype, tuple(tensor.dims), reader.op_type if reader else "", inputs)
+
+
+def weight_fact(name: str, dtype: str, shape: tuple[int, ...], reader: str, inputs: Sequence[str]) -> WeightFact:
+    """One constant.
+
+    Args:
+        dtype: As ONNX calls it, in small letters.
+        reader: Type of the operator that computes with it.
+        inputs: Of that operator.
+    """
+    kind = {"float": "float32", "double": "float64"}.get(dtype, dtype)
+    place = _PACKED.get(reader)
+    if place is not None and inputs[place] == name and dtype == "uint8":
+        kind, shape = "uint4", (*shape[:-1], shape[-1] * 2)  # two numbers in a byte
+    return WeightFact(name, kind, stored_bytes(kind, shape), shape, reader)

@@ -54,7 +54,7 @@ W4_TOLERANCE = Tolerance(None, 0.95, 0.8)
 """Real models lose more to 4 bits than to 8: MiniLM's sentence vectors come to a cosine of 0.974 (w8: 0.9995)."""
 
 
-_DEFAULTS = OnnxOptions()
+DEFAULTS = OnnxOptions()
 
 
 class OnnxExporter:
@@ -75,7 +75,7 @@ class OnnxExporter:
     }
     options = OnnxOptions
 
-    def write(self, student: Student, path: Path, precision: Precision, options: OnnxOptions = _DEFAULTS) -> None:
+    def write(self, student: Student, path: Path, precision: Precision, options: OnnxOptions = DEFAULTS) -> None:
         source = self.precisions[precision].source
         if student.card.precision != source:
             raise UsageError(

@@ -165,7 +165,7 @@ def test_a_full_disk_is_told_in_one_line(
 
 def test_a_target_or_plan_it_cannot_run_is_wrong_use(onnx_file: File, images: np.ndarray) -> None:
     artifact, folder = onnx_file
-    with pytest.raises(UsageError, match="host runs onnx, tflite, executorch; not 'coreml'"):
+    with pytest.raises(UsageError, match="host runs onnx, ort, tflite, executorch; not 'coreml'"):
         load_device("host").run(replace(artifact, target="coreml"), folder, {"image": images}, QUICK)
     with pytest.raises(UsageError, match="at least 1 block"):
         load_device("host").run(artifact, folder, {"image": images}, replace(QUICK, blocks=0))

@@ -18,7 +18,7 @@ in_tree = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="on
 
 
 def test_the_built_in_targets_and_devices_are_found() -> None:
-    assert {"coreai", "coreml", "executorch", "onnx", "tflite"} <= set(plugins.exporter_names())
+    assert {"coreai", "coreml", "executorch", "onnx", "ort", "tflite"} <= set(plugins.exporter_names())
     assert {"fake", "host"} <= set(plugins.kind_names())
     assert "agent" not in plugins.kind_names()
 
@@ -94,7 +94,7 @@ assert not heavy, heavy
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["coreai", "coreml", "executorch", "onnx", "tflite"])
+@pytest.mark.parametrize("name", ["coreai", "coreml", "executorch", "onnx", "ort", "tflite"])
 def test_an_exporter_can_be_asked_without_its_toolchain(name: str) -> None:
     code = f"""
 import sys

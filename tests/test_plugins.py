@@ -13,7 +13,7 @@ from edgekd.errors import MissingToolchainError, UsageError
 
 def test_unknown_target_names_the_known() -> None:
     with pytest.raises(
-        UsageError, match="no exporter called 'corml'; there are coreai, coreml, executorch, onnx, tflite"
+        UsageError, match="no exporter called 'corml'; there are coreai, coreml, executorch, onnx, ort, tflite"
     ):
         plugins.load_exporter("corml")
 

@@ -71,7 +71,7 @@ precisions = ["int9"]
         "student.model: missing",
         "distill.arms.1: no loss called 'kdd'; there are control, kd, dist",
         "distill.epochs: 0",
-        "export.targets.0: no target 'onxx'; there are coreai, coreml, executorch, onnx, tflite",
+        "export.targets.0: no target 'onxx'; there are coreai, coreml, executorch, onnx, ort, tflite",
         "export.precisions.0: onnx has no precision 'int9'; it has fp32, fp16, w8,",
     ):
         assert line in faults
