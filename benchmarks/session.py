@@ -229,7 +229,7 @@ def flags_of(blocks: Sequence[Block], plan: Plan) -> list[str]:
     conditions = [block.conditions for block in blocks]
     raised = {
         "few_blocks": len(blocks) < FEWEST_BLOCKS,
-        "few_runs": any(len(block.latency_ms) < plan.min_runs for block in blocks),
+        "few_runs": any(_inferences(block) < plan.min_runs for block in blocks),
         "not_converged": not all(block.converged for block in blocks),
         "unpinned": any(seen.get("governor") != "performance" for seen in conditions),
         "virtual_machine": any(seen.get("virtual_machine") == "yes" for seen in conditions),
@@ -242,6 +242,11 @@ def flags_of(blocks: Sequence[Block], plan: Plan) -> list[str]:
         "void_blocks": any(block.void for block in blocks),
     }
     return [name for name, is_raised in raised.items() if is_raised]
+
+
+def _inferences(block: Block) -> int:
+    """How many stand behind a block: its samples, or what a runtime says that keeps none."""
+    return int(block.conditions.get("inferences", len(block.latency_ms)))
 
 
 def measure_pair(

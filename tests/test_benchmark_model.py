@@ -1,0 +1,182 @@
+"""What LiteRT's benchmark_model prints, read from logs of the real program; the source of each stands beside it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgekd.devices import _benchmark_model as tool
+from edgekd.devices import _phone_state
+from edgekd.errors import DataError, DeviceError, UsageError
+from edgekd.types import Artifact, Plan
+
+# The nightly android_aarch64_benchmark_model in Termux on a phone, 2024-06; a public log of a user's.
+FULL = """
+INFO: STARTING!
+INFO: Log parameter values verbosely: [0]
+INFO: Min num runs: [1000]
+INFO: Graph: [./models/tiny_float32.tflite]
+INFO: Initialized TensorFlow Lite runtime.
+INFO: Created TensorFlow Lite XNNPACK delegate for CPU.
+VERBOSE: Replacing 2168 out of 2168 node(s) with delegate (TfLiteXNNPackDelegate) node, yielding 1 partitions for \
+subgraph 0.
+INFO: The input model file size (MB): 24.6229
+INFO: Initialized session in 119.515ms.
+INFO: Running benchmark for at least 5 iterations and at least 0.5 seconds but terminate if exceeding 150 seconds.
+INFO: count=9 first=87112 curr=51629 min=51629 max=87112 avg=58147.4 std=11478 p5=51629 median=51962 p95=87112
+
+INFO: Running benchmark for at least 1000 iterations and at least 1 seconds but terminate if exceeding 150 seconds.
+INFO: count=1000 first=52162 curr=49785 min=49088 max=686105 avg=63743.2 std=60716 p5=49620 median=51891 p95=68628
+
+INFO: Inference timings in us: Init: 119515, First inference: 87112, Warmup (avg): 58147.4, Inference (avg): 63743.2
+INFO: Memory footprint delta from the start of the tool (MB): init=55.4961 overall=55.4961
+"""
+# The same program and phone, a file that XNNPACK takes in part and the interpreter cannot run.
+REFUSED = """
+INFO: Created TensorFlow Lite XNNPACK delegate for CPU.
+VERBOSE: Replacing 2136 out of 2168 node(s) with delegate (TfLiteXNNPackDelegate) node, yielding 65 partitions for \
+subgraph 0.
+ERROR: tensorflow/lite/kernels/batch_matmul.cc:353 lhs_data->type == rhs_data->type was not true.
+ERROR: Node number 57 (BATCH_MATMUL) failed to prepare.
+ERROR: Failed to allocate tensors!
+ERROR: Benchmarking failed.
+"""
+# tensorflow/tensorflow#42507 (2020): no percentiles, no level before the lines, other words for memory.
+OLD = """
+Loaded model /data/local/tmp/espcn_harmonic_2x_slim_w_cl.tflite
+Initialized session in 0.855ms.
+count=15 first=49060 curr=33682 min=32825 max=49060 avg=34825.1 std=3930
+
+count=50 first=32891 curr=33978 min=32641 max=34005 avg=33209.4 std=450
+
+Inference timings in us: Init: 855, First inference: 49060, Warmup (avg): 34825.1, Inference (avg): 33209.4
+Peak memory footprint (MB): init=0 overall=12.8672
+"""
+
+
+def test_a_log_is_read_by_its_keys() -> None:
+    log = tool.parse_log(FULL)
+    assert (log.init, log.first) == (119515, 87112)
+    assert log.counts == (9, 1000)
+    assert log.timed["median"] == 51891
+    assert log.delegation == "TfLiteXNNPackDelegate 2168/2168 nodes in 1"
+    assert not log.is_partial
+    assert log.footprint_mb == 55.4961
+
+
+def test_the_median_decides_not_the_mean_that_outliers_moved() -> None:
+    block = tool.block_of(tool.parse_log(FULL), {"model": "x"})
+    assert block.latency_ms == (51.891,)
+    assert block.first_inference_ms == 87.112
+    assert block.model_load_ms == 119.515
+    assert block.converged
+    assert block.conditions["inferences"] == "1000"
+    assert block.conditions["statistic"].startswith("median of 1000")
+
+
+def test_an_old_log_has_only_a_mean_and_says_so() -> None:
+    block = tool.block_of(tool.parse_log(OLD), {})
+    assert block.latency_ms == (33.2094,)
+    assert block.conditions["statistic"].startswith("avg of 50")
+    assert "delegation" not in block.conditions
+
+
+def test_a_failed_launch_is_told_by_its_first_error() -> None:
+    with pytest.raises(DeviceError, match=r"gave no timings: ERROR: tensorflow/lite/kernels/batch_matmul.cc:353"):
+        tool.parse_log(REFUSED)
+    with pytest.raises(DeviceError, match="it said nothing"):
+        tool.parse_log("")
+
+
+def test_nodes_that_stayed_behind_are_told() -> None:
+    log = tool.parse_log(REFUSED + FULL)
+    assert log.is_partial
+    assert "2136/2168 nodes in 65" in tool.block_of(log, {}).conditions["partial_delegation"]
+
+
+def test_names_with_colons_are_doubled_and_those_with_commas_refused() -> None:
+    tensors = tool.Tensors((("x", "serving_default_x:0", (1, 3), "float32"),), ())
+    told = tool.flags(tensors, "model-00", Plan(threads=2), ["sample_0.bin"], "out.bin")
+    assert "--input_layer=serving_default_x:0" in told
+    assert "--input_layer_value_files=serving_default_x::0:sample_0.bin" in told
+    assert {"--num_threads=2", "--input_layer_shape=1,3", "--output_filepath=out.bin"} <= set(told)
+    with pytest.raises(UsageError, match="splits names at commas"):
+        tool.flags(tool.Tensors((("x", "a,b", (1,), "float32"),), ()), "m", Plan(), ["f"])
+
+
+def test_inputs_and_outputs_lie_in_files_as_raw_numbers(tmp_path: Path) -> None:
+    tensors = tool.Tensors((("x", "x", (1, 2), "int32"),), (("a", "a", (1, 3), "float32"), ("b", "b", (1, 2), "int8")))
+    assert tool.write_sample(tmp_path, tensors, {"x": np.array([[1, 2], [3, 4]])}, 1, "in") == ["in_0.bin"]
+    assert (tmp_path / "in_0.bin").read_bytes() == np.array([3, 4], np.int32).tobytes()
+    content = np.array([1.5, 2, 3], np.float32).tobytes() + bytes([255, 7])
+    outputs = tool.read_outputs(content, tensors)
+    assert outputs["a"].tolist() == [[1.5, 2, 3]]
+    assert outputs["b"].tolist() == [[-1, 7]]
+    with pytest.raises(DataError, match="the outputs have 14 bytes; benchmark_model wrote 13"):
+        tool.read_outputs(content[:-1], tensors)
+    with pytest.raises(DataError, match="takes int32; it got float64"):
+        tool.write_sample(tmp_path, tensors, {"x": np.ones((1, 2))}, 0, "in")
+
+
+def test_tensors_are_told_by_the_names_of_the_signature(tflite_file: tuple[Artifact, Path]) -> None:
+    artifact, folder = tflite_file
+    tensors = tool.tensors_of(folder / artifact.path, artifact)
+    ((name, own, shape, dtype),) = tensors.inputs
+    assert (name, shape, dtype) == ("args_0", (1, 1, 12, 12), "float32")
+    assert own != name, "the tensor has a name of its own, which benchmark_model goes by"
+    assert tensors.outputs[0][0] == "output_0"
+
+
+# Format: frameworks/base, ThermalManagerService.dump and BatteryService.dump; values of a Pixel on a desk.
+STATE = """@thermal
+IsStatusOverride: false
+Thermal Status: 2
+Cached temperatures:
+	Temperature{mValue=99.0, mType=0, mName=CPU0, mStatus=0}
+Current temperatures from HAL:
+	Temperature{mValue=62.500004, mType=0, mName=CPU0, mStatus=0}
+	Temperature{mValue=61.000004, mType=1, mName=GPU, mStatus=0}
+	Temperature{mValue=38.793081, mType=3, mName=VIRTUAL-SKIN, mStatus=0}
+Current cooling devices from HAL:
+	CoolingDevice{mValue=0, mType=5, mName=tpu_cooling}
+@battery
+Current Battery Service state:
+  AC powered: false
+  USB powered: true
+  level: 87
+  temperature: 251
+@clocks
+1803000
+2914000
+@governor
+sched_pixel
+@fingerprint
+google/x/y
+@load
+3.01 2.5 2 1/900 1
+"""
+
+
+def test_a_phones_state_is_read_and_what_it_does_not_tell_is_left_out() -> None:
+    state = _phone_state.parse_state(STATE)
+    assert state["thermal_status"] == "2"
+    assert state["temperature_c"] == "62.5", "cached temperatures may be old"
+    assert state["skin_c"] == "38.8"
+    assert (state["battery_percent"], state["battery_c"], state["power"]) == ("87", "25.1", "USB")
+    assert (state["clock_mhz"], state["clocks_mhz"], state["governor"]) == ("2914", "1803 2914", "sched_pixel")
+    assert state["fingerprint"] == "google/x/y"
+    bare = _phone_state.parse_state("@thermal\n@battery\n@clocks\n@governor\n@fingerprint\n@load\n1.0 1 1 1/1 1\n")
+    assert bare == {"load_average": "1.0"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reason"),
+    [
+        ("0", "0", ""),
+        ("0", "1", "the phone is hot: thermal status 0 (none) before and 1 (light) after the block"),
+        ("3", "3", "the phone is hot: thermal status 3 (severe) before and 3 (severe) after the block"),
+        ("2", "0", "the phone is hot: thermal status 2 (moderate) before and 0 (none) after the block"),
+    ],
+)
+def test_a_block_of_a_hot_phone_does_not_count(before: str, after: str, reason: str) -> None:
+    assert _phone_state.void_reason({"thermal_status": before}, {"thermal_status": after}) == reason

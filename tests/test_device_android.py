@@ -1,0 +1,361 @@
+"""The android device against real adbd daemons of Debian (not Android), over a real adb client and server.
+
+In place of benchmark_model, tests/stand_ins/benchmark_model.py runs the file in the real LiteRT; nothing here was
+measured on a phone.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from edgekd.benchmarks.session import measure
+from edgekd.devices import android
+from edgekd.devices.android import AndroidDevice
+from edgekd.errors import DeviceError, UsageError
+from edgekd.profiles import device_of, load_device, load_profile
+from edgekd.types import Artifact, Plan
+
+sys.path.insert(0, str(Path(__file__).parent))
+from adbd import Phones, start_phones, thermal, unpacked, wait_for
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("adb") is None, reason="needs adb: apt-get install adb"),
+    pytest.mark.skipif(sys.platform != "linux", reason="adbd runs on Linux"),
+]
+
+QUICK = Plan(blocks=2, warmup_runs=3, warmup_s=0.0, min_runs=10, min_s=0.0, max_s=2.0)
+ENDLESS = replace(QUICK, blocks=1, min_s=60.0, max_s=60.0)
+STAND_IN = Path(__file__).parent / "stand_ins" / "benchmark_model.py"
+
+File = tuple[Artifact, Path]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    try:
+        return unpacked()
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"Debian trixie's adbd cannot be had here: {error}")
+
+
+@pytest.fixture
+def start(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Phones]]:
+    """``start(count)`` gives phones that the device under test sees, and no others."""
+    started = []
+
+    def start(count: int = 1, small: bool = False) -> Phones:
+        folder = tmp_path / "p"
+        folder.mkdir()
+        try:
+            phones = start_phones(folder, root, count, small)
+        except OSError as error:
+            pytest.skip(f"adbd cannot be started here: {error}")
+        started.append(phones)
+        monkeypatch.setenv("ADB_SERVER_SOCKET", phones.environment["ADB_SERVER_SOCKET"])
+        return phones
+
+    yield start
+    for phones in started:
+        phones.stop()
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((6, 1, 12, 12)).astype(np.float32)
+
+
+def program(folder: Path) -> Path:
+    path = folder / "benchmark_model"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -I {STAND_IN} "$@"\n')
+    return path
+
+
+def device_for(phones: Phones, index: int = 0, serial: bool = True, extra: str = "") -> AndroidDevice:
+    path = program(phones.folder)
+    toml = phones.folder / "phone.toml"
+    toml.write_text(
+        f'extends = "android"\n[settings]\nbenchmark_model = "{path}"\nfolder = "{phones.storage(index)}"\n'
+        f'benchmark_sha256 = "{hashlib.sha256(path.read_bytes()).hexdigest()}"\n'
+        + (f'serial = "{phones.serials[index]}"\n' if serial else "")
+        + extra
+    )
+    device = device_of(load_profile(str(toml)))
+    assert isinstance(device, AndroidDevice)
+    return device
+
+
+def test_the_probe_says_what_the_phone_is_and_runs(start: Callable[..., Phones]) -> None:
+    phones = start()
+    status = device_for(phones).probe()
+    assert status.reachable, status.reason
+    assert status.targets == ("tflite",)
+    assert status.facts["model"] == "Debian adbd 0 (not Android)"
+    assert "measure it in the phone's browser" in status.not_run["onnx"]
+    assert phones.left() == [], "a probe writes nothing"
+
+
+def test_latency_and_outputs_come_from_one_sitting_and_nothing_is_left(
+    start: Callable[..., Phones], tflite_file: File, images: np.ndarray
+) -> None:
+    phones = start()
+    device = device_for(phones)
+    _, expected = load_device("host").run(*tflite_file, {"args_0": images}, replace(QUICK, blocks=1))
+    top = expected["output_0"].argmax(axis=1)
+    found = measure(*tflite_file, "phone", device, {"args_0": images}, None, top, QUICK)
+    assert found.teacher_agreement == 1.0
+    assert found.device == "phone (Debian adbd 0 (not Android), the test's own machine)"
+    assert "void_blocks" not in found.flags
+    assert "few_runs" not in found.flags
+    first, last = (block.conditions for block in found.blocks)
+    assert float(last["differs_from_host"]) < 1e-5
+    assert first["temperature_c_before"] == "43.2"
+    assert first["thermal_status_after"] == "0"
+    assert first["battery_percent_before"] == "87"
+    assert first["fixed_performance"] == "yes"
+    assert first["inferences"] == "10"
+    assert phones.left() == []
+    commands = (phones.state() / "commands").read_text().splitlines()
+    assert commands.count("power set-fixed-performance-mode-enabled true") == 4
+    assert commands[-1] == "power set-fixed-performance-mode-enabled false"
+    wait_for(lambda: not phones.running(), 10)
+
+
+def test_the_right_one_of_several_phones_is_taken(
+    start: Callable[..., Phones], tflite_file: File, images: np.ndarray
+) -> None:
+    phones = start(2)
+    status = device_for(phones, serial=False).probe()
+    assert "2 phones could be phone: localhost:7555, localhost:7556; name one with settings.serial" in status.reason
+    identity = '[identity]\n"ro.product.model" = "Debian adbd 1"\n'
+    with contextlib.closing(device_for(phones, 1, serial=False, extra=identity)) as device:
+        blocks, _ = device.run(*tflite_file, {"args_0": images[:1]}, replace(QUICK, blocks=1))
+        assert blocks[0].conditions["serial"] == "localhost:7556"
+        assert len(phones.left(1)) == 1
+        assert phones.left(0) == []
+
+
+def test_another_phone_is_not_measured_under_this_ones_name(
+    start: Callable[..., Phones], tflite_file: File, images: np.ndarray
+) -> None:
+    phones = start()
+    identity = '[identity]\n"ro.product.model" = "Pixel 9"\n'
+    device = device_for(phones, serial=False, extra=identity)
+    status = device.probe()
+    assert not status.reachable
+    assert status.reason.startswith("another phone is attached (localhost:7555: ro.product.model is 'Debian adbd 0")
+    with pytest.raises(DeviceError, match="another phone is attached"):
+        device.run(*tflite_file, {"args_0": images}, QUICK)
+    assert phones.left() == []
+
+
+def test_a_phone_that_is_swapped_during_a_sitting_is_noticed(
+    start: Callable[..., Phones], tflite_file: File, images: np.ndarray
+) -> None:
+    phones = start()
+    device = device_for(phones)
+    with contextlib.closing(device):
+        device.run(*tflite_file, {"args_0": images[:1]}, replace(QUICK, blocks=1))
+        properties = phones.state() / "properties"
+        properties.write_text(properties.read_text().replace("debian/trixie/adbd0", "other/phone"))
+        with pytest.raises(DeviceError, match="another phone answers as localhost:7555 now"):
+            device.run(*tflite_file, {"args_0": images[:1]}, replace(QUICK, blocks=1))
+
+
+def test_no_phone_no_adb_and_no_program_say_what_is_missing(
+    start: Callable[..., Phones], tflite_file: File, images: np.ndarray
+) -> None:
+    phones = start()
+    status = load_device("android").probe()
+    assert status.reachable
+    assert "settings.benchmark_model and benchmark_sha256 are not set" in status.not_run["tflite"]
+    assert "adb is not installed" in device_for(phones, extra='adb = "no-such-adb"\n').probe().reason
+    device = device_for(phones)
+    program(phones.folder).write_text("#!/bin/sh\necho other\n")
+    assert "settings.benchmark_sha256 is" in device.probe().not_run["tflite"]
+    with pytest.raises(UsageError, match="has sha256"):
+        device.run(*tflite_file, {"args_0": images}, QUICK)
+    phones.daemon().kill()
+    wait_for(
+        lambda: (
+            "attached" in load_device("android").probe().reason or "offline" in load_device("android").probe().reason
+        )
+    )
+
+
+@pytest.mark.parametrize("name", ["$(touch owned).tflite", "a b'; touch owned; '.tflite", "-rf.tflite"])
+def test_a_hostile_file_name_is_only_a_name(
+    start: Callable[..., Phones], tflite_file: File, images: np.ndarray, tmp_path: Path, name: str
+) -> None:
+    phones = start()
+    artifact, folder = tflite_file
+    (tmp_path / "models").mkdir()
+    shutil.copy(folder / artifact.path, tmp_path / "models" / name)
+    with contextlib.closing(device_for(phones)) as device:
+        blocks, _ = device.run(
+            replace(artifact, path=name), tmp_path / "models", {"args_0": images[:1]}, replace(QUICK, blocks=1)
+        )
+        assert len(blocks) == 1
+        assert not list(tmp_path.rglob("owned"))
+
+
+def test_a_file_that_the_program_cannot_load_is_told(
+    start: Callable[..., Phones], tflite_file: File, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phones = start()
+    tensors = android.tensors_of(tflite_file[1] / tflite_file[0].path, tflite_file[0])
+    monkeypatch.setattr(android, "tensors_of", lambda *_: tensors)
+    broken = phones.folder / "model.tflite"
+    broken.write_bytes(b"not a model")
+    with (
+        contextlib.closing(device_for(phones)) as device,
+        pytest.raises(
+            DeviceError, match=r"model.tflite \(tflite fp32\) on phone: benchmark_model gave no timings: ERROR"
+        ),
+    ):
+        device.run(replace(tflite_file[0], path="model.tflite"), phones.folder, {"args_0": images}, QUICK)
+    assert phones.left() == []
+
+
+def test_blocks_of_a_phone_that_gets_hot_are_void(
+    start: Callable[..., Phones], tflite_file: File, images: np.ndarray
+) -> None:
+    phones = start()
+
+    def heat() -> None:
+        wait_for(phones.running)
+        (phones.state() / "thermalservice").write_text(thermal(2))
+
+    thread = threading.Thread(target=heat)
+    thread.start()
+    found = measure(
+        *tflite_file, "phone", device_for(phones), {"args_0": images}, None, None, replace(QUICK, min_s=0.5)
+    )
+    thread.join()
+    assert found.blocks[0].void == "the phone is hot: thermal status 0 (none) before and 2 (moderate) after the block"
+    assert found.blocks[1].void.startswith("the phone is hot: thermal status 2 (moderate) before")
+    assert "void_blocks" in found.flags
+
+
+def during_a_run(
+    phones: Phones, device: AndroidDevice, file: File, images: np.ndarray, happens: Callable[[], object]
+) -> str:
+    def meanwhile() -> None:
+        wait_for(lambda: measuring(phones))
+        time.sleep(1.0)
+        happens()
+
+    thread = threading.Thread(target=meanwhile)
+    thread.start()
+    try:
+        with contextlib.closing(device), pytest.raises(DeviceError) as caught:
+            device.run(*file, {"args_0": images}, ENDLESS)
+    finally:
+        thread.join()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def measuring(phones: Phones) -> list[psutil.Process]:
+    found = []
+    for process in phones.running():
+        with contextlib.suppress(psutil.Error):
+            if str(STAND_IN) in process.cmdline():
+                found.append(process)
+    return found
+
+
+def test_a_phone_that_is_unplugged_is_told_and_goes_back_to_its_mode(
+    start: Callable[..., Phones], tflite_file: File, images: np.ndarray
+) -> None:
+    phones = start()
+    said = during_a_run(phones, device_for(phones), tflite_file, images, lambda: phones.daemon().kill())
+    assert "model.tflite (tflite fp32) on phone: localhost:7555" in said
+    assert "is gone" in said or "broke off" in said
+    wait_for(lambda: not phones.running(), 20)
+    assert phones.left() == [], "the phone itself cleans up when nobody listens"
+    assert (phones.state() / "commands").read_text().splitlines()[-1].endswith("mode-enabled false")
+
+
+def test_a_program_killed_for_memory_is_told_as_that(
+    start: Callable[..., Phones], tflite_file: File, images: np.ndarray
+) -> None:
+    phones = start()
+    said = during_a_run(phones, device_for(phones), tflite_file, images, lambda: measuring(phones)[0].kill())
+    assert "the program was ended by SIGKILL, perhaps for lack of memory" in said
+    wait_for(lambda: not phones.running(), 10)
+    assert phones.left() == []
+
+
+def test_nothing_runs_on_the_phone_after_the_measuring_process_was_killed(
+    start: Callable[..., Phones], tflite_file: File
+) -> None:
+    phones = start()
+    device_for(phones)
+    artifact, folder = tflite_file
+    (phones.folder / "measure.py").write_text(
+        "import json, numpy as np\nfrom pathlib import Path\nfrom edgekd.profiles import load_device\n"
+        "from edgekd.types import Artifact, Plan\n"
+        f"artifact = Artifact.from_json(json.loads({json.dumps(artifact.to_json())!r}))\n"
+        "plan = Plan(blocks=1, warmup_runs=1, warmup_s=0.0, min_s=60.0, max_s=60.0)\n"
+        f"device = load_device({str(phones.folder / 'phone.toml')!r})\n"
+        f"device.run(artifact, Path({str(folder)!r}), {{'args_0': np.zeros((1, 1, 12, 12), 'float32')}}, plan)\n"
+    )
+    parent = subprocess.Popen([sys.executable, str(phones.folder / "measure.py")], stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: measuring(phones))
+        time.sleep(0.5)
+        parent.kill()
+        parent.wait()
+        wait_for(lambda: not phones.running() and not phones.left(), 30)
+    finally:
+        parent.kill()
+    assert (phones.state() / "commands").read_text().splitlines()[-1].endswith("mode-enabled false")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted by root")
+def test_full_storage_on_the_phone_is_told_and_cleaned_up(
+    start: Callable[..., Phones], tflite_file: File, images: np.ndarray
+) -> None:
+    phones = start(small=True)
+    with contextlib.closing(device_for(phones)) as device:
+        path = program(phones.folder)
+        with path.open("a") as file:
+            file.write("# " + "x" * 400_000)
+        device = device_for_program(phones, path)
+        with (
+            contextlib.closing(device),
+            pytest.raises(
+                DeviceError, match=r"bytes could not be written to .*benchmark_model: .*No space left on device"
+            ),
+        ):
+            device.run(*tflite_file, {"args_0": images}, QUICK)
+    listed = subprocess.run(
+        ["adb", "-s", phones.serials[0], "shell", f"ls {phones.storage()}"],
+        env=phones.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert listed.stdout == ""
+
+
+def device_for_program(phones: Phones, path: Path) -> AndroidDevice:
+    text = (phones.folder / "phone.toml").read_text()
+    lines = [line for line in text.splitlines() if not line.startswith("benchmark_sha256")]
+    lines.append(f'benchmark_sha256 = "{hashlib.sha256(path.read_bytes()).hexdigest()}"')
+    (phones.folder / "phone.toml").write_text("\n".join([*lines, ""]))
+    device = device_of(load_profile(str(phones.folder / "phone.toml")))
+    assert isinstance(device, AndroidDevice)
+    return device
