@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from edgekd.errors import DeviceError
 
 from ._shell import GRACE_S, Ended, run_beating
 
-__all__ = ["Phone", "attached", "choose", "start"]
+__all__ = ["Phone", "attached", "choose", "reverse", "view"]
 
 ANSWER_S = 60
 COPY_S = 600
@@ -94,15 +95,6 @@ class Phone:
         return done
 
 
-def start(adb: str) -> None:
-    """Start adb's server, where none runs. It outlives us, as it outlives every adb command.
-
-    Raises:
-        DeviceError: adb is not installed.
-    """
-    _adb(adb, ["start-server"], None, ANSWER_S)
-
-
 def attached(adb: str) -> dict[str, str]:
     """Serials of all attached phones, and the state of each: ``device`` when it can be used.
 
@@ -148,6 +140,31 @@ def choose(adb: str, name: str, serial: str, identity: Mapping[str, str]) -> tup
         raise DeviceError(f"{len(meant)} phones could be {name}: {serials}; name one with settings.serial")
     seen = "; ".join(f"{phone.serial}: {_differs(properties, identity)}" for phone, properties in phones)
     raise DeviceError(f"another phone is attached ({seen})")
+
+
+def reverse(phone: Phone, port: int, remove: bool = False) -> None:
+    """Let the phone's own localhost lead to a port of this machine; such an address is a secure context there.
+
+    Raises:
+        DeviceError: The phone refuses, or is gone.
+    """
+    what = ["reverse", "--remove", f"tcp:{port}"] if remove else ["reverse", f"tcp:{port}", f"tcp:{port}"]
+    done = _adb(phone.adb, ["-s", phone.serial, *what], None, ANSWER_S)
+    if done.code != 0:
+        raise DeviceError(f"{phone.serial}: adb {what[0]} failed: {_last(done)}")
+
+
+def view(phone: Phone, link: str, package: str) -> None:
+    """Open a link in a browser of the phone.
+
+    Raises:
+        DeviceError: The phone has no such browser, or is gone.
+    """
+    script = f"am start -a android.intent.action.VIEW -d {shlex.quote(link)} {shlex.quote(package)}"
+    done = phone.run(script)
+    said = done.out.decode(errors="replace") + done.err
+    if done.code != 0 or "Error:" in said:
+        raise DeviceError(f"{phone.serial}: {package} cannot open the page: {_last(done)}")
 
 
 def _differs(properties: Mapping[str, str], identity: Mapping[str, str]) -> str:

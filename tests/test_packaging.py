@@ -19,7 +19,7 @@ in_tree = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="on
 
 def test_the_built_in_targets_and_devices_are_found() -> None:
     assert {"coreai", "coreml", "executorch", "onnx", "ort", "tflite"} <= set(plugins.exporter_names())
-    assert {"fake", "host"} <= set(plugins.kind_names())
+    assert {"android", "browser", "fake", "host", "ssh"} <= set(plugins.kind_names())
     assert "agent" not in plugins.kind_names()
 
 
@@ -30,6 +30,9 @@ def test_the_built_in_targets_and_devices_are_found() -> None:
         ("edgekd", "templates/image/edgekd.toml"),
         ("edgekd", "templates/text/tokenizer.json"),
         ("edgekd.devices", "host.toml"),
+        ("edgekd.devices", "page/index.html"),
+        ("edgekd.devices", "page/run.js"),
+        ("edgekd.devices", "page/package-lock.json"),
         ("edgekd.benchmarks", "report.html"),
     ],
 )

@@ -1,0 +1,351 @@
+"""A browser: the page in ``page/`` runs the file with ONNX Runtime Web or LiteRT.js, timed to the outputs read back.
+
+Three ways to open it: headless here, in a phone's Chrome over ``adb reverse``, or by a link that any browser can open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from edgekd.errors import DataError, DeviceError
+from edgekd.plugins import missing
+from edgekd.protocols import Arrays, Progress, Settings
+from edgekd.types import Artifact, Block, DeviceStatus, Json, Plan, Profile
+
+from . import _adb, _page, agent
+from ._agents import checked_inputs, limit_s
+from ._chromium import Chromium, find_chromium
+
+__all__ = ["DEVICE", "BrowserDevice"]
+
+TARGETS = ("onnx", "tflite")
+NOT_RUN = {
+    "coreml": "Core ML runs on Apple devices only; use a Mac or an iPhone",
+    "coreai": "Core AI runs on Apple devices only; use a device with iOS 27",
+    "executorch": "no runtime of ExecuTorch for browsers is published",
+}
+HELLO_S = 60.0  # for a browser that we start
+PATIENCE_S = 300.0  # for a person who opens a link
+ANY_ADDRESS = ("0.0.0.0", "::")
+
+
+class BrowserSettings(Settings):
+    accelerator: Literal["wasm", "webgpu", "webnn"] = "wasm"
+    open: Literal["headless", "adb", "link"] = Field("headless", description="How the page is opened.")
+    browser: str = Field("", description="headless: the program; by default the first Chromium or Chrome.")
+    flags: tuple[str, ...] = Field((), description="headless: more of its flags.")
+    cpu_slowdown: float = Field(1.0, ge=1.0, description="headless: slow the page down; the numbers are emulated.")
+    screen: tuple[int, int] | None = Field(None, description="headless: emulate a phone's screen.")
+    user_agent: str = Field("", description="headless: emulate another browser's name.")
+    adb: str = Field("adb", description="adb: the client.")
+    serial: str = Field("", description="adb: of the phone, where several are attached.")
+    package: str = Field("com.android.chrome", description="adb: the browser to open.")
+    address: str = Field("127.0.0.1", description="link: of this machine in the local network; TLS is used then.")
+    port: int = Field(0, description="link: any free one when 0.")
+    certificate: str = Field("", description="link: PEM file that the phone trusts; else one is made, and it asks.")
+    certificate_key: str = Field("", description="link: its key.")
+
+
+class BrowserDevice:
+    """Fulfils ``edgekd.protocols.Device`` and ``Preparable``.
+
+    Attributes:
+        say: Told the link and its QR code, where a person must open the page.
+        isolated: False serves the page without the headers that isolate it: one thread, and a coarse clock.
+        chromium: The browser of the block that runs now.
+    """
+
+    def __init__(self, profile: Profile, settings: BrowserSettings) -> None:
+        self._profile, self._settings = profile, settings
+        self._server: _page.PageServer | None = None
+        self._phone: _adb.Phone | None = None
+        self._facts: dict[str, str] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self.say: Callable[[str], object] = lambda text: sys.stderr.write(f"{text}\n")
+        self.isolated = True
+        self.chromium: Chromium | None = None
+
+    def probe(self) -> DeviceStatus:
+        """Look for the browser or the phone, and the page's runtimes; nothing is started."""
+        try:
+            facts = self._look()
+        except DeviceError as error:
+            return DeviceStatus(reachable=False, reason=str(error))
+        if not _page.installed():
+            return DeviceStatus(
+                reachable=False,
+                reason=f"the page's runtimes are not installed; edgekd devices prepare {self._profile.name}",
+                facts=facts,
+            )
+        return DeviceStatus(reachable=True, facts=self._profile.facts | facts, targets=TARGETS, not_run=dict(NOT_RUN))
+
+    def run(
+        self, artifact: Artifact, folder: Path, inputs: Arrays, plan: Plan
+    ) -> tuple[tuple[Block, ...], dict[str, np.ndarray]]:
+        """See ``edgekd.protocols.Device``; a block is a fresh browser here, a fresh load of the page on a phone.
+
+        Raises:
+            DeviceError: The browser does not open the page, broke off, or its runtime failed.
+            UsageError: The browser does not run the target, or the plan has no block.
+        """
+        what = f"{artifact.path} ({artifact.target} {artifact.precision}) on {self._profile.name}"
+        inputs = checked_inputs(self._profile.name, artifact, inputs, plan, TARGETS)
+        try:
+            if not _page.installed():
+                raise DeviceError(f"nothing is installed; edgekd devices prepare {self._profile.name}")
+            content = (folder / artifact.path).read_bytes()
+            blocks: list[Block] = []
+            outputs: dict[str, np.ndarray] = {}
+            for index in range(plan.blocks):
+                job = _job(artifact, content, inputs, plan, self._settings.accelerator, index == plan.blocks - 1)
+                block = self._here(job, plan, len(job.samples)) if self._is_headless else self._there(job, plan)
+                blocks.append(block)
+                outputs = {spec.name: job.outputs[i] for i, spec in enumerate(artifact.outputs) if i in job.outputs}
+            if len(outputs) != len(artifact.outputs):
+                raise DataError(f"{what}: the page sent {len(outputs)} of {len(artifact.outputs)} outputs")
+            return tuple(blocks), outputs
+        except DeviceError as error:
+            raise DeviceError(f"{what}: {error}") from None
+
+    def close(self) -> None:
+        """Stop serving; the phone's page is told that it is done."""
+        if self._phone is not None and self._server is not None:
+            with contextlib.suppress(DeviceError):
+                _adb.reverse(self._phone, self._server.port, remove=True)
+        if self._server is not None:
+            self._server.close()
+        if self._folder is not None:
+            self._folder.cleanup()
+        self._server = self._phone = self._folder = None
+
+    def prepare(self, progress: Progress) -> None:
+        """Install the page's runtimes with npm into the user's cache.
+
+        Raises:
+            DeviceError: npm is missing or fails.
+        """
+        told = ", ".join(f"{name} {_page.versions()[name]}" for name in ("onnxruntime-web", "@litertjs/core"))
+        progress.say(f"{told} into {_page.library()}, by npm ci --ignore-scripts")
+        _page.install()
+
+    @property
+    def _is_headless(self) -> bool:
+        return self._settings.open == "headless"
+
+    def _look(self) -> dict[str, str]:
+        """What the browser is.
+
+        Raises:
+            DeviceError: It is not there.
+        """
+        settings = self._settings
+        if settings.open == "link":
+            return {"model": "a browser that opens a link"}
+        if settings.open == "adb":
+            identity = {key: value for key, value in self._profile.identity.items() if key.startswith("ro.")}
+            _, properties = _adb.choose(settings.adb, self._profile.name, settings.serial, identity)
+            model = properties.get("ro.product.model", "phone")
+            return {"model": f"{settings.package} on {model}", "processor": properties.get("ro.soc.model", "")}
+        program = find_chromium(settings.browser)
+        if program is None:
+            raise DeviceError(
+                f"no browser {settings.browser!r} is installed"
+                if settings.browser
+                else "no Chromium or Chrome is installed; apt-get install chromium, or settings.browser"
+            )
+        try:
+            told = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            raise DeviceError(f"{program} --version does not answer") from None
+        name = " ".join(word for word in told.stdout.split() if not word.startswith("built"))
+        machine = {key: value for key, value in agent.describe_machine().items() if value}
+        kept = ("processor", "system", "cores", "governor", "virtual_machine", "emulated")
+        facts = {key: machine[key] for key in kept if key in machine}
+        emulation = self._emulation()
+        return facts | {"model": f"{name}, headless{f', {emulation}' if emulation else ''}"}
+
+    def _emulation(self) -> str:
+        settings = self._settings
+        slowed = f"slowed {settings.cpu_slowdown:g} times" if settings.cpu_slowdown > 1 else ""
+        phone = "posing as a phone" if settings.screen or settings.user_agent else ""
+        return ", ".join(word for word in (phone, slowed) if word)
+
+    def _here(self, job: _page.Job, plan: Plan, _: int) -> Block:
+        """One block in a fresh browser with a fresh profile, which ends with it."""
+        settings = self._settings
+        facts = self._look()
+        program = find_chromium(settings.browser)
+        assert program is not None
+        server = _page.PageServer(isolated=self.isolated)
+        before = agent.read_state()
+        try:
+            chromium = self.chromium = Chromium(program, settings.flags)
+            try:
+                tab = chromium.open_tab()
+                if settings.cpu_slowdown > 1:
+                    chromium.call("Emulation.setCPUThrottlingRate", {"rate": settings.cpu_slowdown}, tab)
+                if settings.user_agent:
+                    chromium.call("Emulation.setUserAgentOverride", {"userAgent": settings.user_agent}, tab)
+                if settings.screen:
+                    width, height = settings.screen
+                    screen = {"width": width, "height": height, "deviceScaleFactor": 2, "mobile": True}
+                    chromium.call("Emulation.setDeviceMetricsOverride", screen, tab)
+                chromium.call("Page.navigate", {"url": server.link}, tab)
+                if not server.wait_for_hello(HELLO_S):
+                    raise DeviceError(f"the browser did not open the page in {HELLO_S:.0f} s: {chromium.last_words()}")
+                block = self._answer(server, job, plan, lambda: chromium.is_running)
+            finally:
+                chromium.close()
+                self.chromium = None
+        finally:
+            server.close()
+        emulation = self._emulation()
+        conditions = facts | block.conditions | {f"{key}_before": value for key, value in before.items()}
+        conditions |= {f"{key}_after": value for key, value in agent.read_state().items()}
+        if emulation:
+            emulated = (conditions.get("emulated", ""), f"{emulation} (a desktop's browser)")
+            conditions["emulated"] = "; ".join(word for word in emulated if word)
+        void = block.void or agent.throttled(
+            conditions.get("throttle_before", ""), conditions.get("throttle_after", "")
+        )
+        return dataclasses.replace(
+            block, conditions={key: value for key, value in conditions.items() if value}, void=void
+        )
+
+    def _there(self, job: _page.Job, plan: Plan) -> Block:
+        """One block in the browser that a person or a phone opened; it stays open for the next."""
+        server = self._serve()
+        block = self._answer(server, job, plan, lambda: True)
+        after = server.hellos
+        conditions = self._facts | block.conditions
+        server.wait_for_hello(10, after - 1)  # the page loads anew for the next block
+        return dataclasses.replace(block, conditions={key: value for key, value in conditions.items() if value})
+
+    def _answer(self, server: _page.PageServer, job: _page.Job, plan: Plan, is_alive: Callable[[], bool]) -> Block:
+        """The page's answer to a job, with what the page told of itself."""
+        self._recognize(server.facts)
+        samples = len(job.samples) // max(1, job.told["bytes_per_batch"])
+        limit = limit_s(plan, samples)
+        result = server.run(job, limit, is_alive)
+        if result is None and not is_alive():
+            raise DeviceError("the browser or its page crashed before it had answered, perhaps for lack of memory")
+        if result is None:
+            raise DeviceError(f"the browser gave no result in {limit:.0f} s")
+        if "error" in result:
+            raise DeviceError(" ".join(str(result["error"]).split())[:500])
+        block = Block.from_json(result["block"])
+        told = {f"browser_{key}" if key in ("cores",) else key: value for key, value in server.facts.items()}
+        return dataclasses.replace(block, conditions=told | block.conditions)
+
+    def _recognize(self, facts: dict[str, str]) -> None:
+        wanted = self._profile.identity.get("user_agent", "")
+        if wanted and wanted not in facts.get("user_agent", ""):
+            raise DeviceError(
+                f"another browser opened the page: {facts.get('user_agent', '')!r}; "
+                f"{self._profile.name} has {wanted!r} in its name"
+            )
+
+    def _serve(self) -> _page.PageServer:
+        """The server of this sitting, once a browser has opened its page."""
+        if self._server is not None:
+            return self._server
+        settings = self._settings
+        self._facts = self._look()
+        if settings.open == "adb":
+            server = self._server = _page.PageServer(isolated=self.isolated)
+            identity = {key: value for key, value in self._profile.identity.items() if key.startswith("ro.")}
+            phone, _ = _adb.choose(settings.adb, self._profile.name, settings.serial, identity)
+            self._phone = phone
+            _adb.reverse(phone, server.port)
+            _adb.view(phone, server.link, settings.package)
+            if not server.wait_for_hello(HELLO_S):
+                self.close()
+                raise DeviceError(f"{settings.package} on {phone.serial} did not open the page in {HELLO_S:.0f} s")
+            return server
+        server = self._server = _page.PageServer(
+            settings.address, settings.port, self._certificate(), isolated=self.isolated
+        )
+        self.say(_invitation(server.link))
+        if not server.wait_for_hello(PATIENCE_S):
+            self.close()
+            raise DeviceError(f"nobody opened {server.origin} in {PATIENCE_S:.0f} s")
+        return server
+
+    def _certificate(self) -> tuple[Path, Path] | None:
+        """TLS wherever the page leaves this machine: without it a browser gives neither threads nor WebGPU."""
+        settings = self._settings
+        if settings.address in ANY_ADDRESS:
+            raise DeviceError(
+                f"settings.address {settings.address} is every network; name the one that the phone is in"
+            )
+        if settings.certificate:
+            return Path(settings.certificate).expanduser(), Path(settings.certificate_key).expanduser()
+        if settings.address in ("127.0.0.1", "localhost"):
+            return None
+        self._folder = tempfile.TemporaryDirectory(prefix="edgekd-page-")
+        return _page.self_signed(Path(self._folder.name), settings.address)
+
+
+def _job(
+    artifact: Artifact, model: bytes, inputs: Arrays, plan: Plan, accelerator: str, wants_outputs: bool
+) -> _page.Job:
+    """The job as the page reads it; samples lie one batch after the other, each with all inputs."""
+    batch = max(1, artifact.inputs[0].shape[0])
+    arrays, specs = [], []
+    for spec in artifact.inputs:
+        array = inputs[spec.name]
+        if np.issubdtype(array.dtype, np.floating) != np.issubdtype(np.dtype(spec.dtype), np.floating):
+            raise DataError(f"input {spec.name!r} takes {spec.dtype}; it got {array.dtype}")
+        arrays.append(np.ascontiguousarray(array, dtype=spec.dtype))
+        specs.append({"name": spec.name, "dtype": spec.dtype, "shape": [batch, *array.shape[1:]]})
+    count = len(arrays[0]) if wants_outputs else batch
+    if count == 0 or count % batch:
+        raise DataError(f"{artifact.path} takes {batch} samples at a time; there are {count}")
+    parts = [array[begin : begin + batch].tobytes() for begin in range(0, count, batch) for array in arrays]
+    told: Json = {
+        "id": secrets.token_hex(8),
+        "target": artifact.target,
+        "accelerator": accelerator,
+        "inputs": specs,
+        "outputs": [{"name": spec.name} for spec in artifact.outputs],
+        "wants_outputs": wants_outputs,
+        "bytes_per_batch": sum(len(part) for part in parts[: len(arrays)]),
+        "plan": dataclasses.asdict(plan),
+        "versions": _page.versions(),
+    }
+    return _page.Job(told, model, b"".join(parts))
+
+
+def _invitation(link: str) -> str:
+    """The link, and a QR code of it where segno is installed."""
+    text = f"open this on the device, within {PATIENCE_S:.0f} s; the link works once:\n{link}"
+    if missing(("segno",)):
+        return f"{text}\n(pip install 'edgekd[browser]' shows it as a QR code too)"
+    import io
+
+    import segno
+
+    drawn = io.StringIO()
+    segno.make(link, error="l").terminal(drawn, compact=True)
+    return f"{text}\n{drawn.getvalue()}"
+
+
+class _Browser:
+    settings = BrowserSettings
+
+    def __call__(self, profile: Profile, settings: BrowserSettings) -> BrowserDevice:
+        return BrowserDevice(profile, settings)
+
+
+DEVICE = _Browser()
