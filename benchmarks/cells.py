@@ -23,6 +23,7 @@ __all__ = [
     "Comparison",
     "Margins",
     "Pair",
+    "Resolution",
     "Samples",
     "drop_cell",
     "drops_of",
@@ -31,6 +32,9 @@ __all__ = [
     "timed_cell",
     "value_of",
 ]
+
+FAST = 0.1
+"""The quantile of a block's samples that files are compared by. Against the median, on a busy machine: docs/gate.md."""
 
 TIMED = {"latency": "ms", "cold_start": "ms", "peak_memory": "bytes"}
 """Metrics that vary from launch to launch, with their units."""
@@ -71,7 +75,7 @@ class Margins(JsonMixin):
     """How much worse the new file may be; all are shares (0.03 is 3 %, of accuracy 3 points).
 
     Attributes:
-        latency: Median of the timed inferences.
+        latency: Of the fast tenth of the timed inferences: what lies above tells more of the machine than of the file.
         cold_start: Loading the file in a fresh process, and the first inference.
         peak_memory: Resident, of what came on top of the runtime.
         size: Of the file or package; compared exactly.
@@ -162,10 +166,33 @@ class Comparison(JsonMixin):
     files: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Resolution(JsonMixin):
+    """What one device was found to tell apart.
+
+    Attributes:
+        device: Name, and what stands behind it: of another machine it says nothing.
+        label: The file that was compared with itself.
+        smallest: By timed metric the smallest margin at which an unchanged file passes in 95 % of comparisons.
+        medians: Of the same metrics, of that file.
+        pairs: Of fresh processes.
+        seed: Of the order, and of the resampling.
+        created: ISO 8601 with the zone.
+    """
+
+    device: str
+    label: str
+    smallest: dict[str, float]
+    medians: dict[str, float]
+    pairs: int
+    seed: int
+    created: str
+
+
 def value_of(block: Block, metric: str) -> float | None:
     """A timed metric of one block; None where the device could not tell."""
     if metric == "latency":
-        return float(np.median(block.latency_ms))
+        return float(np.quantile(block.latency_ms, FAST))
     if metric == "cold_start":
         return block.model_load_ms + block.first_inference_ms
     if block.peak_memory_bytes is None:

@@ -14,7 +14,7 @@ from datetime import datetime
 
 import numpy as np
 
-from edgekd.errors import DeviceError, UsageError
+from edgekd.errors import DeviceError, InconclusiveError, UsageError
 from edgekd.models import bind_inputs
 from edgekd.protocols import Device, Progress, Side
 from edgekd.types import Block, Measurement, Plan
@@ -25,6 +25,7 @@ from .cells import (
     Comparison,
     Margins,
     Pair,
+    Resolution,
     Samples,
     drop_cell,
     drops_of,
@@ -37,14 +38,14 @@ from .paired import Drop, cosines
 from .rule import Rule, decide, holm, worst
 from .session import class_output, flags_of, measure_pair, where_of
 
-__all__ = ["GATE_PLAN", "compare"]
+__all__ = ["GATE_PLAN", "Sitting", "compare"]
 
 GATE_PLAN = Plan(blocks=1, warmup_s=0.2, min_s=0.4)
 """Shorter blocks than those of ``bench``: more launches tell more than longer ones."""
 
 
 @dataclass
-class _Sitting:
+class Sitting:
     """One pair of files, and what has been measured of it so far.
 
     Attributes:
@@ -88,7 +89,10 @@ class _Sitting:
 
     def margin(self, metric: str, margins: Margins) -> float:
         """Largest new / old; the floor needs the old file's median."""
-        return margins.ratio(metric, float(np.median([value_of(old, metric) for old, _ in self.blocks])))
+        return margins.ratio(metric, self.old_median(metric))
+
+    def old_median(self, metric: str) -> float:
+        return float(np.median([value_of(old, metric) for old, _ in self.blocks]))
 
 
 def compare(
@@ -102,34 +106,37 @@ def compare(
     plan: Plan = GATE_PLAN,
     seed: int = 0,
     progress: Progress | None = None,
-    resolution: Mapping[str, float] | None = None,
+    resolution: Resolution | None = None,
+    metrics: Collection[str] = tuple(TIMED),
 ) -> tuple[Comparison, tuple[Measurement, ...]]:
     """Measure every pair of files until the rule has decided.
 
     Args:
         rule, margins: By default those of their classes.
-        resolution: By metric the smallest change that the device was found to tell apart (``benchmarks/calibrate.py``).
+        resolution: What the device was found to tell apart (``benchmarks/calibrate.py``); one of another machine is
+            looked at no further, and the notes say so.
+        metrics: The timed metrics to judge, where the device tells them.
 
     Returns:
         The comparison, and all that was measured with its raw samples: old and new of each pair.
 
     Raises:
         UsageError: A margin is smaller than the device's resolution.
-        DeviceError: The device cannot be reached.
+        InconclusiveError: The device cannot be reached.
         DataError: Inputs, labels and outputs do not fit.
     """
     rule, margins = rule or Rule(), margins or Margins()
-    _check_resolution(margins, resolution or {}, device_name)
     status = device.probe()
     if not status.reachable:
-        raise DeviceError(f"{device_name}: {status.reason}")
+        raise InconclusiveError(f"{device_name}: {status.reason}")
     where, drawn = where_of(device_name, status.facts), random.Random(seed)
-    cells, sittings = list[Cell](), list[_Sitting]()
+    notes = _resolution_notes(resolution, where, margins, metrics)
+    cells, sittings = list[Cell](), list[Sitting]()
     for pair in pairs:
         if pair.new.target in status.targets:
             files = ((pair.old, pair.old_folder), (pair.new, pair.new_folder))
             sides = tuple(Side(file, folder, bind_inputs(file.inputs, samples.inputs)) for file, folder in files)
-            sittings.append(_Sitting(pair, sides, device, plan, drawn, most_void=rule.looks[0]))
+            sittings.append(Sitting(pair, sides, device, plan, drawn, most_void=rule.looks[0]))
         else:
             runs = ", ".join(status.targets) or "nothing"
             why = status.not_run.get(pair.new.target, f"{where} runs {runs}; not {pair.new.target}")
@@ -144,7 +151,7 @@ def compare(
             if sitting.outputs is not None:
                 found = drops_of(sitting.pair, sitting.outputs, samples, margins, rule.confidence, seed)
                 drops |= {(index, metric): drop for metric, drop in found.items()}
-        timed = [(index, metric) for index, sitting in enumerate(sittings) for metric in sitting.timed()]
+        timed = [(index, m) for index, sitting in enumerate(sittings) for m in sitting.timed() if m in metrics]
         decisions = decide(
             {(i, m): functools.partial(sittings[i].margin, m, margins) for i, m in timed},
             functools.partial(_measure, sittings, drawn, progress),
@@ -180,7 +187,7 @@ def compare(
         seed=seed,
         created=datetime.now().astimezone().isoformat(timespec="seconds"),
         void=tuple(reason for sitting in sittings for reason in sitting.void),
-        notes=tuple(note for sitting in sittings for note in _notes(sitting)),
+        notes=(*notes, *(note for sitting in sittings for note in _notes(sitting))),
         files={pair.label: (pair.old.sha256, pair.new.sha256) for pair in pairs},
     )
     measured = [
@@ -192,7 +199,7 @@ def compare(
 
 
 def _measure(
-    sittings: Sequence[_Sitting],
+    sittings: Sequence[Sitting],
     drawn: random.Random,
     progress: Progress | None,
     names: Collection[tuple[int, str]],
@@ -209,14 +216,22 @@ def _measure(
     return {(i, metric): log_ratios_of(sittings[i].blocks[before[i] :], metric) for i, metric in names}
 
 
-def _check_resolution(margins: Margins, resolution: Mapping[str, float], device_name: str) -> None:
-    for metric, smallest in resolution.items():
-        margin = getattr(margins, metric)
-        if margin < smallest:
-            raise UsageError(
-                f"a margin of {margin:.1%} in {metric} was asked; {device_name} was found to tell {smallest:.1%} "
-                "apart; ask for more, or calm the device and run: edgekd calibrate"
-            )
+def _resolution_notes(
+    resolution: Resolution | None, where: str, margins: Margins, metrics: Collection[str]
+) -> tuple[str, ...]:
+    if resolution is None:
+        return ("the device is not calibrated: edgekd calibrate says which margins it can tell",)
+    if resolution.device != where:
+        return (f"the calibration is of {resolution.device}: not used",)
+    for metric in metrics:
+        if metric in resolution.smallest:
+            margin, smallest = margins.ratio(metric, resolution.medians[metric]) - 1, resolution.smallest[metric]
+            if margin < smallest:
+                raise UsageError(
+                    f"a margin of {margin:.1%} in {metric} was asked; {where} was found to tell {smallest:.1%} apart; "
+                    f"--margin {metric}={smallest * 100 + 0.05:.1f}% works, or a calmer device and edgekd calibrate"
+                )
+    return ()
 
 
 def _only_timed(side: Side) -> Side:
@@ -225,7 +240,7 @@ def _only_timed(side: Side) -> Side:
     return replace(side, inputs={name: array[:batch] for name, array in side.inputs.items()})
 
 
-def _notes(sitting: _Sitting) -> list[str]:
+def _notes(sitting: Sitting) -> list[str]:
     """What no verdict rests on: how alike the outputs are, and the flags that do not forbid a comparison."""
     if sitting.outputs is None:
         return []
@@ -242,7 +257,7 @@ def _notes(sitting: _Sitting) -> list[str]:
     return notes
 
 
-def _measurement(sitting: _Sitting, side: int, where: str, drops: Mapping[str, Drop]) -> Measurement:
+def _measurement(sitting: Sitting, side: int, where: str, drops: Mapping[str, Drop]) -> Measurement:
     artifact, blocks = sitting.sides[side].artifact, tuple(both[side] for both in sitting.blocks)
     scores = {metric: (drop.old, drop.new)[side] for metric, drop in drops.items()}
     return Measurement(

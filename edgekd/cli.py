@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edgekd.cli_gate import app as gate_app
 from edgekd.errors import EdgekdError, RecipeError, UsageError
 
 if TYPE_CHECKING:
@@ -353,6 +354,8 @@ def targets(json: JsonOption = False) -> None:
         state = "ready" if fact["ready"] else fact["reason"]
         _out(f"{fact['target']:<10} {', '.join(fact['precisions']):<30} {state}")
 
+
+app.add_typer(gate_app)
 
 devices_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 app.add_typer(devices_app, name="devices")

@@ -1,0 +1,119 @@
+"""What a device can tell apart: a file against itself, and what the noise alone does to the ratio."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+
+from edgekd.errors import DeviceError, InconclusiveError, UsageError
+from edgekd.models import bind_inputs
+from edgekd.protocols import Device, Progress, Side
+from edgekd.store import read_json, write_json
+from edgekd.types import Artifact, Plan
+
+from .cells import Pair, Resolution, Samples, log_ratios_of
+from .gate import GATE_PLAN, Sitting
+from .rule import Rule
+from .session import where_of
+from .stats import ratio_of_logs
+
+__all__ = ["FEWEST_PAIRS", "calibrate", "load_resolution", "resolution_of", "resolution_path", "save_resolution"]
+
+FEWEST_PAIRS = 20
+RESAMPLES = 1000
+PASSING = 0.95
+"""Share of comparisons in which an unchanged file must pass at the last look."""
+
+
+def calibrate(
+    label: str,
+    artifact: Artifact,
+    folder: Path,
+    device_name: str,
+    device: Device,
+    samples: Samples,
+    *,
+    pairs: int = 30,
+    rule: Rule | None = None,
+    plan: Plan = GATE_PLAN,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Resolution:
+    """Measure a file against itself.
+
+    Raises:
+        UsageError: Fewer than 20 pairs, or the device does not run the file.
+        DeviceError: The device cannot be reached.
+        InconclusiveError: It broke off, or too many blocks were void.
+    """
+    if pairs < FEWEST_PAIRS:
+        raise UsageError(f"a calibration needs at least {FEWEST_PAIRS} pairs; {pairs} were asked for")
+    status = device.probe()
+    if not status.reachable:
+        raise DeviceError(f"{device_name}: {status.reason}")
+    if artifact.target not in status.targets:
+        raise UsageError(f"{device_name} runs {', '.join(status.targets) or 'nothing'}; not {artifact.target}")
+    where, rule = where_of(device_name, status.facts), rule or Rule()
+    side = Side(artifact, folder, bind_inputs(artifact.inputs, samples.inputs))
+    sitting = Sitting(
+        Pair(label, artifact, folder, artifact, folder), (side, side), device, plan, random.Random(seed), rule.looks[0]
+    )
+    if progress:
+        progress.start(f"calibrating {where}", total=pairs)
+    try:
+        for _ in range(pairs):
+            sitting.measure()
+            if progress:
+                progress.advance()
+    finally:
+        device.close()
+        if progress:
+            progress.finish()
+    if sitting.broken:
+        raise InconclusiveError(f"{len(sitting.blocks)} of {pairs} pairs were measured: {sitting.broken}")
+    smallest = {m: resolution_of(log_ratios_of(sitting.blocks, m), rule, seed) for m in sitting.timed()}
+    medians = {metric: sitting.old_median(metric) for metric in smallest}
+    created = datetime.now().astimezone().isoformat(timespec="seconds")
+    return Resolution(where, label, smallest, medians, pairs, seed, created)
+
+
+def resolution_of(logs: Sequence[float] | np.ndarray, rule: Rule, seed: int = 0) -> float:
+    """Smallest margin at which an unchanged file passes in 95 % of comparisons, as a share.
+
+    Pairs are drawn again from those of a file with itself, each in either direction, as many as at the last look; the
+    margin must lie above the upper end of the interval.
+
+    Args:
+        logs: Logarithms of the ratios of a file with itself, (pairs,).
+    """
+    random = np.random.default_rng(seed)
+    values, count = np.asarray(logs, float), rule.looks[-1]
+    ends = []
+    for _ in range(RESAMPLES):
+        drawn = random.choice(values, count) * random.choice((-1.0, 1.0), count)
+        ends.append(ratio_of_logs(drawn, rule.confidence).high or np.inf)
+    return float(np.quantile(ends, PASSING)) - 1
+
+
+def resolution_path(device_name: str) -> Path:
+    """Where a device's calibration is kept: in ``EDGEKD_STATE``, by default ``~/.local/state/edgekd``."""
+    state = Path(os.environ.get("EDGEKD_STATE") or Path.home() / ".local" / "state" / "edgekd")
+    return state / "calibrations" / f"{Path(device_name).stem}.json"
+
+
+def save_resolution(resolution: Resolution, path: Path) -> None:
+    write_json(path, resolution.to_json())
+
+
+def load_resolution(path: Path) -> Resolution | None:
+    """None when the device has not been calibrated.
+
+    Raises:
+        ModelFileError: The file is damaged, or of another version.
+    """
+    return Resolution.from_json(read_json(path)) if path.is_file() else None

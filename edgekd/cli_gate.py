@@ -1,0 +1,217 @@
+"""The commands that judge measurements: compare and calibrate. They join those of ``edgekd.cli``."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import os
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgekd.errors import InconclusiveError, UsageError
+
+__all__ = ["app"]
+
+app = typer.Typer(rich_markup_mode=None)
+
+DeviceOption = Annotated[str, typer.Option("--device", "-d", help="Name of a device, or the path of its .toml.")]
+InputsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--inputs",
+        help="data.npz: arrays by input name or arr_0 …, and label, teacher where known; by default the recipe's test "
+        "split.",
+    ),
+]
+RecipeOption = Annotated[
+    Path | None,
+    typer.Option("--recipe", "-r", help="edgekd.toml; by default the one here or in the nearest folder above."),
+]
+SeedOption = Annotated[int, typer.Option(help="Of every random order.")]
+ThreadsOption = Annotated[int, typer.Option(help="Of the runtime.", min=1)]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+CalibrationOption = Annotated[
+    Path | None, typer.Option(help="The device's calibration; by default where edgekd calibrate keeps it.")
+]
+
+
+@app.command()
+def compare(
+    old: Annotated[Path, typer.Argument(help="The released artifact: its folder, a folder of them, or a model file.")],
+    new: Annotated[Path, typer.Argument(help="What shall take its place, in the same form.")],
+    device: DeviceOption = "host",
+    inputs: InputsOption = None,
+    margin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--margin",
+            "-m",
+            help="How much worse it may be: 3% (of latency), cold_start=15%, accuracy=0.5% …; repeat it.",
+        ),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="Timed metric to judge: latency, cold_start, peak_memory; all by default; repeat it."),
+    ] = None,
+    threads: ThreadsOption = 1,
+    seed: SeedOption = 0,
+    calibration: CalibrationOption = None,
+    junit: Annotated[Path | None, typer.Option(help="Write JUnit XML here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table for a pull request here.")] = None,
+    github: Annotated[
+        bool, typer.Option("--github", help="Annotations of GitHub Actions; also when GITHUB_ACTIONS is set.")
+    ] = False,
+    recipe: RecipeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Measure an old file and a new one side by side: pass, regression (exit 1) or inconclusive (exit 3)."""
+    from edgekd import plugins
+    from edgekd.profiles import device_of, load_profile
+    from edgekd.store import atomic_write
+
+    gate = plugins.load_module("edgekd.benchmarks.gate")
+    report = plugins.load_module("edgekd.benchmarks.gate_report")
+    margins = parse_margins(margin or ())
+    profile = load_profile(device)
+    pairs = plugins.load_module("edgekd.benchmarks.sides").read_pairs(old, new)
+    comparison, _ = gate.compare(
+        pairs,
+        profile.name,
+        device_of(profile),
+        _samples(inputs, recipe),
+        margins=margins,
+        plan=replace(gate.GATE_PLAN, threads=threads),
+        seed=seed,
+        progress=_progress(),
+        resolution=_resolution(calibration, profile.name),
+        metrics=_metrics(metric),
+    )
+    if junit is not None:
+        atomic_write(junit, report.junit(comparison).encode())
+    if markdown is not None:
+        atomic_write(markdown, report.markdown(comparison).encode())
+    if json:
+        typer.echo(jsonlib.dumps(comparison.to_json(), indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        for line in report.lines(comparison):
+            typer.echo(line)
+    if github or os.environ.get("GITHUB_ACTIONS"):
+        for line in report.github(comparison):
+            typer.echo(line, err=json)  # the runner reads both streams; --json promises one document on stdout
+    if comparison.verdict != "pass":
+        raise typer.Exit({"regression": 1, "inconclusive": InconclusiveError.exit_code}[comparison.verdict])
+
+
+@app.command()
+def calibrate(
+    model: Annotated[Path, typer.Argument(help="An artifact's folder, or a model file: it is compared with itself.")],
+    device: DeviceOption = "host",
+    inputs: InputsOption = None,
+    pairs: Annotated[int, typer.Option(help="Of fresh processes, at least 20.")] = 30,
+    threads: ThreadsOption = 1,
+    seed: SeedOption = 0,
+    calibration: CalibrationOption = None,
+    recipe: RecipeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Find the smallest change that a device can tell; compare refuses smaller margins on it from then on."""
+    from edgekd import plugins
+    from edgekd.profiles import device_of, load_profile
+
+    calibrating = plugins.load_module("edgekd.benchmarks.calibrate")
+    gate = plugins.load_module("edgekd.benchmarks.gate")
+    found = plugins.load_module("edgekd.benchmarks.sides").read_artifacts(model)
+    if len(found) > 1:
+        raise UsageError(f"{model} holds {', '.join(found)}; a calibration takes one of them")
+    ((name, (artifact, folder)),) = found.items()
+    profile = load_profile(device)
+    resolution = calibrating.calibrate(
+        name,
+        artifact,
+        folder,
+        profile.name,
+        device_of(profile),
+        _samples(inputs, recipe),
+        pairs=pairs,
+        plan=replace(gate.GATE_PLAN, threads=threads),
+        seed=seed,
+        progress=_progress(),
+    )
+    path = calibration or calibrating.resolution_path(profile.name)
+    calibrating.save_resolution(resolution, path)
+    if json:
+        typer.echo(jsonlib.dumps(resolution.to_json(), indent=2, ensure_ascii=False, allow_nan=False))
+        return
+    for metric, smallest in resolution.smallest.items():
+        typer.echo(f"{metric:<12} a change of {smallest:.1%} can be told apart")
+    typer.echo(f"{resolution.pairs} pairs of {resolution.label} on {resolution.device}: {path}")
+
+
+def parse_margins(words: list[str] | tuple[str, ...]) -> Any:
+    """``3%`` and ``cold_start=15%`` as ``edgekd.benchmarks.cells.Margins``.
+
+    Raises:
+        UsageError: There is no such metric, or it is no share.
+    """
+    from edgekd import plugins
+
+    margins = plugins.load_module("edgekd.benchmarks.cells").Margins()
+    known = [field.name for field in fields(margins)]
+    for word in words:
+        name, _, text = word.rpartition("=")
+        name = name or "latency"
+        if name not in known:
+            raise UsageError(f"--margin {word}: nothing is called {name!r}; there are {', '.join(known)}")
+        try:
+            value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            raise UsageError(f"--margin {word}: {text!r} is no share; 3% or 0.03 works") from None
+        if not 0 <= value < (1 if "floor" not in name else float("inf")):
+            raise UsageError(f"--margin {word}: a margin lies between 0 % and 100 %; 3% or 0.03 works")
+        margins = replace(margins, **{name: value})
+    return margins
+
+
+def _metrics(words: list[str] | None) -> tuple[str, ...]:
+    from edgekd import plugins
+
+    known = tuple(plugins.load_module("edgekd.benchmarks.cells").TIMED)
+    wrong = [word for word in words or () if word not in known]
+    if wrong:
+        raise UsageError(f"no timed metric is called {wrong[0]!r}; there are {', '.join(known)}")
+    return tuple(words or known)
+
+
+def _samples(inputs: Path | None, recipe: Path | None) -> Any:
+    """Of a file, else of the recipe's test split."""
+    from edgekd import plugins
+
+    if inputs is not None:
+        return plugins.load_module("edgekd.benchmarks.sides").read_samples(inputs)
+    from edgekd.pipeline import proof_of
+    from edgekd.reading import find_recipe, load_recipe
+    from edgekd.workspace import Workspace
+
+    try:
+        path = recipe or find_recipe(Path.cwd())
+    except UsageError as error:
+        raise UsageError(f"which inputs? --inputs data.npz, or a recipe: {error}") from None
+    proof = proof_of(Workspace(load_recipe(path)))
+    return plugins.load_module("edgekd.benchmarks.cells").Samples(proof.task, proof.labels, proof.teacher)
+
+
+def _resolution(path: Path | None, device_name: str) -> Any:
+    from edgekd import plugins
+
+    calibrating = plugins.load_module("edgekd.benchmarks.calibrate")
+    if path is not None and not path.is_file():
+        raise UsageError(f"no calibration at {path}; edgekd calibrate writes it")
+    return calibrating.load_resolution(path or calibrating.resolution_path(device_name))
+
+
+def _progress() -> Any:
+    from edgekd.console import progress_for
+
+    return progress_for()
