@@ -150,7 +150,7 @@ class Comparison(JsonMixin):
         created: ISO 8601 with the zone.
         void: Reasons for which pairs were measured again, each as often as it happened.
         notes: What a reader should know, and no verdict rests on.
-        files: sha256 of old and new, by label.
+        files: sha256 of each file: ``onnx w8a8 old``, ``onnx w8a8 new`` …
     """
 
     device: str
@@ -163,7 +163,7 @@ class Comparison(JsonMixin):
     created: str
     void: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    files: dict[str, tuple[str, str]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ it catches and how often it cries wolf, measured: docs/gate.md.
 from __future__ import annotations
 
 import functools
+import math
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -188,7 +189,9 @@ def compare(
         created=datetime.now().astimezone().isoformat(timespec="seconds"),
         void=tuple(reason for sitting in sittings for reason in sitting.void),
         notes=(*notes, *(note for sitting in sittings for note in _notes(sitting))),
-        files={pair.label: (pair.old.sha256, pair.new.sha256) for pair in pairs},
+        files={
+            f"{pair.label} {age}": file.sha256 for pair in pairs for age, file in (("old", pair.old), ("new", pair.new))
+        },
     )
     measured = [
         _measurement(sitting, side, where, {m: drop for (i, m), drop in drops.items() if i == index})
@@ -229,7 +232,8 @@ def _resolution_notes(
             if margin < smallest:
                 raise UsageError(
                     f"a margin of {margin:.1%} in {metric} was asked; {where} was found to tell {smallest:.1%} apart; "
-                    f"--margin {metric}={smallest * 100 + 0.05:.1f}% works, or a calmer device and edgekd calibrate"
+                    f"--margin {metric}={math.ceil(round(smallest * 1000, 6)) / 10}% works, or a calmer device and "
+                    "edgekd calibrate"
                 )
     return ()
 

@@ -32,7 +32,7 @@ class Rule(JsonMixin):
         looks: Pairs at which the data are looked at; every look has its share of the error (Bonferroni).
         alpha: One-sided error of all looks together, for calling a change of exactly the margin a regression in the
             first sitting; a cell passes with the same certainty.
-        confirm_pairs: Fresh pairs that must say so again before a regression is one.
+        confirm_pairs: Fresh pairs that must say so again before a regression is one; 0 for no second sitting.
         confirm_alpha: One-sided error of that sitting; with ``alpha`` it bounds false alarms at the margin itself by
             0.05 × 0.1 = 0.5 %. A file that is no slower is much further from one.
     """
@@ -113,7 +113,7 @@ def decide(
             elif signed_rank_p(-cell.logs, -centers[name]) <= rule.look_alpha:
                 cell.verdict = "pass"
     suspects = [name for name, cell in cells.items() if cell.verdict == "regression"]
-    again = measure(suspects, rule.confirm_pairs) if suspects else {}
+    again = measure(suspects, rule.confirm_pairs) if suspects and rule.confirm_pairs else {}
     return {
         name: _decision(cell, again.get(name), margins[name], rule) for name, cell in cells.items() if len(cell.logs)
     }
@@ -128,6 +128,8 @@ def _decision(cell: _Open, again: np.ndarray | None, margin: Callable[[], float]
             "" if len(cell.logs) == rule.looks[-1] else f"only {len(cell.logs)} of {rule.looks[-1]} pairs were measured"
         )
         return Decision("inconclusive", first, why=why)
+    if not rule.confirm_pairs:
+        return Decision("regression", first)
     second = None if again is None or not len(again) else ratio_of_logs(again, 1 - 2 * rule.confirm_alpha)
     if again is None or len(again) < rule.confirm_pairs:
         return Decision("inconclusive", first, second, "a regression that could not be measured again")
