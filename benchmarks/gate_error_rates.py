@@ -28,7 +28,7 @@ from .cells import FAST
 from .gate import GATE_PLAN
 from .rule import Rule, decide
 
-__all__ = ["Recording", "error_rates", "load_recording", "peers", "simulate"]
+__all__ = ["Recording", "error_rates", "load_recording", "others_table", "peers", "rates_table", "simulate"]
 
 RESULTS = Path(__file__).parent / "results"
 LAYERS = 40
@@ -267,6 +267,45 @@ def real(folder: Path, layers: int, times: int, say: Callable[[str], None]) -> l
         say(json.dumps(row))
         found.append(row)
     return found
+
+
+def rates_table(results: Mapping[str, Any], name: str = "busy") -> str:
+    """Shares of regressions by rule, for docs/gate.md; then what the gate found for real."""
+    rules = results["simulated"][name]["rules"]
+    shown = list(next(iter(rules.values())))
+    lines = ["| rule | " + " | ".join(f"alarms at {s}" if s in ("+0%", "+3%") else f"{s} found" for s in shown) + " |"]
+    lines += ["|---" * (1 + len(shown)) + "|"]
+    for rule, by_share in rules.items():
+        lines.append(f"| {rule} | " + " | ".join(f"{by_share[s]['regression']:.1%}" for s in shown) + " |")
+    gate = next(iter(rules.values()))
+    told = "; ".join(f"{gate[s]['pass']:.1%} at {s} with {gate[s]['pairs']:.1f} pairs" for s in shown[:2])
+    lines += ["", f"Passed by this gate: {told}."]
+    if "real" not in results:
+        return "\n".join(lines)
+    lines += [""]
+    lines += ["| measured for real | comparisons | pass | regression | inconclusive | change | seconds |"]
+    lines += ["|---" * 7 + "|"]
+    for layers, rows in results["real"][name].items():
+        verdicts = [row["verdict"] for row in rows]
+        changes, seconds = [row["change"] for row in rows], [row["seconds"] for row in rows]
+        counts = " | ".join(str(verdicts.count(word)) for word in ("pass", "regression", "inconclusive"))
+        what = "the same file" if int(layers) == LAYERS else f"{layers} convolutions instead of {LAYERS}"
+        lines.append(
+            f"| {what} | {len(rows)} | {counts} | {min(changes):+.1%} to {max(changes):+.1%} | "
+            f"{min(seconds):.0f} to {max(seconds):.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def others_table(results: Mapping[str, Any], name: str = "busy") -> str:
+    """Shares of alarms by tool, for docs/measuring.md."""
+    found = results["simulated"][name]
+    gate = {s: verdicts["regression"] for s, verdicts in next(iter(found["rules"].values())).items()}
+    rows = {"edgekd compare, a margin of 3 %": gate, **found["others"]}
+    lines = ["| rule | " + " | ".join(s.replace("%", " %") for s in gate) + " |", "|---" * (1 + len(gate)) + "|"]
+    return "\n".join(
+        lines + [f"| {rule} | " + " | ".join(f"{by[s]:.1%}" for s in gate) + " |" for rule, by in rows.items()]
+    )
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -9,18 +9,20 @@ import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from edgekd.benchmarks.coverage import page as coverage_page
+from edgekd.benchmarks.gate_error_rates import others_table, rates_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 EXAMPLES = ("digits", "fashion", "spam")
 ARMS = ("control", "kd", "dist")
 COMMANDS = ["init", "check", "capture", "distill", "compress", "export", "lint", "verify", "bench", "report", "run"]
-COMMANDS += ["targets", "devices", "devices prepare", "doctor", "schema"]
+COMMANDS += ["compare", "calibrate", "targets", "devices", "devices prepare", "doctor", "schema"]
 
 pytestmark = pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="only in a checkout")
 
@@ -95,6 +97,13 @@ def readme_with_results() -> str:
     return f"{before}<!-- results -->\n{results_tables()}\n<!-- /results -->{after}"
 
 
+def with_table(page: Path, marker: str, table: Callable[..., str]) -> str:
+    """A page with the table between its markers made anew from benchmarks/results/gate_error_rates.json."""
+    before, _, rest = page.read_text().partition(f"<!-- {marker} -->\n")
+    made = table(json.loads((RESULTS / "gate_error_rates.json").read_text()))
+    return f"{before}<!-- {marker} -->\n{made}\n<!-- /{marker} -->{rest.partition(f'<!-- /{marker} -->')[2]}"
+
+
 def test_the_readmes_tables_are_what_was_measured() -> None:
     assert (ROOT / "README.md").read_text() == readme_with_results()
 
@@ -105,6 +114,14 @@ def test_the_documented_help_is_the_real_one() -> None:
 
 def test_the_coverage_page_is_what_was_run() -> None:
     assert (ROOT / "docs" / "coverage.md").read_text() == coverage_page(RESULTS / "coverage.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "marker", "table"), [("gate", "rates", rates_table), ("measuring", "others", others_table)]
+)
+def test_error_rates_are_those_that_were_measured(name: str, marker: str, table: Callable[..., str]) -> None:
+    page = ROOT / "docs" / f"{name}.md"
+    assert page.read_text() == with_table(page, marker, table)
 
 
 def test_every_command_and_make_target_of_the_readme_exists() -> None:
@@ -132,3 +149,6 @@ if __name__ == "__main__":
     (ROOT / "docs" / "cli.md").write_text(cli_page())
     (ROOT / "docs" / "coverage.md").write_text(coverage_page(RESULTS / "coverage.json"))
     (ROOT / "README.md").write_text(readme_with_results())
+    for name, marker, table in (("gate", "rates", rates_table), ("measuring", "others", others_table)):
+        page = ROOT / "docs" / f"{name}.md"
+        page.write_text(with_table(page, marker, table))
