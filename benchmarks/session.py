@@ -41,12 +41,13 @@ FLAGS: Mapping[str, str] = {
     "coarse_timer": "a step of the clock is more than 2 % of a sample, and inferences could not be batched",
     "not_isolated": "the page is not cross-origin isolated: a coarse clock, and one thread whatever was asked",
     "partial_delegation": "a part of the model did not run on the unit that was asked for",
+    "imported": "taken elsewhere and imported: how it was run could not be checked",
     "void_blocks": "the device throttled, or something else spoiled a block",
     "non_finite_outputs": "some outputs are NaN or infinite; they count as wrong",
 }
 """What forbids a claim, in words."""
 
-TOLD_BY_THE_DEVICE = ("emulated", "launch_only", "coarse_timer", "not_isolated", "partial_delegation")
+TOLD_BY_THE_DEVICE = ("emulated", "launch_only", "coarse_timer", "not_isolated", "partial_delegation", "imported")
 """Raised by a block's condition of the same name, which says why. Nothing about speed is concluded from such blocks."""
 
 FEWEST_BLOCKS = 6  # below it the exact signed-rank interval does not exist

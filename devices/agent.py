@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 KEYS = {
-    "target": "onnx, ort, tflite or executorch",
+    "target": "onnx, ort, tflite, executorch or coreml",
     "model": "the model file",
     "input_names": "names of the file's inputs",
     "output_names": "names of the file's outputs",
@@ -170,6 +170,36 @@ class ExecuTorch:
         return [outputs[index].numpy() for index in self._outputs]
 
 
+class CoreMl:
+    """Core ML by coremltools, on a Mac; ``compute_units`` of the job say where (``ALL``, ``CPU_ONLY`` …)."""
+
+    def __init__(self, module: Any, job: dict[str, Any]) -> None:
+        units = getattr(module.ComputeUnit, job.get("compute_units", "ALL"))
+        self.name = f"Core ML of macOS {platform.mac_ver()[0]} by coremltools {module.__version__} ({units.name})"
+        description = module.utils.load_spec(job["model"]).description
+        inputs = {value.name: value.type for value in description.input}
+        _check_names("input", job["input_names"], list(inputs))
+        _check_names("output", job["output_names"], [value.name for value in description.output])
+        pictures = [name for name, kind in inputs.items() if kind.WhichOneof("Type") != "multiArrayType"]
+        if pictures:
+            raise AgentError(f"input {pictures[0]!r} is no array; measure a file with pictures in Xcode")
+        self._outputs = job["output_names"]
+        self._types = {name: _COREML_DTYPES[kind.multiArrayType.dataType] for name, kind in inputs.items()}
+        shape = inputs[job["input_names"][0]].multiArrayType.shape
+        self.batch = int(shape[0]) if len(shape) else 1
+        self._model = module.models.MLModel(job["model"], compute_units=units)
+
+    def prepare(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        return _cast(arrays, self._types)
+
+    def __call__(self, arrays: dict[str, Any]) -> list[Any]:
+        outputs = self._model.predict(arrays)
+        return [outputs[name] for name in self._outputs]
+
+
+# By number, as mlmodel/format/FeatureTypes.proto of coremltools has it.
+_COREML_DTYPES = {65552: "float16", 65568: "float32", 65600: "float64", 131104: "int32"}
+
 # By number, as executorch/runtime/core/portable_type/scalar_type.h has it.
 _EXECUTORCH_DTYPES = {0: "uint8", 1: "int8", 2: "int16", 3: "int32", 4: "int64", 5: "float16", 6: "float32", 11: "bool"}
 
@@ -178,6 +208,7 @@ RUNTIMES: dict[str, tuple[str, Callable[[Any, dict[str, Any]], Runtime]]] = {
     "ort": ("onnxruntime", OnnxRuntime),
     "tflite": ("ai_edge_litert.interpreter", LiteRt),
     "executorch": ("executorch.runtime", ExecuTorch),
+    "coreml": ("coremltools", CoreMl),
 }
 
 
@@ -207,7 +238,7 @@ def measure(job: dict[str, Any], turns: Turns | None = None) -> dict[str, Any]:
     except ImportError as error:
         raise AgentError(f"target {job['target']!r} needs {module_name.partition('.')[0]}: {error}") from error
     imported = time.perf_counter_ns()
-    if not Path(job["model"]).is_file():
+    if not Path(job["model"]).exists():  # a Core ML package is a folder
         raise AgentError(f"no model file at {job['model']}")
     resident = _status_field("VmRSS")
     loading = time.perf_counter_ns()

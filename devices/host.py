@@ -40,12 +40,18 @@ class HostDevice:
         timeout_s: For one process; None takes ``_agents.limit_s``.
         session_config: Entries for every session of ONNX Runtime.
         cores: Processors to run on; all when empty.
+        name: For the messages.
+        targets: That it is asked to run.
+        more: Of the agent's job, for these targets.
     """
 
     python: str = sys.executable
     timeout_s: float | None = None
     session_config: Mapping[str, str] = field(default_factory=lambda: dict(agent.SESSION_CONFIG))
     cores: tuple[int, ...] = ()
+    name: str = "host"
+    targets: tuple[str, ...] = tuple(RUNTIMES)
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     def probe(self) -> DeviceStatus:
         """Look for the runtimes without starting any."""
@@ -71,7 +77,7 @@ class HostDevice:
             StorageError: The folder for temporary files is full.
             UsageError: This machine does not run the target, or the plan has no block.
         """
-        inputs = checked_inputs("host", artifact, inputs, plan, tuple(RUNTIMES))
+        inputs = checked_inputs(self.name, artifact, inputs, plan, self.targets)
         try:
             return self._run(artifact, folder, inputs, plan)
         except OSError as error:
@@ -84,7 +90,7 @@ class HostDevice:
         self, sides: Sequence[Side], plan: Plan, seed: int
     ) -> tuple[tuple[Block, dict[str, np.ndarray]], ...]:
         """See ``edgekd.protocols.TakingTurns``; errors as in ``run``."""
-        given = [checked_inputs("host", side.artifact, side.inputs, plan, tuple(RUNTIMES)) for side in sides]
+        given = [checked_inputs(self.name, side.artifact, side.inputs, plan, self.targets) for side in sides]
         try:
             with tempfile.TemporaryDirectory(prefix="edgekd-host-") as temporary, agent_file() as script:
                 work = Path(temporary)
@@ -99,14 +105,14 @@ class HostDevice:
                 what = " and ".join(f"{side.artifact.path} ({side.artifact.target})" for side in sides)
                 jobs = [str(folder / "job.json") for folder in folders]
                 timeout_s = self.timeout_s or len(sides) * limit_s(plan, samples)
-                self._process([str(script), "--seed", str(seed), *jobs], work, f"{what} on host", timeout_s)
+                self._process([str(script), "--seed", str(seed), *jobs], work, f"{what} on {self.name}", timeout_s)
                 return tuple((_read_block(folder / job["result"]), _read_outputs(folder)) for folder in folders)
         except OSError as error:
             raise StorageError(f"cannot measure in {tempfile.gettempdir()}: {error.strerror or error}") from error
 
     def _job(self, artifact: Artifact, folder: Path, plan: Plan) -> dict[str, Any]:
         job = make_job(artifact, str((folder / artifact.path).resolve()), plan, self.session_config)
-        return job | {"cores": list(self.cores)}
+        return job | {"cores": list(self.cores), **self.more}
 
     def _run(
         self, artifact: Artifact, folder: Path, inputs: Arrays, plan: Plan
@@ -115,7 +121,7 @@ class HostDevice:
             work = Path(temporary)
             write_inputs(work, artifact, inputs)
             job = self._job(artifact, folder, plan)
-            what = f"{artifact.path} ({artifact.target} {artifact.precision}) on host"
+            what = f"{artifact.path} ({artifact.target} {artifact.precision}) on {self.name}"
             blocks = []
             for index in range(plan.blocks):
                 samples = 0

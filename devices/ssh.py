@@ -30,7 +30,7 @@ from ._ssh import Connection
 __all__ = ["DEVICE", "SshDevice"]
 
 PYTHON = "venv/bin/python"  # below the folder
-TARGETS = ("onnx", "tflite")  # what prepare installs: ExecuTorch's runtime for Python brings all of PyTorch
+TARGETS = ("onnx", "ort", "tflite")  # what prepare installs: ExecuTorch's runtime for Python brings all of PyTorch
 INSTALL_S = 1800
 STALE_MINUTES = 24 * 60  # a folder of a sitting this old belongs to nobody
 
@@ -131,7 +131,8 @@ class SshDevice:
         folder = _last_line(connection.run(f"mkdir -p {_path(self._settings.folder)} && {self._cd()} && pwd").out)
         if not folder:
             raise DeviceError(f"{self._settings.host}: {self._settings.folder} cannot be made")
-        wanted = ["numpy", *(name for target in TARGETS for name in _pinned(RUNTIMES[target].names))]
+        names = dict.fromkeys(name for target in TARGETS for name in RUNTIMES[target].names)
+        wanted = ["numpy", *_pinned(tuple(names))]
         progress.say(f"{self._settings.host}: {', '.join(wanted)} into {folder}/venv, by pip on the board")
         new, final = shlex.quote(f"{folder}/venv.new"), shlex.quote(f"{folder}/venv")
         # A virtual environment cannot be moved, so the old one steps aside until the new one is whole.

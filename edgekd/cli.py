@@ -292,8 +292,13 @@ def verify(
         _out(f"good: {len(artifacts)} files")
 
 
-@app.command()
+bench_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback()
 def bench(
+    context: typer.Context,
     device: Annotated[
         list[str] | None, typer.Option("--device", "-d", help="Name of a device, or the path of its .toml; repeat it.")
     ] = None,
@@ -302,6 +307,8 @@ def bench(
     json: JsonOption = False,
 ) -> None:
     """Measure every artifact on a device: latency, memory, accuracy and agreement in one session."""
+    if context.invoked_subcommand:
+        return
     from edgekd import plugins
     from edgekd.pipeline import bench_stage
 
@@ -319,6 +326,19 @@ def bench(
         else:
             flags = f"  [{', '.join(item.flags)}]" if item.flags else ""
             _out(f"{what:<14} p50 {stats.summarize(item).p50_ms:.3f} ms on {item.device}{flags}")
+
+
+@bench_app.command("import")
+def bench_import(
+    file: Annotated[Path, typer.Argument(help="JSON; docs/devices.md has its fields.")], recipe: RecipeOption = None
+) -> None:
+    """Keep a measurement that was taken elsewhere: in Xcode, in an app. It is flagged, and nothing is gated on it."""
+    from edgekd.imported import import_measurement
+
+    work = _workspace(recipe)
+    with work.folder.locked():
+        path, measurement = import_measurement(file, work.folder)
+    _out(f"{measurement.target} {measurement.precision} on {measurement.device}: {path}")
 
 
 @app.command()

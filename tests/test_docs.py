@@ -22,7 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 EXAMPLES = ("digits", "fashion", "spam")
 ARMS = ("control", "kd", "dist")
 COMMANDS = ["init", "check", "capture", "distill", "compress", "export", "lint", "verify", "bench", "report", "run"]
-COMMANDS += ["compare", "calibrate", "targets", "devices", "devices prepare", "doctor", "schema"]
+COMMANDS += ["bench import", "compare", "calibrate", "targets", "devices", "devices prepare", "doctor", "schema"]
 
 pytestmark = pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="only in a checkout")
 
