@@ -113,8 +113,8 @@ def choose(adb: str, name: str, serial: str, identity: Mapping[str, str]) -> tup
 
     Args:
         name: Of the device, for the messages.
-        serial: The one to take; when empty, the one whose properties begin as ``identity`` says.
-        identity: Properties (``ro.product.model`` …) and how they begin.
+        serial: The one to take; when empty, the one whose properties are those of ``identity``.
+        identity: Properties: ``ro.product.model`` ….
 
     Raises:
         DeviceError: None or several are meant, or the one that is meant cannot be used.
@@ -169,7 +169,7 @@ def view(phone: Phone, link: str, package: str) -> None:
 
 def _differs(properties: Mapping[str, str], identity: Mapping[str, str]) -> str:
     for key, wanted in identity.items():
-        if not properties.get(key, "").startswith(wanted):
+        if properties.get(key, "") != wanted:  # a Pixel 9 Pro is no Pixel 9
             return f"{key} is {properties.get(key, '')!r}, not {wanted!r}"
     return ""
 

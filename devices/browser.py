@@ -52,6 +52,7 @@ class BrowserSettings(Settings):
     serial: str = Field("", description="adb: of the phone, where several are attached.")
     package: str = Field("com.android.chrome", description="adb: the browser to open.")
     address: str = Field("127.0.0.1", description="link: of this machine in the local network; TLS is used then.")
+    is_elsewhere: bool = Field(False, description="link: the browser is on another device than this.")
     port: int = Field(0, description="link: any free one when 0.")
     certificate: str = Field("", description="link: PEM file that the phone trusts; else one is made, and it asks.")
     certificate_key: str = Field("", description="link: its key.")
@@ -151,7 +152,12 @@ class BrowserDevice:
         """
         settings = self._settings
         if settings.open == "link":
-            return {"model": "a browser that opens a link"}
+            if settings.is_elsewhere and settings.address == "127.0.0.1":
+                raise DeviceError(
+                    f'write a TOML with extends = "{self._profile.name}" and settings.address, '
+                    "this machine's address in the local network"
+                )
+            return {"model": "a browser that opens a link", "opens": "when a person opens the link that is shown"}
         if settings.open == "adb":
             identity = {key: value for key, value in self._profile.identity.items() if key.startswith("ro.")}
             _, properties = _adb.choose(settings.adb, self._profile.name, settings.serial, identity)

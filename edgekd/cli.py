@@ -394,7 +394,8 @@ def devices(context: typer.Context, json: JsonOption = False) -> None:
         return
     width = max(len(fact["device"]) for fact in facts) + 1
     for fact in sorted(facts, key=lambda fact: not fact["reachable"]):
-        state = f"runs {', '.join(fact['targets']) or 'nothing'}" if fact["reachable"] else f"not now: {fact['reason']}"
+        runs = f"runs {', '.join(fact['targets']) or 'nothing'} {fact['facts'].get('opens', '')}"
+        state = runs.rstrip() if fact["reachable"] else f"not now: {fact['reason']}"
         _out(f"{fact['device']:<{width}} {state}")
         if fact["reachable"]:
             for target, reason in fact["not_run"].items():

@@ -177,7 +177,7 @@ def test_a_killed_agent_leaves_nothing_behind(file: File, images: np.ndarray, tm
 @pytest.mark.parametrize(
     ("changes", "code", "words"),
     [
-        ({"target": "tensorrt"}, 2, "no runtime for target 'tensorrt'; there are onnx, tflite"),
+        ({"target": "tensorrt"}, 2, "no runtime for target 'tensorrt'; there are onnx, ort, tflite"),
         ({"plan": QUICK | {"threads": 0}}, 2, "a thread"),
         ({"inputs": None}, 2, "both"),
         ({"model": "missing.onnx"}, 1, "no model file at missing.onnx"),

@@ -139,7 +139,7 @@ def test_the_right_one_of_several_phones_is_taken(
     phones = start(2)
     status = device_for(phones, serial=False).probe()
     assert "2 phones could be phone: localhost:7555, localhost:7556; name one with settings.serial" in status.reason
-    identity = '[identity]\n"ro.product.model" = "Debian adbd 1"\n'
+    identity = '[identity]\n"ro.product.model" = "Debian adbd 1 (not Android)"\n'
     with contextlib.closing(device_for(phones, 1, serial=False, extra=identity)) as device:
         blocks, _ = device.run(*tflite_file, {"args_0": images[:1]}, replace(QUICK, blocks=1))
         assert blocks[0].conditions["serial"] == "localhost:7556"
@@ -151,11 +151,13 @@ def test_another_phone_is_not_measured_under_this_ones_name(
     start: Callable[..., Phones], tflite_file: File, images: np.ndarray
 ) -> None:
     phones = start()
-    identity = '[identity]\n"ro.product.model" = "Pixel 9"\n'
+    identity = '[identity]\n"ro.product.model" = "Debian adbd 0"\n'  # as a Pixel 9 Pro is no Pixel 9
     device = device_for(phones, serial=False, extra=identity)
     status = device.probe()
     assert not status.reachable
-    assert status.reason.startswith("another phone is attached (localhost:7555: ro.product.model is 'Debian adbd 0")
+    assert status.reason.startswith(
+        "another phone is attached (localhost:7555: ro.product.model is 'Debian adbd 0 (not"
+    )
     with pytest.raises(DeviceError, match="another phone is attached"):
         device.run(*tflite_file, {"args_0": images}, QUICK)
     assert phones.left() == []
