@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from edgekd.errors import ExportError
 from edgekd.fold import attribute, clean, set_constant
 from edgekd.models import retrace
+
+from ._padding import hoist_above_padding
 
 __all__ = ["is_quantized", "prepare_program", "within_half"]
 
@@ -34,7 +36,7 @@ def prepare_program(program: ExportedProgram) -> ExportedProgram:
     """
     from torch._decomp import core_aten_decompositions
 
-    program = _with_float_biases(program)
+    program = _rewritten(program)
     _refuse_narrow_ranges(program)
     known = core_aten_decompositions()
     table: dict[Any, Any] = {}
@@ -220,12 +222,18 @@ def _without_ambiguous_names(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
-def _with_float_biases(program: ExportedProgram) -> ExportedProgram:
-    """Compute dequantized constants of more than 8 bits (int32 biases), which Core ML cannot hold as integers."""
+def _rewritten(program: ExportedProgram) -> ExportedProgram:
+    """A quantized program with biases and paddings as Core ML has them; any other as it is."""
     if not any(is_quantized(node) for node in program.graph.nodes):
         return program
     module = program.module(check_guards=False)
-    changed = False
+    _make_biases_float(module)
+    hoist_above_padding(module)  # what then reads a padding is a convolution, which takes it in: see _mil_fold
+    return retrace(clean(module), program)
+
+
+def _make_biases_float(module: GraphModule) -> None:
+    """Compute dequantized constants of more than 8 bits (int32 biases), which Core ML cannot hold as integers."""
     for node in list(module.graph.nodes):
         if not (is_quantized(node) and "dequantize" in node.target.__name__):
             continue
@@ -235,8 +243,6 @@ def _with_float_biases(program: ExportedProgram) -> ExportedProgram:
         args = [attribute(module, str(a.target)) if isinstance(a, Node) else a for a in node.args]
         constant = set_constant(module, f"{source.target}_float", node.target(*args, **node.kwargs), node)
         node.replace_all_uses_with(constant)
-        changed = True
-    return retrace(clean(module), program) if changed else program
 
 
 def _refuse_narrow_ranges(program: ExportedProgram) -> None:

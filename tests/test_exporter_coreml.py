@@ -330,6 +330,20 @@ def test_zero_padding_goes_into_the_convolution_and_hard_swish_into_two_operator
     assert "thresholded_relu" not in names
 
 
+def test_no_padding_and_no_second_scale_stand_before_a_convolution_of_w8a8(tmp_path: Path) -> None:
+    runner, student, samples = written(
+        student_of(UnevenlyPadded(), torch.zeros(1, 3, 15, 15)), tmp_path / "model.mlpackage", "w8a8"
+    )
+    outputs, expected = run_all(runner, samples), run_program(student.program, samples)
+    np.testing.assert_allclose(next(iter(outputs.values())), next(iter(expected.values())), atol=1e-6)
+    steps = load(tmp_path / "model.mlpackage").steps
+    makers = {name: step.operator.name for step in steps for name, _ in step.outputs}
+    reads = [(step.operator.name, makers.get(dict(step.reads).get("x"))) for step in steps]  # type: ignore[arg-type]
+    assert [maker for name, maker in reads if name == "conv"] == ["dequantize"] * 5
+    assert [maker for name, maker in reads if name == "pad"] == ["dequantize"] * 2  # as above
+    assert not {("quantize", "dequantize"), ("quantize", "pad")} & set(reads)
+
+
 class Overflowing(nn.Module):
     """Finite in single precision, beyond 65504 in the middle, and small again at the end."""
 

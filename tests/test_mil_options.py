@@ -481,6 +481,9 @@ def test_every_option_gives_the_same_bytes_in_another_process(
     prepared = student_of(net(), torch.zeros(1, 3, 12, 12), labels=LABELS, preprocessing=PREPARED)
     cases = {
         "palette": (student, "p4", {"minimum_deployment_target": "iOS18"}),
+        "small palette": (student, "p2", {}),
+        "middle palette": (student, "p6", {"minimum_deployment_target": "iOS18"}),
+        "large palette": (student, "p8", {"minimum_deployment_target": "iOS16"}),
         "blocks": (student, "w4", {"minimum_deployment_target": "iOS18", "half": True}),
         "sparse": (pruned, "p4", {"minimum_deployment_target": "iOS18", "sparse": True}),
         "image": (prepared, "fp16", {"image": True, "classifier": True}),
