@@ -176,6 +176,10 @@ def export(
     calibration: Annotated[Path | None, typer.Option(help="data.npz that static int8 takes its scales from.")] = None,
     samples: Annotated[Path | None, typer.Option(help="data.npz to prove the files with.")] = None,
     observer: Annotated[str, typer.Option(help="How static int8 takes a range: minmax, percentile or mse.")] = "minmax",
+    corrections: Annotated[
+        str | None,
+        typer.Option(help="What makes static int8 more accurate: auto, none, or a list of equalize,smooth,bias."),
+    ] = None,
     max_drop: MaxDropOption = None,
     max_length: Annotated[int, typer.Option(help="Tokens, for a text model from hf:folder.", min=1)] = 128,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the artifacts of a model file.")] = Path(
@@ -198,6 +202,7 @@ def export(
 
     targets = _targets(target)
     if model is not None:
+        from edgekd.corrections import parse_corrections
         from edgekd.external import export_external
 
         if not targets:
@@ -211,6 +216,7 @@ def export(
             calibration=calibration,
             samples=samples,
             observer=observer,
+            corrections=parse_corrections("auto" if corrections is None else corrections),
             max_length=max_length,
             options=parse_options(option or (), targets),
             tuned=tune,
@@ -219,6 +225,8 @@ def export(
     else:
         from edgekd.pipeline import export_stage
 
+        if corrections is not None:
+            raise UsageError(f"--corrections {corrections} is for a model file; a recipe says it under [compress]")
         work = _workspace(recipe)
         options = parse_options(option or (), targets or work.recipe.export.targets)
         with work.folder.locked():

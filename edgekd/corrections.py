@@ -28,7 +28,7 @@ from edgekd.protocols import Arrays
 from edgekd.smooth import smooth
 from edgekd.static import copied, output_error, outputs_of, static_module
 
-__all__ = ["AUTO", "CORRECTION_NAMES", "Static", "StaticPlan", "static_of"]
+__all__ = ["AUTO", "CORRECTION_NAMES", "Static", "StaticPlan", "parse_corrections", "static_of"]
 
 AUTO = ("auto",)
 CORRECTION_NAMES = ("equalize", "smooth", "bias")
@@ -103,6 +103,17 @@ def check_corrections(names: tuple[str, ...]) -> None:
     for name in names:
         if name not in CORRECTION_NAMES and names != AUTO:
             raise UsageError(f"no correction called {name!r}; there are {', '.join(CORRECTION_NAMES)}, or auto alone")
+
+
+def parse_corrections(text: str) -> tuple[str, ...]:
+    """``auto``, ``none``, or names with commas between them, as on the command line.
+
+    Raises:
+        UsageError: There is no such correction.
+    """
+    names = () if text == "none" else tuple(name.strip() for name in text.split(","))
+    check_corrections(names)
+    return names
 
 
 def _tried(source: GraphModule, program: ExportedProgram, samples: Arrays, plan: StaticPlan) -> Static:

@@ -39,6 +39,7 @@ def export_external(
     calibration: Path | None = None,
     samples: Path | None = None,
     observer: str = "minmax",
+    corrections: Sequence[str] = ("auto",),
     max_length: int = 128,
     options: Mapping[str, Options] | None = None,
     tuned: bool = False,
@@ -54,6 +55,7 @@ def export_external(
         calibration: ``.npz`` by input name or ``arr_0`` …, samples on the first axis; the scales of ``w8a8``.
         samples: ``.npz`` to prove with; without it, the last quarter of ``calibration`` is held out; without either,
             the samples are random and the manifest says so.
+        observer, corrections: Of static int8; see :func:`edgekd.compress.compress`.
         max_length: Tokens, for a text model from a folder.
         options: By target.
         tuned: Choose ``int8`` by measuring all that it may become, beside fp32; see :mod:`edgekd.tune`.
@@ -85,7 +87,7 @@ def export_external(
         source, folder = sources[request], out / f"{request.target}-{request.precision}"
         if source not in programs:
             budget = _budget(calibration, calibrating, DEFAULT_MAX_DROP if max_drop is None else max_drop)
-            programs[source] = compress(student, source, calibrating, observer, budget=budget)
+            programs[source] = compress(student, source, calibrating, observer, corrections, budget)
         told = (options or {}).get(request.target)
         if write_request(request, programs[source], assets, folder, proof, told, progress):
             written[request] = folder

@@ -48,7 +48,7 @@ def input_types(
         if found is not None and spec.name == found.name:
             types.append(ct.ImageType(spec.name, shape, color_layout=getattr(ct.colorlayout, found.layout)))
         else:
-            types.append(ct.TensorType(spec.name, shape))
+            types.append(ct.TensorType(spec.name, shape, dtype=np.float32 if spec.dtype == "float32" else np.int32))
     return types
 
 

@@ -18,6 +18,7 @@ from edgekd.errors import ExportError
 from edgekd.fold import attribute, clean, set_constant
 from edgekd.models import retrace
 
+from ._mil_lstm import LSTM, decomposed_lstm, register_translation
 from ._padding import hoist_above_padding
 
 __all__ = ["is_quantized", "prepare_program", "within_half"]
@@ -39,7 +40,8 @@ def prepare_program(program: ExportedProgram) -> ExportedProgram:
     program = _rewritten(program)
     _refuse_narrow_ranges(program)
     known = core_aten_decompositions()
-    table: dict[Any, Any] = {}
+    table: dict[Any, Any] = {LSTM: decomposed_lstm}
+    register_translation()
     while True:
         program = _with_copies(program.run_decompositions(dict(table)))
         calls = [node for node in program.graph.nodes if node.op == "call_function"]

@@ -81,6 +81,8 @@ def test_a_wrong_recipe_is_all_its_lines_and_exit_2(tmp_path: Path) -> None:
         (("export", "model.pt2", "--target", "onnx", "--precision", "w8a8"), "give them with --calibration"),
         (("export", "cut.pt2", "--target", "onnx"), "it is truncated"),
         (("export", "model.pt2", "-t", "onnx", "-p", "w8a8", "--calibration", "bad.npz"), "cannot be read as .npz"),
+        (("export", "model.pt2", "-t", "onnx", "--corrections", "round"), "no correction called 'round'; there are"),
+        (("export", "-t", "onnx", "--corrections", "none"), "a recipe says it under [compress]"),
     ],
 )
 def test_what_goes_wrong_is_one_line(
@@ -116,8 +118,10 @@ def test_a_third_party_program_is_exported_and_proven(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     arrays = [random.normal(size=(40, n)).astype(np.float32) for n in (6, 3)]
     np.savez(tmp_path / "data.npz", *arrays)
-    command = "export --target onnx --precision fp32 --precision w8a8 --calibration data.npz model.pt2 -o out --json"
-    done = edgekd(*command.split(), cwd=tmp_path)
+    command = (
+        "export --target onnx --precision fp32 --precision w8a8 --calibration data.npz --corrections bias model.pt2"
+    )
+    done = edgekd(*command.split(), "-o", "out", "--json", cwd=tmp_path)
 
     assert done.returncode == 0, done.stderr
     listed = json.loads(done.stdout)
@@ -130,6 +134,7 @@ def test_a_third_party_program_is_exported_and_proven(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "out" / "onnx-w8a8" / "manifest.json").read_text())
     assert manifest["sha256"] == listed[1]["sha256"]
     assert manifest["card"]["calibration"]["samples"] == 30
+    assert manifest["card"]["calibration"]["corrections"] == ["bias"]
     assert [spec["name"] for spec in manifest["inputs"]] == ["a", "b"]
 
 

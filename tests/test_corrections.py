@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from edgekd.bias import correct_biases
 from edgekd.compress import quantize_static
-from edgekd.corrections import CORRECTION_NAMES, StaticPlan, static_of
+from edgekd.corrections import CORRECTION_NAMES, StaticPlan, parse_corrections, static_of
 from edgekd.equalize import equalize, pairs_of
 from edgekd.errors import UsageError
 from edgekd.fold import folded_module
@@ -189,3 +189,12 @@ def test_an_unknown_correction_is_refused_with_the_known(uneven: tuple[Student, 
     student, samples = uneven
     with pytest.raises(UsageError, match="no correction called 'adaround'; there are equalize, smooth, bias, or auto"):
         quantize_static(student, samples, corrections=("adaround",))
+
+
+def test_the_command_line_names_corrections_as_a_recipe_does() -> None:
+    assert parse_corrections("auto") == ("auto",)
+    assert parse_corrections("none") == ()
+    assert parse_corrections("equalize, bias") == ("equalize", "bias")
+    for text in ("adaround", "auto,bias", ""):
+        with pytest.raises(UsageError, match="no correction called"):
+            parse_corrections(text)

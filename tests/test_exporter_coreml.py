@@ -344,6 +344,58 @@ def test_no_padding_and_no_second_scale_stand_before_a_convolution_of_w8a8(tmp_p
     assert not {("quantize", "dequantize"), ("quantize", "pad")} & set(reads)
 
 
+class Recurrent(nn.Module):
+    """Every step and the last states of an LSTM that starts from states of its own."""
+
+    def __init__(self, layers: int, bidirectional: bool, batch_first: bool, bias: bool) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(12, 16, layers, bias=bias, batch_first=batch_first, bidirectional=bidirectional)
+        self.start = nn.Parameter(torch.randn(2, layers * (2 if bidirectional else 1), 1, 16))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h, c = self.start.expand(-1, -1, x.shape[0], -1)
+        y, (h, c) = self.lstm(x if self.lstm.batch_first else x.transpose(0, 1), (h.contiguous(), c.contiguous()))
+        return y if self.lstm.batch_first else y.transpose(0, 1), h.transpose(0, 1), c.transpose(0, 1)
+
+
+@pytest.mark.parametrize("system", ["iOS15", "iOS17"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("layers", "bidirectional", "batch_first", "bias"),
+    [(1, False, True, True), (2, True, False, True), (2, True, True, False)],
+)
+def test_a_layer_of_an_lstm_is_one_operator(
+    layers: int, bidirectional: bool, batch_first: bool, bias: bool, precision: Precision, system: str, tmp_path: Path
+) -> None:
+    student = student_of(Recurrent(layers, bidirectional, batch_first, bias), torch.zeros(1, 20, 12))
+    samples = samples_of(student)
+    path = tmp_path / "model.mlpackage"
+    EXPORTER.write(student, path, precision, EXPORTER.options(minimum_deployment_target=system))
+    outputs, expected = run_all(EXPORTER.load(path), samples), run_program(student.program, samples)
+    for name, wanted in expected.items():
+        np.testing.assert_allclose(outputs[name], wanted, atol=TOLERANCES[precision])
+    names = [step.operator.name for step in load(path).steps]
+    assert names.count("lstm") == layers
+    assert len(names) < 40  # unrolled it has hundreds
+
+
+class Projected(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(12, 16, proj_size=4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0]
+
+
+def test_an_lstm_with_projections_which_core_ml_lacks_goes_step_by_step(tmp_path: Path) -> None:
+    path = tmp_path / "model.mlpackage"
+    runner, student, samples = written(student_of(Projected(), torch.zeros(1, 5, 12)), path, "fp32")
+    outputs, expected = run_all(runner, samples), run_program(student.program, samples)
+    np.testing.assert_allclose(*outputs.values(), *expected.values(), atol=1e-5)
+    assert "lstm" not in [step.operator.name for step in load(path).steps]
+
+
 class Overflowing(nn.Module):
     """Finite in single precision, beyond 65504 in the middle, and small again at the end."""
 

@@ -360,7 +360,7 @@ def test_batches_of_several_sizes_are_taken(
 class Tokens(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.table, self.mix, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.table, self.mix, self.head = nn.Embedding(256, 8), nn.Linear(8, 8), nn.Linear(8, 3)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.table(ids)
@@ -368,24 +368,109 @@ class Tokens(nn.Module):
         return self.head(x.mean(1))
 
 
-@pytest.mark.parametrize(("length", "batch"), [("4,8,16", "1"), ("2..32", "1"), ("2..32", "1..4")])
-def test_sequences_of_several_lengths_are_taken(length: str, batch: str, tmp_path: Path) -> None:
+def opened(module: nn.Module, *inputs: Tensor, axis: int, **card: Any) -> Student:
+    """A student with an open batch and one more open axis; its output holds logits."""
+    axes = {0: torch.export.Dim("batch", max=64), axis: torch.export.Dim("length", min=4, max=64)}
+    program = torch.export.export(module.eval(), inputs, dynamic_shapes=(axes,), strict=False)
+    outputs = tuple(type(s)(s.name, s.shape, s.dtype, "logits") for s in output_specs(program))
+    return Student(program, Card(type(module).__name__, input_specs(program), outputs, **card))
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Student:
     torch.manual_seed(0)
-    module = Tokens().eval()
-    axes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", max=64)}
-    program = torch.export.export(module, (torch.zeros(2, 6, dtype=torch.int64),), dynamic_shapes=(axes,), strict=False)
-    student = Student(program, Card("tokens", input_specs(program), output_specs(program)))
+    return opened(Tokens(), torch.zeros(2, 6, dtype=torch.int64), axis=1, labels=LABELS[:3])
+
+
+@pytest.mark.parametrize(("length", "batch"), [("4,8,16", "1"), ("4..32", "1"), ("4..32", "1..4")])
+def test_sequences_of_several_lengths_are_taken(length: str, batch: str, tokens: Student, tmp_path: Path) -> None:
     path = tmp_path / "model.mlpackage"
-    EXPORTER.write(student, path, "fp32", CoreMLOptions(length=length, batch=batch))
+    EXPORTER.write(tokens, path, "fp32", CoreMLOptions(length=length, batch=batch))
     loaded = load(path)
     for size in (4, 8, 16):
-        ids = torch.randint(0, 20, (3 if batch == "1..4" else 1, size))
-        found = loaded({"ids": ids.numpy()})[loaded.outputs[0].name]
-        np.testing.assert_allclose(found, module(ids).detach().numpy(), atol=1e-5)
+        ids = np.random.default_rng(size).integers(0, 256, (3 if batch == "1..4" else 1, size))
+        wanted = run_program(tokens.program, {"ids": ids})
+        np.testing.assert_allclose(loaded({"ids": ids})[loaded.outputs[0].name], *wanted.values(), atol=1e-5)
     with pytest.raises(DataError, match="takes"):
         loaded({"ids": np.zeros((1, 64), np.int64)})
     with pytest.raises(UsageError, match=r"axis 1 of input 'ids' \(-1, -1\) is open; set length"):
-        EXPORTER.write(student, path, "fp32", CoreMLOptions(batch="1,2"))
+        EXPORTER.write(tokens, path, "fp32", CoreMLOptions(batch="1,2"))
+
+
+@pytest.mark.parametrize(
+    ("word", "told", "nearness"),
+    [
+        ("fp16", {}, 2e-3),
+        ("w8", {}, 1e-6),
+        ("w8", {"half": True, "classifier": True}, 2e-3),
+        ("w8a8", {"classifier": True}, 1e-6),
+        ("p8", {"half": True}, 2e-2),
+    ],
+)
+def test_every_precision_takes_several_lengths_and_gives_labels(
+    word: str, told: dict[str, Any], nearness: float, tokens: Student, tmp_path: Path
+) -> None:
+    samples = {"ids": np.random.default_rng(0).integers(0, 256, (6, 8))}
+    student = compress(tokens, word, samples) if word in ("w8", "w8a8") else tokens
+    options = CoreMLOptions(length="4..32", **told)
+    artifact = export_student(student, {}, "coreml", word, tmp_path / "a", Proof(samples), options=options)
+    assert artifact.parity.status == "passed"
+    program = load(tmp_path / "a" / "model.mlpackage")
+    for size in (4, 9, 32):  # of which none is the length of the proof
+        ids = np.random.default_rng(size).integers(0, 256, (1, size))
+        (wanted,) = run_program(student.program, {"ids": ids}).values()
+        found = program({"ids": ids})
+        if "classLabel" in found:
+            assert found.pop("classLabel").tolist() == [LABELS[int(wanted.argmax())]]
+            wanted = torch.softmax(torch.from_numpy(wanted), -1).numpy()[0]
+        np.testing.assert_allclose(*found.values(), wanted, atol=nearness)
+    assert program.inputs[0].dtype == "int32"
+
+
+class Pictures(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.classes = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 5)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.classes(F.relu(self.convolution(image)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("word", ["fp16", "w8", "w8a8"])
+@pytest.mark.parametrize("length", ["8,16", "8..32"])
+def test_images_of_several_widths_are_taken_and_labelled(word: str, length: str, tmp_path: Path) -> None:
+    import coremltools as ct
+
+    torch.manual_seed(0)
+    student = opened(Pictures(), torch.zeros(2, 3, 12, 14), axis=3, labels=LABELS, preprocessing=PREPARED)
+    samples = {"image": np.random.default_rng(0).standard_normal((6, 3, 12, 16)).astype(np.float32)}
+    if word != "fp16":
+        student = compress(student, word, samples)
+    options = CoreMLOptions(length=length, image=True, classifier=True)
+    artifact = export_student(student, {}, "coreml", word, tmp_path / "a", Proof(samples), options=options)
+    assert artifact.parity.status == "passed"
+    path = tmp_path / "a" / "model.mlpackage"
+    narrow = samples["image"][:1, :, :, :8]
+    (logits,) = run_program(student.program, {"image": narrow}).values()
+    found = load(path)({"image": pixels(student).of(narrow)})
+    np.testing.assert_allclose(
+        found["classLabel_probs"], torch.softmax(torch.from_numpy(logits), -1).numpy()[0], atol=2e-3
+    )
+    image = ct.models.MLModel(str(path), skip_model_load=True).get_spec().description.input[0].type.imageType
+    widths = [size.width for size in image.enumeratedSizes.sizes] or [
+        image.imageSizeRange.widthRange.lowerBound,
+        image.imageSizeRange.widthRange.upperBound,
+    ]
+    assert widths == ([8, 16] if "," in length else [8, 32])
+
+
+@pytest.mark.parametrize("told", [{"batch": "1,4"}, {"batch": "1..4"}])
+def test_half_precision_takes_single_inputs_also_where_the_batch_is_open(
+    told: dict[str, Any], student: Student, tmp_path: Path
+) -> None:
+    EXPORTER.write(student, tmp_path / "model.mlpackage", "fp16", CoreMLOptions(**told))
+    program = load(tmp_path / "model.mlpackage")
+    assert [spec.dtype for spec in (*program.inputs, *program.outputs)] == ["float32", "float32"]
 
 
 def test_shapes_that_the_program_does_not_have_are_refused(tmp_path: Path) -> None:
