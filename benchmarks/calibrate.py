@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Sequence
 from datetime import datetime
@@ -13,7 +12,7 @@ import numpy as np
 from edgekd.errors import DeviceError, InconclusiveError, UsageError
 from edgekd.models import bind_inputs
 from edgekd.protocols import Device, Progress, Side
-from edgekd.store import read_json, write_json
+from edgekd.store import read_json, state_folder, write_json
 from edgekd.types import Artifact, Plan
 
 from .cells import Pair, Resolution, Samples, log_ratios_of
@@ -101,9 +100,8 @@ def resolution_of(logs: Sequence[float] | np.ndarray, rule: Rule, seed: int = 0)
 
 
 def resolution_path(device_name: str) -> Path:
-    """Where a device's calibration is kept: in ``EDGEKD_STATE``, by default ``~/.local/state/edgekd``."""
-    state = Path(os.environ.get("EDGEKD_STATE") or Path.home() / ".local" / "state" / "edgekd")
-    return state / "calibrations" / f"{Path(device_name).stem}.json"
+    """Where a device's calibration is kept."""
+    return state_folder() / "calibrations" / f"{Path(device_name).stem}.json"
 
 
 def save_resolution(resolution: Resolution, path: Path) -> None:

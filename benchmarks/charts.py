@@ -6,6 +6,7 @@ Colours are CSS variables (``--onnx``, ``--ink`` …), so one picture serves the
 from __future__ import annotations
 
 import html
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from edgekd.types import Measurement
 
 from .stats import block_medians
 
-__all__ = ["SHAPES", "accuracy_against", "distribution", "kind_of", "log_ticks"]
+__all__ = ["SHAPES", "accuracy_against", "distribution", "kind_of", "log_ticks", "over_releases"]
 
 KINDS = ("teacher", "control", "student", "onnx", "coreml", "tflite", "other")
 """What colour means: programs by their stage, files by their target."""
@@ -165,6 +166,51 @@ def distribution(measurement: Measurement) -> tuple[str, str]:
     return _svg(
         chart, f"Latency of the timed inferences of {name}, by block", cells=cells, medians=medians
     ), words if beyond else ""
+
+
+def over_releases(
+    labels: Sequence[str], values: Sequence[float], what: str, unit: str, kind: str, at: Sequence[int]
+) -> str:
+    """One metric over the releases, oldest first, as SVG; a rule stands where the level changed.
+
+    Args:
+        labels: One for each value; the same label may come again.
+        kind: The colour: one of ``KINDS``.
+        at: Indices of the first values of new levels.
+    """
+    import altair as alt
+
+    points = [
+        {"x": index, "y": value, "text": f"{label}: {value:.4g} {unit}".strip()}
+        for index, (label, value) in enumerate(zip(labels, values, strict=True))
+    ]
+    rules = [{"x": index - 0.5} for index in at]
+    margin = 0.15 * (max(values) - min(values)) or 0.02 * abs(max(values)) or 1.0
+    last = max(1, len(values) - 1)
+    # At most ten labels, or they would lie over each other; each is cut.
+    shown = sorted({round(last * step / min(9, last)) for step in range(min(9, last) + 1)})
+    names = json.dumps([label[:12] for label in labels])
+    x = alt.X(
+        "x:Q",
+        title=None,
+        scale=alt.Scale(domain=[-0.5, len(values) - 0.5], nice=False),
+        axis=alt.Axis(values=shown, labelExpr=f"{names}[datum.value]", grid=False, labelAngle=-35),
+    )
+    y = alt.Y(
+        "y:Q",
+        title=f"{what}, {unit}" if unit else what,
+        scale=alt.Scale(domain=[min(values) - margin, max(values) + margin], zero=False, nice=False),
+        axis=alt.Axis(tickCount=5),
+    )
+    color = f"var(--{kind if kind in KINDS else 'other'})"
+    line = alt.Chart(alt.NamedData("points")).mark_line(color=color, strokeWidth=1.5, aria=False).encode(x=x, y=y)
+    dots = alt.Chart(alt.NamedData("points")).mark_point(color=color, filled=True, size=36, opacity=1)
+    layers = line + dots.encode(x=x, y=y, description="text:N")
+    if rules:
+        mark = alt.Chart(alt.NamedData("rules")).mark_rule(color="var(--bad)", strokeDash=[4, 3], aria=False)
+        layers = layers + mark.encode(x=x)
+    chart = layers.properties(width=380, height=200)
+    return _svg(chart, f"{what} over {len(values)} measurements", points=points, rules=rules)
 
 
 def log_ticks(low: float, high: float) -> list[float]:

@@ -310,6 +310,7 @@ def bench(
     device: Annotated[
         list[str] | None, typer.Option("--device", "-d", help="Name of a device, or the path of its .toml; repeat it.")
     ] = None,
+    release: Annotated[str, typer.Option(help="What the history calls these files: v1.4, a commit …")] = "",
     recipe: RecipeOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
@@ -322,7 +323,7 @@ def bench(
 
     work = _workspace(recipe)
     with work.folder.locked():
-        measured = bench_stage(work, _progress(), device or (), force)
+        measured = bench_stage(work, _progress(), device or (), force, release)
     if json:
         _json([measurement.to_json() for measurement in measured])
         return

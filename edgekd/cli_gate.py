@@ -1,4 +1,4 @@
-"""The commands that judge measurements: compare and calibrate. They join those of ``edgekd.cli``."""
+"""The commands that judge measurements: compare, calibrate and history. They join those of ``edgekd.cli``."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ RecipeOption = Annotated[
 SeedOption = Annotated[int, typer.Option(help="Of every random order.")]
 ThreadsOption = Annotated[int, typer.Option(help="Of the runtime.", min=1)]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+ReleaseOption = Annotated[str, typer.Option(help="What the history calls these files: v1.4, a commit …")]
 CalibrationOption = Annotated[
     Path | None, typer.Option(help="The device's calibration; by default where edgekd calibrate keeps it.")
 ]
@@ -63,6 +64,7 @@ def compare(
     github: Annotated[
         bool, typer.Option("--github", help="Annotations of GitHub Actions; also when GITHUB_ACTIONS is set.")
     ] = False,
+    release: ReleaseOption = "",
     recipe: RecipeOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -76,7 +78,7 @@ def compare(
     margins = parse_margins(margin or ())
     profile = load_profile(device)
     pairs = plugins.load_module("edgekd.benchmarks.sides").read_pairs(old, new)
-    comparison, _ = gate.compare(
+    comparison, measured = gate.compare(
         pairs,
         profile.name,
         device_of(profile),
@@ -88,6 +90,9 @@ def compare(
         resolution=_resolution(calibration, profile.name),
         metrics=_metrics(metric),
     )
+    names = {file.sha256: file.card.name for pair in pairs for file in (pair.old, pair.new)}
+    newer = [(names[one.artifact_sha256], one) for one in measured[1::2]]  # the old ones are a release of their own
+    plugins.load_module("edgekd.benchmarks.history").keep(newer, release, "compare", _progress())
     if junit is not None:
         atomic_write(junit, report.junit(comparison).encode())
     if markdown is not None:
@@ -147,6 +152,47 @@ def calibrate(
     for metric, smallest in resolution.smallest.items():
         typer.echo(f"{metric:<12} a change of {smallest:.1%} can be told apart")
     typer.echo(f"{resolution.pairs} pairs of {resolution.label} on {resolution.device}: {path}")
+
+
+@app.command()
+def history(
+    model: Annotated[str, typer.Option(help="Name of a model, as on its card; all by default.")] = "",
+    device: Annotated[str, typer.Option("--device", "-d", help="Device whose name begins so; all by default.")] = "",
+    html: Annotated[Path | None, typer.Option(help="Write the page with the pictures here.")] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="SQLAlchemy URL; by default EDGEKD_HISTORY, else a SQLite file in edgekd's state folder."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Show latency, size and accuracy over the releases, and where a level changed for good."""
+    from edgekd import plugins
+    from edgekd.store import atomic_write
+
+    store = plugins.load_module("edgekd.benchmarks.history").History(url)
+    page = plugins.load_module("edgekd.benchmarks.history_page")
+    try:
+        entries = store.entries(model, device)
+    finally:
+        store.close()
+    if html is not None:
+        atomic_write(html, page.html(entries).encode())
+    if json:
+        found = [
+            {
+                "created": entry.created.isoformat(),
+                "release": entry.release,
+                "model": entry.model,
+                "device": entry.device,
+                "how": entry.how,
+                "measurement": entry.measurement.to_json(),
+            }
+            for entry in entries
+        ]
+        typer.echo(jsonlib.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
+        return
+    for line in page.lines(entries):
+        typer.echo(line)
 
 
 def parse_margins(words: list[str] | tuple[str, ...]) -> Any:

@@ -293,9 +293,12 @@ def proof_of(work: Workspace) -> Proof:
 
 
 def bench_stage(
-    work: Workspace, progress: Progress, devices: Sequence[str] = (), force: bool = False
+    work: Workspace, progress: Progress, devices: Sequence[str] = (), force: bool = False, release: str = ""
 ) -> list[Measurement]:
     """Every finished artifact on every device, interleaved, with accuracy and agreement from the same session.
+
+    Args:
+        release: What the history calls them.
 
     Raises:
         UsageError: Nothing has been exported yet.
@@ -330,6 +333,8 @@ def bench_stage(
                 path = work.folder.measurement(name, folder.name)
                 write_json(path, measurement.to_json(), indent=None)
                 paths.append(path)
+            named = [(artifact.card.name, found) for (artifact, _), found in zip(artifacts, measured, strict=True)]
+            plugins.load_module("edgekd.benchmarks.history").keep(named, release, "bench", progress)
             return paths
 
         _once(work, f"bench-{name}", inputs, make, progress, force)

@@ -46,10 +46,16 @@ __all__ = [
     "replace_folder",
     "save_student",
     "staging_folder",
+    "state_folder",
     "write_json",
 ]
 
 MANIFEST = "manifest.json"
+
+
+def state_folder() -> Path:
+    """Calibrations of devices and the history: ``EDGEKD_STATE``, by default ``~/.local/state/edgekd``."""
+    return Path(os.environ.get("EDGEKD_STATE") or Path.home() / ".local" / "state" / "edgekd")
 
 
 # ── hashes ────────────────────────────────────────────────────────────────────────────────────────────────────────────

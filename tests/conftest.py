@@ -8,6 +8,11 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see edgekd.cli.main
 
+import tempfile
+
+os.environ["EDGEKD_STATE"] = tempfile.mkdtemp(prefix="edgekd-tests-")  # no test writes into the user's history
+os.environ.pop("EDGEKD_HISTORY", None)
+
 import numpy as np
 import pytest
 import torch

@@ -22,7 +22,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 EXAMPLES = ("digits", "fashion", "spam")
 ARMS = ("control", "kd", "dist")
 COMMANDS = ["init", "check", "capture", "distill", "compress", "export", "lint", "verify", "bench", "report", "run"]
-COMMANDS += ["bench import", "compare", "calibrate", "targets", "devices", "devices prepare", "doctor", "schema"]
+COMMANDS += ["bench import", "compare", "calibrate", "history", "targets", "devices", "devices prepare", "doctor"]
+COMMANDS += ["schema"]
 
 pytestmark = pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="only in a checkout")
 

@@ -16,6 +16,7 @@ import pytest
 from edgekd.benchmarks import calibrate as calibrating
 from edgekd.benchmarks import gate, gate_report
 from edgekd.benchmarks.cells import Cell, Comparison, Margins, Pair, Resolution, Samples, exact_cells, value_of
+from edgekd.benchmarks.history import History, is_available
 from edgekd.benchmarks.rule import Rule
 from edgekd.benchmarks.session import TOLD_BY_THE_DEVICE
 from edgekd.benchmarks.sides import read_pairs, read_samples
@@ -294,7 +295,8 @@ def test_the_command_writes_every_report_and_exits_with_the_verdict(
     model = str(onnx_file[1] / "model.onnx")
     done = run_cli(
         "compare", model, model, "--inputs", str(tmp_path / "data.npz"), "--junit", str(tmp_path / "junit.xml"),
-        "--markdown", str(tmp_path / "table.md"), "--json", "--metric", "peak_memory", GITHUB_ACTIONS="true", **state,
+        "--markdown", str(tmp_path / "table.md"), "--json", "--metric", "peak_memory", "--release", "v2",
+        GITHUB_ACTIONS="true", **state,
     )  # fmt: skip
     found = Comparison.from_json(json.loads(done.stdout))
     assert done.returncode == 3, done.stderr
@@ -306,6 +308,13 @@ def test_the_command_writes_every_report_and_exits_with_the_verdict(
     assert skipped == ["accuracy", "agreement"]
     assert "| peak memory |" in (tmp_path / "table.md").read_text()
     assert "::warning title=onnx accuracy::inconclusive" in done.stderr
+    if is_available():
+        (entry,) = History(f"sqlite:///{tmp_path / 'history.db'}").entries()
+        assert (entry.release, entry.how, entry.measurement.artifact_sha256) == (
+            "v2",
+            "compare",
+            found.files["onnx new"],
+        )
     missing = run_cli("compare", model, model, "--inputs", str(tmp_path / "none.npz"), **state)
     assert missing.returncode == 1
     assert "no data file" in missing.stderr
