@@ -1,12 +1,12 @@
 """edgekd's int8 beside each runtime's own quantizer, from the same weights and the same calibration data.
 
-``python benchmarks/peers.py`` prints a table of ratios and writes ``benchmarks/results/peers.json``. Peers: ONNX
+``python -m edgekd.benchmarks.peers`` prints a table of ratios and writes ``benchmarks/results/peers.json``. Peers: ONNX
 Runtime's ``quantize_static`` (after ``quant_pre_process``; QDQ, per channel, uint8 activations, int8 weights,
 min-max) and ai-edge-quantizer's ``static_wi8_ai8``, both with float inputs and outputs as edgekd's files have, and both
 made from edgekd's fp32 files. All files of one model run in one interleaved session, on one thread; those of ONNX
 Runtime once more without edgekd's session options. Cosine and agreement are with the fp32 program, on held-out samples.
 
-Every model is built and measured on its own (``python benchmarks/peers.py minilm --files folder``), and its part of the
+Every model is built and measured on its own (``python -m edgekd.benchmarks.peers minilm --files folder``), and its part of the
 results is replaced. With ``--files``, files that are there are not built again.
 """
 

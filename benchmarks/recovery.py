@@ -1,12 +1,13 @@
-"""What quantization-aware distillation wins back: digits, a deep narrow depthwise student, 4-bit weights, three seeds.
+"""What training after compression wins back: digits, a deep narrow depthwise student, three seeds.
 
-    python -m edgekd.benchmarks.qat            # from a checkout: it takes data and teacher from examples/digits
+    python -m edgekd.benchmarks.recovery       # from a checkout: it takes data and teacher from examples/digits
 
-Writes ``benchmarks/results/qat_digits.json``. For every seed: test accuracy of the float student (distilled with kd),
-of static ``w4a8`` without and with the corrections that help, of the latter after training with its rounding from the
-teacher cache, and after the same training from labels alone. ``float_longer`` is the float student after the same
-training without rounding: what a longer schedule alone is worth. No run chooses anything on the test split; but the net
-and the schedule stand here after three others whose test accuracy had been seen.
+Writes ``benchmarks/results/recovery_digits.json``. For every seed: test accuracy of the float student (distilled with
+kd); of each compression without training; after a training from the teacher cache; and after the same training from
+labels alone. Compressions: static ``w4a8`` (also without the corrections that help), pruning 2:4, a quarter of the channels
+removed. ``float_longer`` is the float student after the same training, uncompressed: what a longer schedule alone is
+worth. No run chooses anything on the test split; but the net and the schedule stand here after three others whose test
+accuracy had been seen.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import functools
 import importlib.util
 import statistics
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -31,8 +33,9 @@ from edgekd.console import progress_for
 from edgekd.data import Split, split_from_arrays
 from edgekd.losses import LOSSES, mixed
 from edgekd.metrics import accuracy
-from edgekd.models import export_program, input_specs, output_specs, run_program
+from edgekd.models import count_parameters, export_program, input_specs, output_specs, run_program
 from edgekd.protocols import Progress
+from edgekd.prune import parse_pruning, prune
 from edgekd.qat import train_quantized
 from edgekd.sources import load_teacher
 from edgekd.store import write_json
@@ -41,13 +44,13 @@ from edgekd.types import Card, Json, Student
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "digits"
-RESULTS = ROOT / "benchmarks" / "results" / "qat_digits.json"
+RESULTS = ROOT / "benchmarks" / "results" / "recovery_digits.json"
 SEEDS = (0, 1, 2)
 PRECISION = "w4a8"
-QAT_ARMS = ("qat_teacher", "qat_labels")
+PRUNINGS = ("2:4", "channels:0.25")
 VIEWS = 8
 FLOAT_PLAN = {"epochs": 40, "batch_size": 128, "learning_rate": 8e-3, "weight_decay": 1e-3, "warmup_share": 0.1}
-QAT_PLAN = {**FLOAT_PLAN, "learning_rate": 2e-3}
+RECOVERY_PLAN = {**FLOAT_PLAN, "learning_rate": 2e-3}
 
 
 def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -112,19 +115,40 @@ def one_seed(digits: ModuleType, data: tuple[Split, Split], cache: TeacherCache,
     module = Narrow()
     fit(module, distilled, FLOAT_PLAN, "float")
     program = export_program(module.eval(), [torch.zeros(1, 1, 8, 8)])
-    student = Student(program, Card("narrow", input_specs(program), output_specs(program)))
+    student = Student(
+        program, Card("narrow", input_specs(program), output_specs(program), parameters=count_parameters(module))
+    )
+    found: Json = {"seed": seed, "float": score(student)}
+    longer = copy.deepcopy(module)  # the program shares its weights with the module
+    fit(longer, distilled, RECOVERY_PLAN, "longer")
+    found["float_longer"] = score(replace(student, program=export_program(longer.eval(), [torch.zeros(1, 1, 8, 8)])))
+    arms = {"teacher": distilled, "labels": labels_only}
+
+    def fits(step: str) -> dict[str, Callable[[nn.Module], None]]:
+        return {
+            name: functools.partial(fit, objective=arm, plan=RECOVERY_PLAN, name=f"{step.replace(':', '.')} {name}")
+            for name, arm in arms.items()
+        }
+
     calibration = learned.take(np.argsort(learned.ids)[:256]).arrays()
     plain = quantize_static(student, calibration, precision=PRECISION, corrections=())
-    found: Json = {"seed": seed, "float": score(student), "static_without_corrections": score(plain)}
-    longer = copy.deepcopy(module)  # the program shares its weights with the module
-    fit(longer, distilled, QAT_PLAN, "float_longer")
-    found["float_longer"] = score(replace(student, program=export_program(longer.eval(), [torch.zeros(1, 1, 8, 8)])))
-    arms = {"qat_teacher": distilled, "qat_labels": labels_only}
-    fits = [functools.partial(fit, objective=arm, plan=QAT_PLAN, name=name) for name, arm in arms.items()]
-    static, trained = train_quantized(student, PRECISION, calibration, fits)
+    static, trained = train_quantized(student, PRECISION, calibration, list(fits(PRECISION).values()))
     assert static.card.calibration is not None
-    found |= {"static": score(static), "corrections": list(static.card.calibration.corrections)}
-    return found | dict(zip(arms, map(score, trained), strict=True))
+    found[PRECISION] = {
+        "without_corrections": score(plain),
+        "corrections": list(static.card.calibration.corrections),
+        "untrained": score(static),
+        **dict(zip(arms, map(score, trained), strict=True)),
+    }
+    for word in PRUNINGS:
+        pruning = parse_pruning(word)
+        smaller = prune(student, pruning)
+        found[word] = {
+            "parameters": smaller.card.parameters,
+            "untrained": score(smaller),
+            **{name: score(prune(student, pruning, train_it)) for name, train_it in fits(word).items()},
+        }
+    return found
 
 
 def experiment(progress: Progress) -> Json:
@@ -141,23 +165,26 @@ def experiment(progress: Progress) -> Json:
         for seed in SEEDS:
             rows.append(one_seed(digits, (learned, tested), cache, seed, Path(folder)))
             progress.say(str(rows[-1]))
-    mean = {key: statistics.fmean(row[key] for row in rows) for key in rows[0] if isinstance(rows[0][key], float)}
-    lost = mean["float"] - mean["static"]
-    lost_longer = mean["float_longer"] - mean["static"]
     return {
         "task": "scikit-learn digits, 1,297 training and 500 test images",
-        "precision": PRECISION,
-        "plans": {"float": FLOAT_PLAN, "qat": QAT_PLAN},
+        "plans": {"float": FLOAT_PLAN, "recovery": RECOVERY_PLAN},
         "teacher": accuracy(teacher.logits(tested.arrays()), tested.labels) if tested.labels is not None else None,
         "seeds": rows,
-        "mean": mean,
-        "points_lost_by_static": lost * 100,
-        "share_recovered": {name: (mean[name] - mean["static"]) / lost for name in QAT_ARMS} if lost > 0 else None,
-        "share_recovered_of_float_longer": (
-            {name: (mean[name] - mean["static"]) / lost_longer for name in QAT_ARMS} if lost_longer > 0 else None
-        ),
+        "mean": {step: summary(rows, step) for step in (PRECISION, *PRUNINGS)},
         "torch": torch.__version__,
     }
+
+
+def summary(rows: Sequence[Json], step: str) -> Json:
+    """Means over the seeds, and the share of what a compression lost that each training won back."""
+    start, longer = (statistics.fmean(row[key] for row in rows) for key in ("float", "float_longer"))
+    mean = {key: statistics.fmean(row[step][key] for row in rows) for key in ("untrained", "teacher", "labels")}
+    shares = {}
+    for name, reference in (("share_recovered", start), ("share_recovered_of_float_longer", longer)):
+        lost = reference - mean["untrained"]
+        won = {arm: (mean[arm] - mean["untrained"]) / lost for arm in ("teacher", "labels")} if lost > 0 else None
+        shares[name] = won
+    return {"float": start, "float_longer": longer, **mean, **shares}
 
 
 def _example() -> ModuleType:
@@ -176,7 +203,8 @@ def main() -> None:
     out = parser.parse_args().out
     found = experiment(progress_for())
     write_json(out, found)
-    progress_for().say(f"{found['share_recovered']} of {found['points_lost_by_static']:.2f} points; {out}")
+    for step, mean in found["mean"].items():
+        progress_for().say(f"{step}: {mean}")
 
 
 if __name__ == "__main__":
