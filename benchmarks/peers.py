@@ -6,8 +6,8 @@ min-max) and ai-edge-quantizer's ``static_wi8_ai8``, both with float inputs and 
 made from edgekd's fp32 files. All files of one model run in one interleaved session, on one thread; those of ONNX
 Runtime once more without edgekd's session options. Cosine and agreement are with the fp32 program, on held-out samples.
 
-Every model is built and measured on its own (``python -m edgekd.benchmarks.peers minilm --files folder``), and its part of the
-results is replaced. With ``--files``, files that are there are not built again.
+Every model is built and measured on its own (``python -m edgekd.benchmarks.peers minilm --files folder``), and its part
+of the results is replaced. With ``--files``, files that are there are not built again.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
 
 Writes ``benchmarks/results/recovery_digits.json``. For every seed: test accuracy of the float student (distilled with
 kd); of each compression without training; after a training from the teacher cache; and after the same training from
-labels alone. Compressions: static ``w4a8`` (also without the corrections that help), pruning 2:4, a quarter of the channels
-removed. ``float_longer`` is the float student after the same training, uncompressed: what a longer schedule alone is
-worth. No run chooses anything on the test split; but the net and the schedule stand here after three others whose test
-accuracy had been seen.
+labels alone. Compressions: static ``w4a8`` (also without the corrections that help), pruning 2:4, a quarter of the
+channels removed. ``float_longer`` is the float student after the same training, uncompressed: what a longer schedule
+alone is worth. No run chooses anything on the test split; but the net and the schedule stand here after three others
+whose test accuracy had been seen.
 """
 
 from __future__ import annotations
