@@ -1,8 +1,8 @@
 """TeacherCache: the teacher's outputs, paid once, replayed by every student.
 
-Format 1, a folder: ``manifest.json``, ``ids.bin`` (uint64 per sample) and shards of fixed-size records, memory-mapped.
-Record number = view · samples + position, so a look-up is one offset. A record is the view's seed (u32) and the logits
-minus their largest (f16: shifting changes no softmax and is exact where it matters, at the head).
+Format 2, a folder: ``manifest.json``, ``ids.bin`` (uint64 per sample) and shards of fixed-size records, memory-mapped.
+Record number = view · samples + position, so a look-up is one offset. A record is the view's seed (u32) and what
+:mod:`edgekd.targets` makes of the logits less their largest (shifting changes no softmax).
 
 A capture works in ``<folder>.part``: each shard is written whole, then listed. Killed at any moment, it goes on after
 the last listed shard; the finished folder takes its place only when it is complete.
@@ -17,18 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from edgekd.data import Split
 from edgekd.errors import CacheError, ModelFileError, NumericalError
 from edgekd.protocols import Augmentation, Progress
 from edgekd.sources import Teacher
 from edgekd.store import atomic_write, hash_path, read_json, write_json
+from edgekd.targets import Codec, DenseTargets, Targets, codec_of
 from edgekd.types import Json
 from edgekd.views import view_batch, view_seeds
 
 __all__ = ["CaptureKey", "TeacherCache", "Verification", "capture", "open_cache", "verify_cache"]
 
-FORMAT = 1
+FORMAT = 2
 RECORDS_PER_SHARD = 16_384
 BATCH = 256
 
@@ -43,6 +45,7 @@ class CaptureKey:
         augmentation: Fingerprint of its source; empty for none.
         views: Augmented views of each sample.
         seed: Of all views.
+        codec: How records are stored: ``dense-f16``, ``dense-u8``, ``top10`` …
     """
 
     teacher: str
@@ -50,6 +53,7 @@ class CaptureKey:
     augmentation: str
     views: int
     seed: int
+    codec: str = "dense-f16"
 
     def to_json(self) -> Json:
         return dict(vars(self))
@@ -68,6 +72,7 @@ class TeacherCache:
     ids: np.ndarray
     views: int
     classes: int
+    codec: Codec
     manifest: Json
     _shards: tuple[np.ndarray, ...]
     _order: np.ndarray
@@ -92,22 +97,34 @@ class TeacherCache:
             )
         return rows
 
-    def read(self, rows: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Seeds, uint32 (records,), and logits less their largest, float32 (records, classes)."""
-        numbers = views.astype(np.int64) * len(self.ids) + rows
-        shard, offset = np.divmod(numbers, RECORDS_PER_SHARD)
-        seeds = np.empty(len(numbers), np.uint32)
-        logits = np.empty((len(numbers), self.classes), np.float32)
-        for index in np.unique(shard):
-            chosen = shard == index
-            records = self._shards[index][offset[chosen]]
-            seeds[chosen] = records["seed"]
-            logits[chosen] = records["logits"]
-        return seeds, logits
+    def read(self, rows: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, Targets]:
+        """Seeds, uint32 (records,), and what the teacher said of these views."""
+        records = self._records(rows, views)
+        return records["seed"].copy(), self.codec.decode(records)
 
     def logits(self, ids: np.ndarray, view: int = 0) -> np.ndarray:
-        """Logits of samples in one view, float32 (samples, classes)."""
-        return self.read(self.rows(ids), np.full(len(ids), view))[1]
+        """Logits of samples in one view, less their largest, float32 (samples, classes).
+
+        Raises:
+            CacheError: The cache does not hold all classes.
+        """
+        targets = self.codec.decode(self._records(self.rows(ids), np.full(len(ids), view)))
+        if not isinstance(targets, DenseTargets):
+            raise CacheError(f"this cache is {self.codec.name} and does not hold the logits of all classes")
+        return targets.logits.numpy()
+
+    def top_class(self, ids: np.ndarray, view: int = 0) -> np.ndarray:
+        """The teacher's top class of samples in one view, int64 (samples,); every codec knows it."""
+        return self.codec.decode(self._records(self.rows(ids), np.full(len(ids), view))).top_class().numpy()
+
+    def _records(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        numbers = views.astype(np.int64) * len(self.ids) + rows
+        shard, offset = np.divmod(numbers, RECORDS_PER_SHARD)
+        records = np.empty(len(numbers), _record_type(self.codec, self.classes))
+        for index in np.unique(shard):
+            chosen = shard == index
+            records[chosen] = self._shards[index][offset[chosen]]
+        return records
 
 
 @dataclass(frozen=True)
@@ -118,7 +135,7 @@ class Verification:
         records: How many were compared.
         top1_differs: Share whose top class differs.
         max_relative: Largest difference of a shifted logit, as a share of its size (at least 1); the rounding to f16
-            explains 0.0005.
+            explains 0.0005, that to 256 steps is taken off.
     """
 
     records: int
@@ -136,10 +153,11 @@ def capture(
         StorageError: The disk is full; finished shards stay.
     """
     part = folder.with_name(folder.name + ".part")
-    manifest = _resume(part, key)
+    manifest, codec = _resume(part, key), codec_of(key.codec)
     samples, total = len(split), len(split) * key.views
     shards = manifest["shards"]
     done = min(len(shards) * RECORDS_PER_SHARD, total)
+    classes = int(manifest.get("classes", 0))
     progress.start(f"capture {folder.name}", total, done)
     while done < total:
         numbers = np.arange(done, min(done + RECORDS_PER_SHARD, total))
@@ -149,13 +167,14 @@ def capture(
             seeds = view_seeds(split.ids[positions], views, key.seed)
             inputs = view_batch(split, positions, seeds, augment)
             logits = teacher.logits(dict(zip(split.inputs, (x.numpy() for x in inputs), strict=True)))
-            blocks.append(_records(seeds, logits, split.ids[positions]))
+            classes = logits.shape[1]
+            blocks.append(_records(seeds, logits, split.ids[positions], codec))
             progress.advance(len(positions))
         name = f"shard-{len(shards):05d}.bin"
         content = np.concatenate(blocks)
         atomic_write(part / name, content.tobytes())
         shards.append({"file": name, "records": len(content), "sha256": hashlib.sha256(content.tobytes()).hexdigest()})
-        manifest["classes"] = int(content.dtype["logits"].shape[0])
+        manifest["classes"] = classes
         write_json(part / "manifest.json", manifest)
         done += len(numbers)
     progress.finish()
@@ -183,7 +202,8 @@ def open_cache(folder: Path, key: CaptureKey | None = None) -> TeacherCache:
         if key is not None and manifest["key"] != key.to_json():
             changed = [name for name, value in key.to_json().items() if manifest["key"].get(name) != value]
             raise CacheError(f"{folder} was captured with another {', '.join(changed)}; run: edgekd capture")
-        record = _record_type(manifest["classes"])
+        codec = codec_of(manifest["key"]["codec"])
+        record = _record_type(codec, manifest["classes"])
         ids = np.fromfile(folder / "ids.bin", "<u8")
         if hash_path(folder / "ids.bin") != manifest["ids_sha256"]:
             raise CacheError(f"{folder / 'ids.bin'} is damaged; remove {folder} and run: edgekd capture")
@@ -194,12 +214,12 @@ def open_cache(folder: Path, key: CaptureKey | None = None) -> TeacherCache:
                 raise CacheError(f"{path} is damaged or missing; remove {folder} and run: edgekd capture")
             shards.append(np.memmap(path, record, mode="r"))
         views = int(manifest["key"]["views"])
-    except (KeyError, TypeError, ModelFileError) as error:
+    except (KeyError, TypeError, ValueError, ModelFileError) as error:
         raise CacheError(
             f"{folder / 'manifest.json'} is damaged ({error}); remove {folder} and run: edgekd capture"
         ) from None
     order = np.argsort(ids, kind="stable")
-    return TeacherCache(ids, views, manifest["classes"], manifest, tuple(shards), order)
+    return TeacherCache(ids, views, manifest["classes"], codec, manifest, tuple(shards), order)
 
 
 def verify_cache(
@@ -214,6 +234,7 @@ def verify_cache(
     numbers = np.sort(np.random.default_rng(0).choice(total, count, replace=False))
     views, rows = np.divmod(numbers, len(cache))
     seeds, stored = cache.read(rows, views)
+    top_class = stored.top_class().numpy()
     position_of = {int(sample): position for position, sample in enumerate(split.ids)}
     try:
         positions = np.asarray([position_of[int(sample)] for sample in cache.ids[rows]])
@@ -226,8 +247,8 @@ def verify_cache(
         logits = teacher.logits(dict(zip(split.inputs, (x.numpy() for x in inputs), strict=True)))
         fresh.append(logits - logits.max(axis=1, keepdims=True))
     again = np.concatenate(fresh)
-    differs = float((again.argmax(1) != stored.argmax(1)).mean())
-    return Verification(count, differs, float((np.abs(again - stored) / np.maximum(1, np.abs(stored))).max()))
+    differs = float((again.argmax(1) != top_class).mean())
+    return Verification(count, differs, float(stored.errors(torch.from_numpy(again)).max()))
 
 
 def _resume(part: Path, key: CaptureKey) -> Json:
@@ -235,7 +256,6 @@ def _resume(part: Path, key: CaptureKey) -> Json:
     fresh: dict[str, Any] = {
         "format": FORMAT,
         "key": key.to_json(),
-        "codec": "dense-f16",
         "shards": [],
         "complete": False,
     }
@@ -258,15 +278,15 @@ def _resume(part: Path, key: CaptureKey) -> Json:
     return fresh
 
 
-def _record_type(classes: int) -> np.dtype[np.void]:
-    return np.dtype([("seed", "<u4"), ("logits", "<f2", (classes,))])
+def _record_type(codec: Codec, classes: int) -> np.dtype[np.void]:
+    return np.dtype([("seed", "<u4"), *codec.fields(classes)])
 
 
-def _records(seeds: np.ndarray, logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def _records(seeds: np.ndarray, logits: np.ndarray, ids: np.ndarray, codec: Codec) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if len(bad):
         raise NumericalError(f"the teacher gives NaN or infinity for {len(bad)} samples, first id {ids[bad[0]]}")
-    records = np.empty(len(seeds), _record_type(logits.shape[1]))
+    records = np.empty(len(seeds), _record_type(codec, logits.shape[1]))
     records["seed"] = seeds
-    records["logits"] = np.maximum(logits - logits.max(axis=1, keepdims=True), np.finfo(np.float16).min)
+    codec.encode(logits - logits.max(axis=1, keepdims=True), records)
     return records

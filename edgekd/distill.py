@@ -14,7 +14,7 @@ from torch import Tensor
 from edgekd.capture import TeacherCache
 from edgekd.data import Split, Splits
 from edgekd.errors import DataError
-from edgekd.losses import LOSSES, mixed
+from edgekd.losses import LABELS, LOSSES, Term, weighted
 from edgekd.metrics import Quality, quality
 from edgekd.models import (
     count_macs,
@@ -31,6 +31,7 @@ from edgekd.protocols import Augmentation, Loss, Progress
 from edgekd.recipe import Recipe
 from edgekd.sources import load_student_module, module_fingerprint
 from edgekd.store import RunFolder, fingerprint, read_json, save_student
+from edgekd.targets import Targets
 from edgekd.train import Objective, TrainingPlan, train
 from edgekd.types import Card, Json, Student
 
@@ -84,7 +85,8 @@ def arm_inputs(recipe: Recipe, splits: Splits, arm: str, seed: int, data: Json) 
         "arm": arm,
         "seed": seed,
         "student": _student_fingerprint(recipe, splits, seed),
-        "loss": None if arm == CONTROL else _loss_fingerprint(_loss(recipe, arm)),
+        "losses": {term.name: [term.weight, _loss_fingerprint(term.loss)] for term in _terms(recipe, arm)},
+        "standardize": distill.standardizes(arm),
         "data": data,
         "temperature": temperature,
         "label_weight": label_weight,
@@ -111,7 +113,8 @@ def _loss_fingerprint(loss: Loss) -> str:
     """Of a loss: its values on fixed logits."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 8, 5, generator=generator)
-    return fingerprint([float(loss(student, teacher, temperature)) for temperature in (1.0, 4.0)])
+    labels = torch.arange(8) % 5
+    return fingerprint([float(loss(student, teacher, labels, temperature)) for temperature in (1.0, 4.0)])
 
 
 def _example(splits: Splits) -> list[Tensor]:
@@ -120,9 +123,14 @@ def _example(splits: Splits) -> list[Tensor]:
     return [torch.from_numpy(array) for array in arrays.values()]
 
 
-def _loss(recipe: Recipe, arm: str) -> Loss:
-    loss: Loss = LOSSES[arm] if arm in LOSSES else load_function(arm, recipe.folder)
-    return loss
+def _terms(recipe: Recipe, arm: str) -> list[Term]:
+    """The losses that an arm mixes; none for the control."""
+    if arm == CONTROL:
+        return []
+    return [
+        Term(name, weight, LOSSES[name] if name in LOSSES else load_function(name, recipe.folder))
+        for name, weight in recipe.distill.losses(arm).items()
+    ]
 
 
 def threads_of(recipe: Recipe) -> int:
@@ -253,14 +261,14 @@ def objective_of(recipe: Recipe, arm: str) -> Objective:
     """What an arm minimises; the control sees labels only."""
     if arm == CONTROL:
 
-        def labels_only(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
-            return torch.nn.functional.cross_entropy(student, labels), {}
+        def labels_only(student: Tensor, teacher: Targets, labels: Tensor) -> dict[str, Tensor]:
+            return {LABELS: torch.nn.functional.cross_entropy(student, labels)}
 
         return labels_only
-    loss = _loss(recipe, arm)
+    terms, standardize = _terms(recipe, arm), recipe.distill.standardizes(arm)
     temperature, label_weight = recipe.distill.options(arm)
 
-    def objective(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
-        return mixed(student, teacher, labels, loss, temperature, label_weight)
+    def objective(student: Tensor, teacher: Targets, labels: Tensor) -> dict[str, Tensor]:
+        return weighted(student, teacher, labels, terms, temperature, label_weight, standardize)
 
     return objective

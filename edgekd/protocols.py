@@ -236,8 +236,11 @@ class Preparable(Protocol):
 class Loss(Protocol):
     """Student against teacher: batch mean, explicit T²."""
 
-    def __call__(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """Logits of both, (batch, classes); returns a scalar. No gradient flows into the teacher."""
+    def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        """Logits of both, (batch, classes), and the true classes, int64 (batch,); returns a scalar.
+
+        No gradient flows into the teacher.
+        """
 
 
 class Step(Protocol):

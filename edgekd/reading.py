@@ -156,13 +156,13 @@ def _cross_faults(table: Json, folder: Path) -> list[str]:
         if isinstance(reference, str):
             faults += _model_faults(f"{name}.model", reference, folder)
     known = ("control", *known_losses())
+    mixes = _mixes(distill)
     for index, arm in enumerate(each("distill", "arms")):
-        if ":" in arm:
-            faults += _function_faults(f"distill.arms.{index}", arm, folder)
-        elif arm not in known:
-            faults.append(
-                f"distill.arms.{index}: no loss called {arm!r}; there are {', '.join(known)}, or module:function"
-            )
+        if arm not in mixes and arm != "control":
+            faults += _loss_faults(f"distill.arms.{index}", arm, folder)
+    for arm, losses in mixes.items():
+        for name in losses:
+            faults += _loss_faults(f"distill.overrides.{arm}.losses", name, folder)
     ship = distill.get("ship", "best")
     if ship not in ("best", "control", *(each("distill", "arms") or known)):
         faults.append(f"distill.ship: {ship!r} is not an arm; 'best' or one of distill.arms would work")
@@ -231,7 +231,25 @@ def _option_faults(target: str, values: Json) -> list[str]:
 
 def known_losses() -> tuple[str, ...]:
     """Names in ``edgekd.losses.LOSSES``; not read from there, since that imports torch. A test holds the two equal."""
-    return ("kd", "dist")
+    return ("kd", "dist", "reverse_kl", "jsd", "dkd", "tckd", "nckd", "hard")
+
+
+def _mixes(distill: Json) -> dict[str, Json]:
+    """Arms with losses of their own, by name."""
+    overrides = distill.get("overrides", {})
+    tables = overrides.items() if isinstance(overrides, dict) else ()
+    return {arm: own["losses"] for arm, own in tables if isinstance(own, dict) and isinstance(own.get("losses"), dict)}
+
+
+def _loss_faults(key: str, name: str, folder: Path) -> list[str]:
+    if ":" in name:
+        return _function_faults(key, name, folder)
+    if name in known_losses():
+        return []
+    return [
+        f"{key}: no loss called {name!r}; there are {', '.join(known_losses())}, or module:function; "
+        "a mix has [distill.overrides.<arm>] losses = {...}"
+    ]
 
 
 def _source_faults(key: str, reference: str, data: Json, folder: Path) -> list[str]:

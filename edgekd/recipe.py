@@ -61,11 +61,32 @@ class Model(_Table):
     model: str
 
 
+class Teacher(Model):
+    """As of Model, and how its outputs are kept: ``dense-f16``, ``dense-u8`` or ``top10`` (or another number).
+
+    Left out: dense where there are at most 256 classes or an arm needs all of them, else ``top10``.
+    """
+
+    codec: Annotated[str, Field(pattern=r"^(dense-f16|dense-u8|top[1-9]\d*)$")] | None = None
+
+
 class ArmOptions(_Table):
-    """How one loss is mixed: label_weight · cross-entropy + (1 − label_weight) · loss(temperature)."""
+    """How one arm is mixed: label_weight · cross-entropy + (1 − label_weight) · Σ weight · loss(temperature).
+
+    ``losses`` are names (or ``module:function``) with weights; without them the arm's own name is the only loss.
+    """
 
     temperature: Annotated[float, Field(gt=0)] | None = None
     label_weight: Annotated[float, Field(ge=0, le=1)] | None = None
+    losses: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
+    standardize: bool = False
+
+
+TAIL_TEMPERATURES = (1.0, 2.0, 4.0)
+"""At which a cache of the top classes knows the mass of the others."""
+
+_USUAL = {"dist": ArmOptions(temperature=1.0, label_weight=0.33)}
+"""What an arm is mixed with unless its own table says otherwise: DIST's paper has T = 1 and labels half as heavy."""
 
 
 class Distill(_Table):
@@ -80,17 +101,37 @@ class Distill(_Table):
     warmup_share: Share = 0.1
     temperature: Annotated[float, Field(gt=0)] = 2.0
     label_weight: Annotated[float, Field(ge=0, le=1)] = 0.3
-    overrides: dict[str, ArmOptions] = Field(
-        default_factory=lambda: {"dist": ArmOptions(temperature=1.0, label_weight=0.33)}
-    )
+    overrides: dict[str, ArmOptions] = Field(default_factory=dict)
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     threads: Count | None = None
 
+    def losses(self, arm: str) -> dict[str, float]:
+        """Losses of one arm by name, with their weights."""
+        return self.overrides.get(arm, ArmOptions()).losses or {arm: 1.0}
+
+    def standardizes(self, arm: str) -> bool:
+        """Whether one arm compares z-scores of the logits."""
+        return self.overrides.get(arm, ArmOptions()).standardize
+
+    def needs_all_classes(self) -> str:
+        """Why a cache of the top classes would not do for these arms; empty when it does."""
+        for arm in (arm for arm in self.arms if arm != "control"):
+            temperature, _ = self.options(arm)
+            if "dist" in self.losses(arm):
+                return f"{arm}: dist compares classes over the batch"
+            if self.standardizes(arm):
+                return f"{arm}: standardize looks at the logits of all classes"
+            if temperature not in TAIL_TEMPERATURES:
+                known = ", ".join(f"{value:g}" for value in TAIL_TEMPERATURES)
+                return f"{arm}: the mass of the other classes is kept for T = {known}, not for {temperature:g}"
+        return ""
+
     def options(self, arm: str) -> tuple[float, float]:
         """Temperature and label weight of one arm."""
-        own = self.overrides.get(arm, ArmOptions())
-        temperature = self.temperature if own.temperature is None else own.temperature
-        return temperature, self.label_weight if own.label_weight is None else own.label_weight
+        own, usual = self.overrides.get(arm, ArmOptions()), _USUAL.get(arm, ArmOptions())
+        temperatures = (own.temperature, usual.temperature, self.temperature)
+        weights = (own.label_weight, usual.label_weight, self.label_weight)
+        return next(t for t in temperatures if t is not None), next(w for w in weights if w is not None)
 
 
 def parse_drop(text: Any) -> Any:
@@ -167,6 +208,10 @@ class Bench(_Table):
     min_s: Annotated[float, Field(gt=0)] = 1.0
 
 
+DENSE_CLASSES = 256
+"""Up to so many classes a teacher cache is dense unless told otherwise."""
+
+
 class Recipe(_Table):
     """All of edgekd.toml, checked."""
 
@@ -174,7 +219,7 @@ class Recipe(_Table):
     runs: str = "runs"
     labels: tuple[str, ...] = ()
     data: Data
-    teacher: Model
+    teacher: Teacher
     student: Model
     distill: Distill = Field(default_factory=Distill)
     compress: Compress = Field(default_factory=Compress)
@@ -187,6 +232,15 @@ class Recipe(_Table):
     def folder(self) -> Path:
         """The folder of the recipe: what its paths are relative to."""
         return self._folder
+
+    def codec(self, classes: int) -> str:
+        """How the teacher's outputs for the training views are kept.
+
+        Dense up to 256 classes; the 10 largest above (Faghri et al. 2023, arXiv:2303.08983: 5 to 10 are enough).
+        """
+        if self.teacher.codec is not None:
+            return self.teacher.codec
+        return "dense-f16" if classes <= DENSE_CLASSES or self.distill.needs_all_classes() else "top10"
 
     @property
     def run_folder(self) -> Path:

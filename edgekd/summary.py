@@ -14,7 +14,7 @@ from edgekd import plugins
 from edgekd.compress import PORTABLE, notes_of
 from edgekd.distill import CONTROL, ArmResult
 from edgekd.ledger import ClassRow, Gain, Ledger, Row
-from edgekd.metrics import ClassCount, Quality, accuracy, quality
+from edgekd.metrics import ClassCount, Quality, quality
 from edgekd.pipeline import measurements_of, results_of, shipped
 from edgekd.store import load_artifact, load_student, read_json, size_of, write_json
 from edgekd.types import Artifact, Json, Measurement, Student
@@ -293,7 +293,8 @@ def _teacher_accuracy(work: Workspace, split: str) -> float:
     """Over all captured views of a split."""
     cache, samples = work.cache(split), work.split(split)
     assert samples.labels is not None
-    return statistics.fmean(accuracy(cache.logits(samples.ids, view), samples.labels) for view in range(cache.views))
+    right = [cache.top_class(samples.ids, view) == samples.labels for view in range(cache.views)]
+    return statistics.fmean(float(view.mean()) for view in right)
 
 
 def _weakness_sentences(classes: Sequence[ClassRow]) -> list[str]:

@@ -10,7 +10,7 @@ import io
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,21 @@ from torch import Tensor, nn
 from edgekd.capture import TeacherCache
 from edgekd.data import Split
 from edgekd.errors import CacheError, NumericalError
+from edgekd.losses import gradient_shares
 from edgekd.protocols import Augmentation, Progress
 from edgekd.store import atomic_write
+from edgekd.targets import Targets
 from edgekd.views import view_batch
 
 __all__ = ["Objective", "TrainingPlan", "learning_rate_at", "train"]
 
 CHECKPOINT_EVERY_S = 20.0
 
-Objective = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict[str, float]]]
-"""(student logits, teacher logits, labels) to the scalar to minimise and its parts."""
+SHARES_EVERY = 25
+"""Steps between two looks at how much each part of the loss pulls."""
+
+Objective = Callable[[Tensor, Targets, Tensor], dict[str, Tensor]]
+"""(student logits, what the teacher said, labels) to the parts, by name, whose sum is minimised."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def train(
         name: For the progress.
 
     Returns:
-        Mean loss and its parts, epoch by epoch.
+        Mean loss, its parts, and how much of the gradient each part makes up, epoch by epoch.
 
     Raises:
         NumericalError: The loss is NaN or infinite; the last checkpoint stays.
@@ -104,16 +109,19 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(state.step, plan.epochs * steps, plan)
         logits = student(*inputs)
-        loss, parts = objective(logits, torch.from_numpy(teacher).to(logits.device), labels[batch].to(logits.device))
+        parts = objective(logits, teacher.to(logits.device), labels[batch].to(logits.device))
+        loss = sum(parts.values(), start=torch.zeros((), device=logits.device))
         if not math.isfinite(float(loss.detach())):
             raise NumericalError(
                 f"{name}: the loss is {float(loss.detach())} in epoch {epoch + 1}, step {step + 1}; "
                 "a lower distill.learning_rate or higher temperature may work"
             )
+        if len(parts) > 1 and step % SHARES_EVERY == 0:
+            state.see_shares(gradient_shares(parts, logits))
         optimizer.zero_grad()
         accelerator.backward(loss)
         optimizer.step()
-        state.add({"loss": float(loss.detach()), **parts})
+        state.add({"loss": float(loss.detach()), **{name: float(part.detach()) for name, part in parts.items()}})
         progress.advance(1, f"loss {float(loss.detach()):.3f}")
         if step + 1 == steps:
             state.end_epoch()
@@ -145,6 +153,13 @@ class _State:
     sums: dict[str, float]
     counted: int
     history: list[dict[str, float]]
+    shares: dict[str, float] = field(default_factory=dict)
+    looks: int = 0
+
+    def see_shares(self, shares: dict[str, float]) -> None:
+        for name, share in shares.items():
+            self.shares[name] = self.shares.get(name, 0.0) + share
+        self.looks += 1
 
     def add(self, parts: dict[str, float]) -> None:
         for key, value in parts.items():
@@ -153,8 +168,10 @@ class _State:
         self.step += 1
 
     def end_epoch(self) -> None:
-        self.history.append({key: value / self.counted for key, value in self.sums.items()})
-        self.sums, self.counted = {}, 0
+        means = {key: value / self.counted for key, value in self.sums.items()}
+        shares = {f"gradient share of {name}": share / self.looks for name, share in self.shares.items()}
+        self.history.append(means | shares)
+        self.sums, self.counted, self.shares, self.looks = {}, 0, {}, 0
 
 
 def _save(path: Path, student: nn.Module, optimizer: Any, state: _State) -> None:

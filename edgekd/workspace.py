@@ -77,6 +77,7 @@ class Workspace:
             augmentation=augmentation_fingerprint(self.splits.train, self.augment) if train and self.augment else "",
             views=self.recipe.data.views if train else 1,
             seed=self.recipe.distill.seeds[0],
+            codec=self.recipe.codec(len(self.splits.labels)) if train else "dense-f16",
         )
 
     def cache(self, split: str) -> TeacherCache:

@@ -36,6 +36,24 @@ def test_a_short_recipe_is_enough(tmp_path: Path) -> None:
     assert recipe.run_folder == tmp_path.resolve() / "runs" / "x"
     assert recipe.distill.options("kd") == (2.0, 0.3)
     assert recipe.distill.options("dist") == (1.0, 0.33)
+    assert recipe.distill.losses("kd") == {"kd": 1.0}
+
+
+def test_an_arm_can_mix_losses_and_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+    mix = """
+[distill]
+arms = ["kd", "dist", "both"]
+[distill.overrides.both]
+losses = { kd = 1.0, dist = 2.0 }
+label_weight = 0.5
+standardize = true
+"""
+    distill = load_recipe(_write(tmp_path, GOOD + mix)).distill
+
+    assert distill.losses("both") == {"kd": 1.0, "dist": 2.0}
+    assert distill.options("both") == (2.0, 0.5)
+    assert [distill.standardizes(arm) for arm in distill.arms] == [False, False, True]
+    assert distill.options("dist") == (1.0, 0.33)
 
 
 def test_ten_mistakes_get_ten_lines_with_their_key_paths(tmp_path: Path) -> None:
@@ -69,7 +87,7 @@ precisions = ["int9"]
         "data.validation_share: 1.5",
         "teacher.model: no 'missing' beside the recipe",
         "student.model: missing",
-        "distill.arms.1: no loss called 'kdd'; there are control, kd, dist",
+        "distill.arms.1: no loss called 'kdd'; there are kd, dist, reverse_kl",
         "distill.epochs: 0",
         "export.targets.0: no target 'onxx'; there are coreai, coreml, executorch, onnx, ort, tflite",
         "export.precisions.0: onnx has no precision 'int9'; it has fp32, fp16, w8,",
@@ -81,9 +99,13 @@ precisions = ["int9"]
     ("extra", "message"),
     [
         ("[bench]\ndevices = ['pixel9']", "bench.devices.0: no device 'pixel9'; there are"),
-        ("[distill]\nship = 'dkd'", "distill.ship: 'dkd' is not an arm"),
+        ("[distill]\nship = 'mine'", "distill.ship: 'mine' is not an arm"),
         ("[distill]\narms = ['model:loss']", "distill.arms.0: model.py beside the recipe defines no 'loss'"),
         ("[distill]\nseeds = []", "distill.seeds: "),
+        (
+            "[distill]\narms = ['both']\n[distill.overrides.both]\nlosses = { kdd = 1 }",
+            "distill.overrides.both.losses: no loss called 'kdd'",
+        ),
     ],
 )
 def test_names_that_do_not_exist_are_answered_with_those_that_do(tmp_path: Path, extra: str, message: str) -> None:

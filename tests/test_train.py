@@ -42,8 +42,9 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 2))
 
 
-def objective(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
-    return nn.functional.cross_entropy(student, labels), {}
+def objective(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    fit = nn.functional.mse_loss(student, teacher)
+    return {"labels": nn.functional.cross_entropy(student, labels), "teacher": 0.01 * fit}
 
 
 @pytest.fixture
@@ -60,6 +61,10 @@ def test_training_learns(tmp_path: Path, material: tuple[Split, TeacherCache]) -
     history = train(network(), split, cache, None, objective, plan, tmp_path / "c.pt", Interrupting(), "x")
 
     assert len(history) == 30
+    assert history[0]["loss"] == pytest.approx(history[0]["labels"] + history[0]["teacher"], rel=1e-5)
+    shares = [history[-1][f"gradient share of {name}"] for name in ("labels", "teacher")]
+    assert min(shares) > 0
+    assert sum(shares) == pytest.approx(1)
     assert history[-1]["loss"] < 0.6 * history[0]["loss"]
 
 
@@ -96,8 +101,8 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_knob(
 ) -> None:
     split, cache = material
 
-    def sick(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
-        return student.sum() * float("nan"), {}
+    def sick(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"sick": student.sum() * float("nan")}
 
     with pytest.raises(NumericalError, match=r"kd: the loss is nan in epoch 1, step 1; a lower distill\.learning_rate"):
         train(network(), split, cache, None, sick, PLAN, tmp_path / "c.pt", Interrupting(), "kd")
