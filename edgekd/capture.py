@@ -28,7 +28,7 @@ from edgekd.targets import Codec, DenseTargets, Targets, codec_of
 from edgekd.types import Json
 from edgekd.views import view_batch, view_seeds
 
-__all__ = ["CaptureKey", "TeacherCache", "Verification", "capture", "open_cache", "verify_cache"]
+__all__ = ["CaptureKey", "TeacherCache", "Verification", "capture", "open_cache", "record_bytes", "verify_cache"]
 
 FORMAT = 2
 RECORDS_PER_SHARD = 16_384
@@ -198,7 +198,9 @@ def open_cache(folder: Path, key: CaptureKey | None = None) -> TeacherCache:
     try:
         manifest = read_json(folder / "manifest.json")
         if manifest["format"] != FORMAT:
-            raise CacheError(f"{folder} has cache format {manifest['format']}; this version reads {FORMAT}")
+            raise CacheError(
+                f"{folder} has cache format {manifest['format']}; this version reads {FORMAT}; run: edgekd capture"
+            )
         if key is not None and manifest["key"] != key.to_json():
             changed = [name for name, value in key.to_json().items() if manifest["key"].get(name) != value]
             raise CacheError(f"{folder} was captured with another {', '.join(changed)}; run: edgekd capture")
@@ -276,6 +278,11 @@ def _resume(part: Path, key: CaptureKey) -> Json:
             return {**manifest, "shards": intact, "complete": False}
     shutil.rmtree(part, ignore_errors=True)
     return fresh
+
+
+def record_bytes(codec: Codec, classes: int) -> int:
+    """Of one view on disk, its seed included."""
+    return _record_type(codec, classes).itemsize
 
 
 def _record_type(codec: Codec, classes: int) -> np.dtype[np.void]:

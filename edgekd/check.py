@@ -7,11 +7,13 @@ import time
 import numpy as np
 import torch
 
+from edgekd.capture import record_bytes
 from edgekd.distill import arms_of, check_outputs
 from edgekd.errors import NumericalError
 from edgekd.models import count_parameters, export_program
 from edgekd.plugins import load_exporter, require
 from edgekd.sources import load_student_module
+from edgekd.targets import PLAIN_CODEC, codec_of
 from edgekd.views import view_batch, view_seeds
 from edgekd.workspace import Workspace
 
@@ -40,7 +42,9 @@ def check_workspace(work: Workspace) -> dict[str, str]:
     student = load_student_module(recipe.student.model, recipe.folder, tuple(splits.train.inputs), 0).eval()
     check_outputs(student(*inputs), logits.shape[1], len(splits.labels))
     export_program(student, list(inputs))
-    passes = len(splits.train) * recipe.data.views + len(splits.validation) + len(splits.test)
+    views, plain = len(splits.train) * recipe.data.views, len(splits.validation) + len(splits.test)
+    passes, codec = views + plain, codec_of(recipe.codec(logits.shape[1]))
+    size = views * record_bytes(codec, logits.shape[1]) + plain * record_bytes(codec_of(PLAIN_CODEC), logits.shape[1])
     facts = {
         "recipe": f"{recipe.name} ({recipe.folder})",
         "samples": f"train {len(splits.train)}, validation {len(splits.validation)}, test {len(splits.test)}",
@@ -48,8 +52,7 @@ def check_workspace(work: Workspace) -> dict[str, str]:
             f"{name} {tuple(x.shape[1:])}" for name, x in zip(splits.train.inputs, inputs, strict=True)
         ),
         "classes": f"{len(splits.labels)}",
-        "teacher cache": f"{passes * (4 + 2 * logits.shape[1]) / 1e6:.1f} MB, "
-        f"about {passes * per_sample_s:.0f} s of the teacher",
+        "teacher cache": f"{size / 1e6:.1f} MB ({codec.name}), about {passes * per_sample_s:.0f} s of the teacher",
         "students": f"{len(arms_of(recipe)) * len(recipe.distill.seeds)} to train: "
         f"{', '.join(arms_of(recipe))}; {len(recipe.distill.seeds)} seeds",
         "student parameters": f"{count_parameters(student):,}",

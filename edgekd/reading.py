@@ -17,7 +17,7 @@ from edgekd import plugins
 from edgekd.errors import RecipeError, UsageError
 from edgekd.profiles import load_profile
 from edgekd.protocols import Options
-from edgekd.recipe import Export, Recipe
+from edgekd.recipe import Distill, Export, Recipe
 from edgekd.types import Json
 
 __all__ = ["FILE_NAME", "find_recipe", "known_losses", "load_recipe", "parse_options"]
@@ -163,6 +163,14 @@ def _cross_faults(table: Json, folder: Path) -> list[str]:
     for arm, losses in mixes.items():
         for name in losses:
             faults += _loss_faults(f"distill.overrides.{arm}.losses", name, folder)
+    codec = section("teacher").get("codec")
+    if isinstance(codec, str) and codec.startswith("top"):
+        try:
+            reason = Distill.model_validate(distill).needs_all_classes()
+        except ValidationError:
+            reason = ""  # told already
+        if reason:
+            faults.append(f"teacher.codec: {codec!r} keeps the top classes alone, and {reason}; take 'dense-f16'")
     ship = distill.get("ship", "best")
     if ship not in ("best", "control", *(each("distill", "arms") or known)):
         faults.append(f"distill.ship: {ship!r} is not an arm; 'best' or one of distill.arms would work")

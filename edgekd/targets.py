@@ -30,7 +30,10 @@ from torch.nn import functional as F
 from edgekd.errors import UsageError
 from edgekd.recipe import TAIL_TEMPERATURES
 
-__all__ = ["Codec", "DenseTargets", "Targets", "TopTargets", "codec_of"]
+__all__ = ["PLAIN_CODEC", "Codec", "DenseTargets", "Targets", "TopTargets", "codec_of"]
+
+PLAIN_CODEC = "dense-f16"
+"""For samples that are only judged: few, and divergences over all classes are wanted."""
 
 _STEPS = 255
 

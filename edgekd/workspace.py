@@ -68,6 +68,7 @@ class Workspace:
     def capture_key(self, split: str) -> CaptureKey:
         """What the cache of a split depends on."""
         from edgekd.capture import CaptureKey
+        from edgekd.targets import PLAIN_CODEC
         from edgekd.views import augmentation_fingerprint
 
         train = split == "train"
@@ -77,7 +78,7 @@ class Workspace:
             augmentation=augmentation_fingerprint(self.splits.train, self.augment) if train and self.augment else "",
             views=self.recipe.data.views if train else 1,
             seed=self.recipe.distill.seeds[0],
-            codec=self.recipe.codec(len(self.splits.labels)) if train else "dense-f16",
+            codec=self.recipe.codec(len(self.splits.labels)) if train else PLAIN_CODEC,
         )
 
     def cache(self, split: str) -> TeacherCache:

@@ -20,6 +20,7 @@ from edgekd.data import Split, split_from_arrays
 from edgekd.errors import CacheError, NumericalError
 from edgekd.sources import Teacher
 from edgekd.store import hash_path
+from edgekd.targets import DenseTargets
 from edgekd.views import view_batch, view_seeds
 
 
@@ -73,7 +74,8 @@ def test_a_replayed_view_is_the_view_that_the_teacher_saw(tmp_path: Path) -> Non
     inputs = view_batch(split, positions, seeds, noise)
     fresh = teacher.logits({"x": inputs[0].numpy()})
 
-    np.testing.assert_allclose(stored, fresh - fresh.max(1, keepdims=True), atol=2e-3)
+    assert isinstance(stored, DenseTargets)
+    np.testing.assert_allclose(stored.logits, fresh - fresh.max(1, keepdims=True), atol=2e-3)
     assert len(cache.manifest["shards"]) == 4
 
 
@@ -176,7 +178,7 @@ def test_a_damaged_manifest_and_a_missing_cache_are_one_line(tmp_path: Path) -> 
     with pytest.raises(CacheError, match="run: edgekd capture"):
         open_cache(tmp_path / "c")
     capture(tmp_path / "c", make_split(), make_teacher(), KEY, noise, Quiet())
-    (tmp_path / "c" / "manifest.json").write_text(json.dumps({"format": 1}))
+    (tmp_path / "c" / "manifest.json").write_text(json.dumps({"format": edgekd.capture.FORMAT}))
     with pytest.raises(CacheError, match=r"manifest\.json is damaged"):
         open_cache(tmp_path / "c")
 
@@ -208,3 +210,25 @@ def test_samples_that_were_never_captured_are_named(tmp_path: Path) -> None:
 
     with pytest.raises(CacheError, match="1 samples are not in the cache, first id 5"):
         cache.logits(np.array([5], np.uint64))
+
+
+@pytest.mark.parametrize("codec", ["dense-f16", "dense-u8", "top1"])
+def test_every_codec_is_captured_verified_and_found_out(tmp_path: Path, codec: str) -> None:
+    split, teacher, key = make_split(), make_teacher(), dataclasses.replace(KEY, codec=codec)
+    cache = capture(tmp_path / "c", split, teacher, key, noise, Quiet())
+    good = verify_cache(cache, split, teacher, noise)
+    other = dataclasses.replace(teacher, logits=lambda arrays: teacher.logits(arrays)[:, ::-1])
+    bad = verify_cache(open_cache(tmp_path / "c", key), split, other, noise)
+
+    assert good.top1_differs == 0
+    assert good.max_relative < 2e-3
+    assert bad.top1_differs == 1
+
+
+def test_a_cache_of_the_top_classes_has_no_logits_of_all(tmp_path: Path) -> None:
+    cache = capture(
+        tmp_path / "c", make_split(), make_teacher(), dataclasses.replace(KEY, codec="top1"), noise, Quiet()
+    )
+
+    with pytest.raises(CacheError, match="top1 and does not hold the logits of all classes"):
+        cache.logits(cache.ids)

@@ -20,6 +20,7 @@ from edgekd.losses import (
     weighted,
 )
 from edgekd.reading import known_losses
+from edgekd.targets import DenseTargets
 
 
 def _logits(seed: int, batch: int = 6, classes: int = 4) -> torch.Tensor:
@@ -168,7 +169,7 @@ def test_hard_labels_are_the_teachers_top_classes() -> None:
 def test_a_mix_weighs_labels_and_every_loss() -> None:
     student, teacher = _logits(0), _logits(1)
     terms = [Term("kd", 1.0, soft_target_kl), Term("dist", 2.0, dist)]
-    parts = weighted(student, teacher, LABELS, terms, 2.0, 0.25)
+    parts = weighted(student, DenseTargets(teacher), LABELS, terms, 2.0, 0.25)
 
     assert list(parts) == ["labels", "kd", "dist"]
     assert float(parts["labels"]) == pytest.approx(0.25 * float(torch.nn.functional.cross_entropy(student, LABELS)))
@@ -179,8 +180,8 @@ def test_a_mix_weighs_labels_and_every_loss() -> None:
 def test_standardized_logits_forgive_scale_and_shift_and_the_labels_do_not() -> None:
     student, teacher = _logits(0), _logits(1)
     terms = [Term("kd", 1.0, soft_target_kl)]
-    plain = weighted(student, teacher, LABELS, terms, 2.0, 0.5, standardize=True)
-    moved = weighted(3 * student - 1, 5 * teacher + 2, LABELS, terms, 2.0, 0.5, standardize=True)
+    plain = weighted(student, DenseTargets(teacher), LABELS, terms, 2.0, 0.5, standardize=True)
+    moved = weighted(3 * student - 1, DenseTargets(5 * teacher + 2), LABELS, terms, 2.0, 0.5, standardize=True)
 
     assert standardized(student).std(1) == pytest.approx(torch.ones(6))
     assert float(moved["kd"]) == pytest.approx(float(plain["kd"]), rel=1e-4)

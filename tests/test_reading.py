@@ -115,6 +115,34 @@ def test_names_that_do_not_exist_are_answered_with_those_that_do(tmp_path: Path,
     assert message in "\n".join(caught.value.faults)
 
 
+@pytest.mark.parametrize(
+    ("codec", "arms", "message"),
+    [
+        ("top", "['kd']", "teacher.codec: 'top'"),
+        ("top10", "['kd', 'dist']", "dist compares classes over the batch; take 'dense-f16'"),
+        ("top10", "['kd']\ntemperature = 3", "kept for T = 1, 2, 4, not for 3"),
+        ("top10", "['kd']\n[distill.overrides.kd]\nstandardize = true", "standardize looks at the logits of all"),
+    ],
+)
+def test_a_cache_of_the_top_classes_is_for_losses_that_need_no_more(
+    tmp_path: Path, codec: str, arms: str, message: str
+) -> None:
+    text = GOOD.replace("[student]", f"codec = '{codec}'\n[student]") + f"[distill]\narms = {arms}\n"
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(_write(tmp_path, text))
+
+    assert message in "\n".join(caught.value.faults)
+
+
+def test_the_cache_keeps_what_the_arms_need(tmp_path: Path) -> None:
+    both, only = (
+        load_recipe(_write(tmp_path, GOOD + f"[distill]\narms = {arms}\n")) for arms in ("['kd', 'dist']", "['kd']")
+    )
+
+    assert [recipe.codec(256) for recipe in (both, only)] == ["dense-f16", "dense-f16"]
+    assert [recipe.codec(257) for recipe in (both, only)] == ["dense-f16", "top10"]
+
+
 def test_views_without_an_augmentation_are_a_fault(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"data\.views"):
         load_recipe(_write(tmp_path, GOOD.replace("[teacher]", "views = 4\n[teacher]")))
