@@ -230,14 +230,17 @@ class SshDevice:
             f"import importlib.util, json, sys\nspace = {{'__name__': 'agent'}}\nexec({source!r}, space)\n"
             "facts = {key: value for key, value in space['describe_machine']().items() if value}\n"
             f"modules = [name for name in {sorted(modules)!r} if importlib.util.find_spec(name)]\n"
-            "print(json.dumps({'facts': facts, 'modules': modules, 'python': sys.executable}))\n"
+            "print(json.dumps({'facts': facts, 'modules': modules}))\n"
         )
-        done = connection.run(f"p={python}; [ -x $p ] || p=python3; exec $p -I -", asked.encode())
+        done = connection.run(
+            f'p={python}; [ -x "$p" ] || p=$(command -v python3); echo "$p"; exec "$p" -I -', asked.encode()
+        )
         if done.code != 0:
             raise DeviceError(
                 f"{self._settings.host} has no Python of 3.10 or newer: {last_words(done.code, done.err)}"
             )
-        found: Json = json.loads(_last_line(done.out))
+        # What was started, not what it thinks it is: an emulated interpreter knows its guest's name only.
+        found: Json = json.loads(_last_line(done.out)) | {"python": done.out.decode().strip().splitlines()[-2]}
         self._recognize(found["facts"])
         if "numpy" not in found["modules"]:
             found["modules"] = []

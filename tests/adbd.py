@@ -2,9 +2,9 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,9 @@ from pathlib import Path
 
 import psutil
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgekd-tests" / "adbd-trixie"
+sys.path.insert(0, str(Path(__file__).parent))
+import debian
+
 PORTS = (7555, 7556)
 
 # adbd alone knows neither Android's properties nor its services. These programs answer as a phone does, in the format
@@ -39,36 +41,8 @@ def thermal(status: int) -> str:
 
 
 def unpacked() -> Path:
-    """Debian trixie's adbd and all it needs, unpacked; downloaded and checked by apt where it is not there yet.
-
-    Raises:
-        OSError, subprocess.SubprocessError: It cannot be had here.
-    """
-    root = CACHE / "root"
-    if root.is_dir():
-        return root
-    work = CACHE / "apt"
-    for name in ("state/lists/partial", "cache/archives/partial"):
-        (work / name).mkdir(parents=True, exist_ok=True)
-    (work / "status").touch()
-    keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
-    (work / "sources.list").write_text(f"deb [signed-by={keyring}] http://deb.debian.org/debian trixie main\n")
-    (work / "apt.conf").write_text(
-        f'Dir::Etc::SourceList "{work}/sources.list";\nDir::Etc::SourceParts "/dev/null";\nDir::State "{work}/state";\n'
-        f'Dir::State::status "{work}/status";\nDir::Cache "{work}/cache";\nAPT::Install-Recommends "false";\n'
-        'APT::Architecture "amd64";\nAPT::Sandbox::User "root";\n'
-    )
-    environment = {**os.environ, "APT_CONFIG": str(work / "apt.conf")}
-    for command in (["update"], ["--yes", "--download-only", "install", "adbd"]):
-        subprocess.run(["apt-get", "-qq", *command], env=environment, check=True, capture_output=True, timeout=120)
-    partial = CACHE / f"root.{os.getpid()}"
-    for package in sorted((work / "cache" / "archives").glob("*.deb")):
-        subprocess.run(["dpkg-deb", "-x", str(package), str(partial)], check=True)
-    with contextlib.suppress(OSError):  # another process was faster
-        partial.rename(root)
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(work, ignore_errors=True)
-    return root
+    """Debian trixie's adbd and all it needs; see ``debian.unpacked``."""
+    return debian.unpacked("adbd-trixie", "trixie", "amd64", ("adbd",))
 
 
 @dataclass

@@ -12,8 +12,10 @@ import sys
 import textwrap
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,9 @@ from edgekd.errors import DeviceError, UsageError
 from edgekd.profiles import device_of, load_device, load_profile
 from edgekd.protocols import Preparable
 from edgekd.types import Artifact, Plan
+
+sys.path.insert(0, str(Path(__file__).parent))
+import debian
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 pytestmark = [
@@ -406,3 +411,59 @@ def test_preparing_says_what_it_does_and_a_failure_keeps_what_was_there(board: B
     assert "numpy, onnxruntime==" in Said.lines[0]
     assert "by pip on the board" in Said.lines[0]
     assert kept.read_text() == "was here"
+
+
+@pytest.fixture(scope="module")
+def arm_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An aarch64 Python of Debian with the aarch64 wheel of ONNX Runtime, run by qemu-user."""
+    qemu = shutil.which("qemu-aarch64-static")
+    if qemu is None:
+        pytest.skip("needs qemu-aarch64-static: apt-get install qemu-user-static")
+    packages = ("python3-minimal", "libpython3-stdlib", "libstdc++6", "libgcc-s1")
+    folder = tmp_path_factory.mktemp("arm")
+    try:
+        root = debian.unpacked("python-arm64", "bookworm", "arm64", packages)
+        wanted = [f"{name}=={version(name)}" for name in ("onnxruntime", "numpy")]
+        platforms = [word for year in ("2_28", "2_27", "2014") for word in ("--platform", f"manylinux{year}_aarch64")]
+        platforms = [word.replace("manylinux2_", "manylinux_2_") for word in platforms]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", *platforms]
+        command += ["--python-version", "311", "--dest", str(folder), *wanted]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"an aarch64 Python cannot be had here: {error}")
+    site = root / "usr" / "lib" / "python3" / "dist-packages"
+    site.mkdir(parents=True, exist_ok=True)
+    for wheel in folder.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(site)
+    # ONNX Runtime looks its processor up there, and crashes on what an x86 kernel tells.
+    for name in ("possible", "present"):
+        (root / "sys/devices/system/cpu").mkdir(parents=True, exist_ok=True)
+        (root / "sys/devices/system/cpu" / name).write_text("0\n")
+    (root / "proc").mkdir(exist_ok=True)
+    (root / "proc" / "cpuinfo").write_text(
+        "processor\t: 0\nBogoMIPS\t: 108.00\nFeatures\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid\n"
+        "CPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x0\nCPU part\t: 0xd08\nCPU revision\t: 3\n"
+    )
+    path = folder / "python"
+    path.write_text(f'#!/bin/sh\nQEMU_CPU=max exec {qemu} -L {root} {root}/usr/bin/python3.11 "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.slow
+def test_an_aarch64_board_computes_the_same_and_its_times_are_emulated(
+    board: Board, onnx_file: File, images: np.ndarray, arm_python: Path
+) -> None:
+    board.toml.write_text(board.toml.read_text().replace(sys.executable, str(arm_python)))
+    device = board.device()
+    status = device.probe()
+    assert status.reachable, status.reason
+    assert status.facts["system"] == "Linux aarch64"
+    assert status.facts["emulated"] == "qemu-user"
+    found = measure(*onnx_file, "board", device, {"image": images}, None, None, replace(QUICK, max_s=20.0))
+    assert "emulated" in found.flags
+    with contextlib.closing(device):
+        _, outputs = device.run(*onnx_file, {"image": images}, replace(QUICK, blocks=1, max_s=20.0))
+    _, expected = load_device("host").run(*onnx_file, {"image": images}, replace(QUICK, blocks=1))
+    np.testing.assert_allclose(outputs["logits"], expected["logits"], atol=1e-5)

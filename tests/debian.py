@@ -1,0 +1,46 @@
+"""Debian packages, unpacked into a cache outside the repository: for the tests that need programs this system lacks."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgekd-tests"
+KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+
+
+def unpacked(name: str, suite: str, architecture: str, packages: Sequence[str]) -> Path:
+    """Packages with all that they need, in a folder of that name; downloaded and checked by apt where not there yet.
+
+    Nothing is installed, and the system's own apt is left alone.
+
+    Raises:
+        OSError, subprocess.SubprocessError: They cannot be had here.
+    """
+    root = CACHE / name
+    if root.is_dir():
+        return root
+    work, partial = CACHE / f"{name}.{os.getpid()}.apt", CACHE / f"{name}.{os.getpid()}"
+    for folder in ("state/lists/partial", "cache/archives/partial"):
+        (work / folder).mkdir(parents=True, exist_ok=True)
+    (work / "status").touch()
+    (work / "sources.list").write_text(f"deb [signed-by={KEYRING}] http://deb.debian.org/debian {suite} main\n")
+    (work / "apt.conf").write_text(
+        f'Dir::Etc::SourceList "{work}/sources.list";\nDir::Etc::SourceParts "/dev/null";\nDir::State "{work}/state";\n'
+        f'Dir::State::status "{work}/status";\nDir::Cache "{work}/cache";\nAPT::Install-Recommends "false";\n'
+        f'APT::Architecture "{architecture}";\nAPT::Architectures "{architecture}";\nAPT::Sandbox::User "root";\n'
+    )
+    environment = {**os.environ, "APT_CONFIG": str(work / "apt.conf")}
+    try:
+        for command in (["update"], ["--yes", "--download-only", "install", *packages]):
+            subprocess.run(["apt-get", "-qq", *command], env=environment, check=True, capture_output=True, timeout=300)
+        for package in sorted((work / "cache" / "archives").glob("*.deb")):
+            subprocess.run(["dpkg-deb", "-x", str(package), str(partial)], check=True)
+        with contextlib.suppress(OSError):  # another process was faster
+            partial.rename(root)
+    finally:
+        for folder in (work, partial):
+            shutil.rmtree(folder, ignore_errors=True)
+    return root
