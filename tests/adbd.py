@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,17 +92,27 @@ class Phones:
         self.process.wait()
 
 
-def start_phones(folder: Path, root: Path, count: int = 1, small: bool = False) -> Phones:
+def start_phones(
+    folder: Path,
+    root: Path,
+    count: int = 1,
+    small: bool = False,
+    shims: Mapping[str, str] | None = None,
+    wire: str = "",
+) -> Phones:
     """Start daemons and their server.
 
     Args:
         small: The storage of the first has room for 300 kB.
+        shims: More of the phone's programs.
+        wire: First three numbers of an address: the phone is then at ``.2`` of it for this machine, which is at ``.1``,
+            and no server is started.
     """
-    shims = folder / "bin"
-    shims.mkdir()
-    for name, body in SHIMS.items():
-        (shims / name).write_text(f"#!/bin/sh\n{body}\n")
-        (shims / name).chmod(0o755)
+    programs = folder / "bin"
+    programs.mkdir()
+    for name, body in {**SHIMS, **(shims or {})}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{body}\n")
+        (programs / name).chmod(0o755)
     for index in range(count):
         (folder / f"phone{index}").mkdir()
         (folder / f"storage{index}").mkdir()
@@ -126,9 +136,11 @@ def start_phones(folder: Path, root: Path, count: int = 1, small: bool = False) 
         for index in range(count)
     ]
     socket = f"localfilesystem:{folder}/s"
-    lines.append(f"adb -L {socket} nodaemon server >{folder}/server.log 2>&1 &")
-    lines.append(f"for i in 1 2 3 4 5 6 7 8 9 10; do sleep 0.3; [ -S {folder}/s ] && break; done")
-    lines += [f"adb connect {serial}" for serial in serials]
+    if not wire:
+        lines.append(f"adb -L {socket} nodaemon server >{folder}/server.log 2>&1 &")
+        lines.append(f"for i in 1 2 3 4 5 6 7 8 9 10; do sleep 0.3; [ -S {folder}/s ] && break; done")
+        tries = "for i in 1 2 3 4 5 6 7 8 9 10; do adb connect {} | grep connected && break; sleep 0.3; done"
+        lines += [tries.format(serial) for serial in serials]
     lines.append(f"touch {folder}/started; wait")
     environment = {**os.environ, "ADB_SERVER_SOCKET": socket, "HOME": str(folder), "TMPDIR": str(folder)}
     spaces = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child"]
@@ -137,7 +149,7 @@ def start_phones(folder: Path, root: Path, count: int = 1, small: bool = False) 
     with (folder / "start.log").open("wb") as log:
         process = subprocess.Popen(
             [*spaces, "sh", "-c", "\n".join(lines)],
-            env={**environment, "PATH": f"{shims}:{os.environ['PATH']}:/usr/sbin:/sbin"},
+            env={**environment, "PATH": f"{programs}:{os.environ['PATH']}:/usr/sbin:/sbin"},
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -148,6 +160,17 @@ def start_phones(folder: Path, root: Path, count: int = 1, small: bool = False) 
     except AssertionError:
         phones.stop()
         raise OSError(f"adbd did not start: {(folder / 'start.log').read_text()[-300:]}") from None
+    if wire:
+        inner = psutil.Process(process.pid).children()[0].pid
+        near, far = f"ek{process.pid % 100000}a", f"ek{process.pid % 100000}b"
+        for line in (
+            f"ip link add {near} type veth peer name {far} netns {inner}",
+            f"ip addr add {wire}.1/30 dev {near}",
+            f"ip link set {near} up",
+            f"nsenter --target {inner} --net ip addr add {wire}.2/30 dev {far}",
+            f"nsenter --target {inner} --net ip link set {far} up",
+        ):
+            subprocess.run(line.split(), check=True)
     return phones
 
 

@@ -41,6 +41,6 @@ def unpacked(name: str, suite: str, architecture: str, packages: Sequence[str]) 
         with contextlib.suppress(OSError):  # another process was faster
             partial.rename(root)
     finally:
-        for folder in (work, partial):
-            shutil.rmtree(folder, ignore_errors=True)
+        for path in (work, partial):
+            shutil.rmtree(path, ignore_errors=True)
     return root

@@ -21,12 +21,16 @@ import numpy as np
 import psutil
 import pytest
 
+from edgekd.benchmarks import gate
+from edgekd.benchmarks.cells import Pair, Samples
+from edgekd.benchmarks.rule import Rule
 from edgekd.benchmarks.session import measure
-from edgekd.devices import android
+from edgekd.devices import _page, android
+from edgekd.devices._chromium import find_chromium
 from edgekd.devices.android import AndroidDevice
 from edgekd.errors import DeviceError, UsageError
 from edgekd.profiles import device_of, load_device, load_profile
-from edgekd.types import Artifact, Plan
+from edgekd.types import Artifact, Plan, Profile
 
 sys.path.insert(0, str(Path(__file__).parent))
 from adbd import Phones, start_phones, thermal, unpacked, wait_for
@@ -251,6 +255,21 @@ def test_blocks_of_a_phone_that_gets_hot_are_void(
     assert "void_blocks" in found.flags
 
 
+def test_a_gate_on_a_hot_phone_is_inconclusive(
+    start: Callable[..., Phones], tflite_file: File, images: np.ndarray
+) -> None:
+    phones = start()
+    (phones.state() / "thermalservice").write_text(thermal(3))
+    artifact, folder = tflite_file
+    pair = Pair("tflite", artifact, folder, replace(artifact, precision="w8a8"), folder)
+    rule, plan = Rule(looks=(6,), confirm_pairs=6), replace(QUICK, blocks=1)
+    device, samples = device_for(phones), Samples({"args_0": images[:1]})
+    found, _ = gate.compare([pair], "phone", device, samples, rule=rule, plan=plan)
+    assert found.verdict == "inconclusive"
+    assert "blocks were void, the last: the phone is hot: thermal status 3 (severe)" in found.cells[0].why
+    assert phones.left() == []
+
+
 def during_a_run(
     phones: Phones, device: AndroidDevice, file: File, images: np.ndarray, happens: Callable[[], object]
 ) -> str:
@@ -361,3 +380,40 @@ def device_for_program(phones: Phones, path: Path) -> AndroidDevice:
     device = device_of(load_profile(str(phones.folder / "phone.toml")))
     assert isinstance(device, AndroidDevice)
     return device
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a network of the phone's own needs root")
+def test_the_phones_browser_is_measured_over_adb_reverse(
+    root: Path, tmp_path: Path, onnx_file: File, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chromium stands for the phone's browser: in the phone's network, from where only adb's tunnel leads out."""
+    chromium = find_chromium()
+    if chromium is None or not _page.installed():
+        pytest.skip("needs Chromium, and: edgekd devices prepare browser")
+    folder = tmp_path / "p"
+    folder.mkdir()
+    profile = tmp_path / "profile"
+    # What Android's activity manager does with a VIEW intent; its arguments: start -a ACTION -d LINK PACKAGE
+    options = f"--headless=new --no-sandbox --no-first-run --user-data-dir={profile}"
+    browser = f'TMPDIR=/tmp setsid {chromium} {options} "$5" </dev/null >/dev/null 2>&1 &'
+    am = f'echo "$@" >>"$EDGEKD_PHONE/started"; {browser}'
+    phones = start_phones(folder, root, shims={"am": am}, wire="198.18.79")
+    port = subprocess.run(["sh", "-c", "shuf -i 20000-29999 -n 1"], capture_output=True, text=True).stdout.strip()
+    environment = {"ANDROID_ADB_SERVER_PORT": port, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    environment["XDG_CACHE_HOME"] = str(_page.library().parent.parent)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    try:
+        subprocess.run(["adb", "connect", "198.18.79.2:7555"], check=True, capture_output=True)
+        device = device_of(Profile("phone", "browser", settings={"open": "adb", "package": "org.chromium"}))
+        found = measure(*onnx_file, "phone", device, {"image": images}, None, None, QUICK)
+        left = subprocess.run(["adb", "reverse", "--list"], capture_output=True, text=True).stdout
+    finally:
+        subprocess.run(["adb", "kill-server"], capture_output=True)
+        phones.stop()
+    assert found.device == "phone (org.chromium on Debian adbd 0 (not Android), the test's own machine)"
+    assert {block.conditions["secure"] for block in found.blocks} == {"true"}
+    assert {block.conditions["isolated"] for block in found.blocks} == {"true"}
+    assert len(found.blocks) == 2
+    assert "org.chromium" in (phones.state() / "started").read_text()
+    assert left.strip() == "", "the tunnel is taken down"

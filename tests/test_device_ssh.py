@@ -22,6 +22,9 @@ import numpy as np
 import psutil
 import pytest
 
+from edgekd.benchmarks import gate
+from edgekd.benchmarks.cells import Pair, Samples
+from edgekd.benchmarks.rule import Rule
 from edgekd.benchmarks.session import measure
 from edgekd.devices import _shell, _ssh
 from edgekd.devices._ssh import Connection
@@ -285,6 +288,25 @@ def test_a_killed_sshd_is_a_clear_line_and_nothing_goes_on_running(
     assert "127.0.0.1 cannot be reached or broke off" in said
     wait_for(lambda: not board.agents(), 20)
     assert board.left() == [], "the board itself cleans up when nobody listens"
+
+
+def test_a_gate_whose_board_goes_away_is_inconclusive(board: Board, onnx_file: File, images: np.ndarray) -> None:
+    artifact, folder = onnx_file
+    pair = Pair("onnx", artifact, folder, replace(artifact, precision="w8a8"), folder)
+
+    def unplug() -> None:
+        wait_for(board.measuring)
+        wait_for(lambda: not board.measuring())  # one block is whole
+        stop_sshd_only(board)
+
+    thread = threading.Thread(target=unplug)
+    thread.start()
+    rule, plan = Rule(looks=(6,), confirm_pairs=6), replace(QUICK, blocks=1)
+    found, _ = gate.compare([pair], "board", board.device(), Samples({"image": images}), rule=rule, plan=plan)
+    thread.join()
+    assert found.verdict == "inconclusive"
+    assert any("cannot be reached or broke off" in cell.why for cell in found.cells)
+    wait_for(lambda: not board.agents(), 20)  # a folder may stay where nothing ran: the next sitting removes it
 
 
 def stop_sshd_only(board: Board) -> None:
