@@ -31,6 +31,7 @@ __all__ = [
     "PORTABLE",
     "STATIC",
     "WEIGHT_BITS",
+    "WIDE",
     "choose_int8",
     "compress",
     "finished",
@@ -44,7 +45,10 @@ OBSERVER_NAMES = ("minmax", "percentile", "mse")
 WEIGHT_BITS = {"w8a8": 8, "w4a8": 4}
 """Precisions with static int8 activations, and the bits of their weights."""
 
-STATIC: tuple[Precision, ...] = (*WEIGHT_BITS, "auto")
+WIDE: Precision = "w8a16"
+"""Int8 weights with static int16 activations, symmetric around zero: for the NPUs of some phones."""
+
+STATIC: tuple[Precision, ...] = (*WEIGHT_BITS, WIDE, "auto")
 """Precisions whose programs hold static scales of activations (``auto``: in all layers but some)."""
 
 PORTABLE: tuple[Precision, ...] = ("w8", *STATIC)
@@ -120,7 +124,7 @@ def quantize_static(
     precision: Precision = "w8a8",
     corrections: Sequence[str] = ("auto",),
 ) -> Student:
-    """Weights and activations with static scales (``w8a8``, ``w4a8``), by :mod:`edgekd.quantizer`.
+    """Weights and activations with static scales (``w8a8``, ``w4a8``, ``w8a16``), by :mod:`edgekd.quantizer`.
 
     Batch norm is folded first. Weights that no runtime computes with in integers (embeddings, transposed
     convolutions) are in int8 as in :func:`quantize_weights`, in ``w4a8`` too.
@@ -143,7 +147,9 @@ def quantize_static(
     check_observer(observer)
     refuse_compressed(student, precision)
     samples = checked_samples(student.program, calibration)
-    plan = StaticPlan(observer, WEIGHT_BITS[precision], tuple(corrections))
+    plan = StaticPlan(
+        observer, WEIGHT_BITS.get(precision, 8), tuple(corrections), activation_bits=16 if precision == WIDE else 8
+    )
     static = static_of(student.program, samples, plan)
     put_integers(static.module)
     round_biases(static.module)

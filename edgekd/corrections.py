@@ -47,12 +47,14 @@ class StaticPlan:
         weight_bits: 8 or 4.
         corrections: ``("auto",)``, or those of :data:`CORRECTION_NAMES` to apply without a question.
         keep_float: Names of the weights whose layers stay float.
+        activation_bits: 8 or 16.
     """
 
     observer: str = "minmax"
     weight_bits: int = 8
     corrections: tuple[str, ...] = AUTO
     keep_float: Collection[str] = ()
+    activation_bits: int = 8
 
 
 @dataclass(frozen=True)
@@ -145,4 +147,6 @@ def _adjust(name: str, module: GraphModule, program: ExportedProgram, samples: A
 
 
 def _quantized(source: GraphModule, program: ExportedProgram, samples: Arrays, plan: StaticPlan) -> GraphModule:
-    return static_module(source, program, samples, plan.observer, plan.weight_bits, plan.keep_float)
+    return static_module(
+        source, program, samples, plan.observer, plan.weight_bits, plan.keep_float, plan.activation_bits
+    )

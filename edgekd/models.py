@@ -197,7 +197,11 @@ def at_batch(program: ExportedProgram, batch: int = 1, length: int | None = None
 
 
 def retrace(
-    module: nn.Module, program: ExportedProgram, batch: int = OPEN, length: int | None = None
+    module: nn.Module,
+    program: ExportedProgram,
+    batch: int = OPEN,
+    length: int | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> ExportedProgram:
     """Export a rewritten module of a program again: names of inputs and outputs stay, however the module computes them.
 
@@ -207,6 +211,7 @@ def retrace(
         batch: Fixes a dynamic batch; ``OPEN`` keeps it dynamic where it was.
         length: The same for all other dynamic axes. None keeps them where the batch stays open, and refuses them where
             it is fixed.
+        dtypes: Of inputs, by name, that the module takes in another type than the program.
 
     Raises:
         ModelFileError: ``torch.export`` cannot trace the module; the message is its first line. Or an axis other
@@ -225,7 +230,8 @@ def retrace(
                     f"input {spec.name!r} {spec.shape} has a dynamic axis besides the batch; export it fixed"
                 )
             sizes[axis] = wanted if wanted != OPEN else max(2, sizes[axis])  # torch.export takes 1 for fixed
-        tensors[place] = tensors[place].new_zeros(sizes)
+        dtype = (dtypes or {}).get(spec.name, tensors[place].dtype)
+        tensors[place] = torch.zeros(sizes, dtype=dtype)
         kept = {axis: dim for axis, dim in axes.items() if (batch if axis == 0 else length) == OPEN}
         if kept:
             shapes[tensors[place]] = kept

@@ -41,7 +41,7 @@ def conversions(*precisions: Precision) -> Mapping[Precision, Conversion]:
 
 
 def fitting(specs: Sequence[TensorSpec], inputs: Arrays) -> list[np.ndarray]:
-    """Inputs in the order, and in the types, that a file declares: for runners of files with fixed shapes.
+    """Inputs in the order, and in the types, that a file declares: for runners that check nothing.
 
     Raises:
         DataError: One is missing, or has another shape.
@@ -51,7 +51,7 @@ def fitting(specs: Sequence[TensorSpec], inputs: Arrays) -> list[np.ndarray]:
         if spec.name not in inputs:
             raise DataError(f"the file takes {', '.join(s.name for s in specs)}; there is no {spec.name!r}")
         array = np.asarray(inputs[spec.name])
-        if array.shape != spec.shape:
+        if array.ndim != len(spec.shape) or any(w not in (-1, g) for w, g in zip(spec.shape, array.shape, strict=True)):
             raise DataError(f"input {spec.name!r} takes {spec.shape}; the array is {array.shape}")
         arrays.append(np.array(array, dtype=spec.dtype, order="C"))
     return arrays

@@ -23,15 +23,16 @@ from edgekd.quiet import quiet_native
 
 __all__ = ["convert", "first_line", "quiet", "requantize"]
 
-SIGNATURE = "serving_default"
 
-
-def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], *, keep_64_bit: bool) -> bytes:
+def convert(
+    program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], signature: str, *, keep_64_bit: bool
+) -> bytes:
     """The content of a ``.tflite`` file.
 
     Args:
         program: With every axis fixed. It is consumed: the converter rewrites its graph.
         inputs, outputs: Names in the file's signature, in the order of the program's.
+        signature: Its name.
         keep_64_bit: Keep 64-bit numbers; else they become 32-bit.
 
     Raises:
@@ -64,7 +65,7 @@ def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[s
             try:
                 converter_api_ext.set_signature(
                     lowered.module.operation,
-                    signature_name=SIGNATURE,
+                    signature_name=signature,
                     input_names=list(inputs),
                     output_names=list(outputs),
                 )

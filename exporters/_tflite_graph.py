@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from edgekd.compress import WIDE
 from edgekd.fold import attribute, clean, set_constant
 from edgekd.types import Precision
 
@@ -28,6 +29,9 @@ _FIXED_OUTPUTS = {
 """Scale and zero point of the only int8 output that LiteRT's plain kernels of these operators accept."""
 
 
+_WITHOUT_INT16 = {_ATEN.gelu.default, _ATEN.hardswish.default, _ATEN.elu.default, _ATEN.log_softmax.int}
+
+
 def _operators() -> Any:
     from torch.ao.quantization.fx import _decomposed  # noqa: F401 - registers the operators
 
@@ -46,7 +50,12 @@ def _quantized_weights(module: GraphModule) -> list[Node]:
 
 
 def prepare(module: GraphModule) -> GraphModule:
-    """All of this file, in place: the same numbers, in the form that the converter translates best."""
+    """All of this file, in place: the same numbers, in the form that the converter translates best.
+
+    Int16 activations become int8 ones of 256 times their scale (``_tflite_edit.widen_activations`` turns them back):
+    the converter knows no int16 operator but a few.
+    """
+    narrow_activations(module)
     for rewrite in (
         _unfold_weights,
         hoist_above_padding,
@@ -59,10 +68,12 @@ def prepare(module: GraphModule) -> GraphModule:
 
 
 def program_precision(module: GraphModule) -> Precision:
-    """What a program holds: ``w8a8`` with quantized activations, ``w8`` with quantized weights only, else ``fp32``."""
+    """What a program holds: ``w8a8`` with int8 activations, ``w8a16`` with int16 ones, ``w8`` with quantized weights
+    only, else ``fp32``."""
     quantize = _operators().quantize_per_tensor.default
-    if any(node.target is quantize for node in module.graph.nodes):
-        return "w8a8"
+    dtypes = {node.args[5] for node in module.graph.nodes if node.target is quantize}
+    if dtypes:
+        return WIDE if torch.int16 in dtypes else "w8a8"
     return "w8" if _quantized_weights(module) else "fp32"
 
 
@@ -116,6 +127,20 @@ def _pool_instead_of_mean(module: GraphModule) -> None:
         module.graph.erase_node(node)
 
 
+def narrow_activations(module: GraphModule) -> int:
+    """See :func:`prepare`; operators without an int16 kernel stay float. Returns how many nodes were changed."""
+    operators = _operators()
+    changed = 0
+    for node in list(module.graph.nodes):
+        if node.target in (operators.quantize_per_tensor.default, operators.dequantize_per_tensor.default):
+            if node.args[5] == torch.int16:
+                node.args = (node.args[0], node.args[1] * 256, 0, -128, 127, torch.int8)
+                changed += 1
+        elif changed and node.target in _WITHOUT_INT16 and isinstance(node.args[0], Node):
+            _keep_float(module, node)
+    return changed
+
+
 def _keep_float_where_scales_are_fixed(module: GraphModule) -> None:
     """Keep an operator in float whose int8 kernel would demand another output scale than the program's, in place.
 
@@ -130,10 +155,14 @@ def _keep_float_where_scales_are_fixed(module: GraphModule) -> None:
         quantize = operators.quantize_per_tensor.default
         scales = [user.args[1:3] for user in node.users if user.target is quantize]
         if any(tuple(scale) != _FIXED_OUTPUTS[node.target] for scale in scales):
-            with module.graph.inserting_before(node):
-                doubled = module.graph.call_function(_ATEN.mul.Tensor, (source, 2.0))
-                halved = module.graph.call_function(_ATEN.mul.Tensor, (doubled, 0.5))
-            node.update_arg(0, halved)
+            _keep_float(module, node)
+
+
+def _keep_float(module: GraphModule, node: Node) -> None:
+    with module.graph.inserting_before(node):
+        doubled = module.graph.call_function(_ATEN.mul.Tensor, (node.args[0], 2.0))
+        halved = module.graph.call_function(_ATEN.mul.Tensor, (doubled, 0.5))
+    node.update_arg(0, halved)
 
 
 def _value(module: GraphModule, argument: Any) -> Any:

@@ -25,7 +25,12 @@ _DATE = (1980, 1, 1, 0, 0, 0)  # the first that a ZIP archive can tell: the same
 
 
 def append_metadata(
-    content: bytes, card: Card, precision: Precision, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+    content: bytes,
+    card: Card,
+    precision: Precision,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    more: Json,
 ) -> bytes:
     """A model with the facts of its card behind it.
 
@@ -34,9 +39,11 @@ def append_metadata(
         card: Of the program it was written from.
         precision: Of the file.
         inputs, outputs: As the file declares them; what they mean is taken from the card.
+        more: Facts beside those of the card.
     """
     meanings = {spec.name: spec.meaning for spec in (*card.inputs, *card.outputs)}
     facts: Json = {
+        **more,
         "name": card.name,
         "precision": precision,
         "inputs": [{**spec.to_json(), "meaning": meanings.get(spec.name, "")} for spec in inputs],

@@ -56,7 +56,7 @@ class CoreAIExporter:
     suffix = ".aimodel"
     requires: tuple[str, ...] = ("coreai_torch", "coreai")
     extra = "coreai"
-    precisions = conversions("fp32", "fp16", "w8", "w8a8")
+    precisions = conversions("fp32", "fp16", "w8", "w8a8", "w4a8", "auto")
     options = Options
 
     def write(self, student: Student, path: Path, precision: Precision, options: Options = Options()) -> None:

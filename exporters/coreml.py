@@ -65,7 +65,7 @@ class CoreMLExporter:
     requires: tuple[str, ...] = ("coremltools",)
     extra = "coreml"
     precisions: Mapping[Precision, Conversion] = {
-        **conversions("fp32", "fp16", "w8", *STATIC),
+        **conversions("fp32", "fp16", "w8", "w8a8", "w4a8", "auto"),
         **{word: Conversion("fp32", tolerance) for word, tolerance in _LOSSY.items()},
     }
     options = CoreMLOptions

@@ -51,7 +51,7 @@ class ExecuTorchExporter:
     requires: tuple[str, ...] = ("executorch",)
     extra = "executorch"
     precisions: Mapping[Precision, Conversion] = {
-        **conversions("fp32", "fp16", "w8a8"),
+        **conversions("fp32", "fp16", "w8a8", "w4a8", "auto"),
         "w8d8": Conversion("w8", TOLERANCES["w8d8"]),
     }
     options = Options

@@ -613,7 +613,7 @@ def test_precisions_that_are_not_programs_are_refused(residual: Student, images:
         with pytest.raises(UsageError, match=f"{precision} is made by the exporter"):
             compress(residual, precision)
     with pytest.raises(
-        UsageError, match="no precision called 'w4' to compress to; there are fp32, w8, w8a8, w4a8, auto"
+        UsageError, match="no precision called 'w4' to compress to; there are fp32, w8, w8a8, w4a8, w8a16, auto"
     ):
         compress(residual, "w4")
     with pytest.raises(UsageError, match="w8a8 takes its scales from real samples"):

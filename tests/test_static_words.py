@@ -31,7 +31,7 @@ def students(convnet_student: Student, samples: dict[str, np.ndarray]) -> dict[s
     return made
 
 
-@pytest.mark.parametrize("target", ["onnx", "coreml", "tflite"])
+@pytest.mark.parametrize("target", ["onnx", "coreml", "tflite", "coreai", "executorch"])
 @pytest.mark.parametrize("precision", ["w4a8", "auto"])
 def test_a_file_computes_what_its_program_computes(
     target: str, precision: str, students: dict[str, Student], samples: dict[str, np.ndarray], tmp_path: Path

@@ -1,0 +1,162 @@
+"""Changes to a finished ``.tflite`` model that its converter does not offer: the flatbuffer is read, edited, written.
+
+Schema: https://github.com/google-ai-edge/LiteRT/blob/main/tflite/converter/schema/schema.fbs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from edgekd.errors import ExportError
+
+__all__ = ["integer_edges", "with_activations_of_16_bits", "with_open_batch"]
+
+Edit = Callable[[Any, Any], None]
+"""Told the schema and the model, which it changes in place."""
+
+
+def _edited(content: bytes, edit: Edit) -> bytes:
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    edit(schema, model)
+    builder = flatbuffers.Builder(len(content) + 4096)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+def with_activations_of_16_bits(content: bytes) -> bytes:
+    """Int8 activations without a zero point as int16 of a 256th of their scale, biases as int64 of the same value.
+
+    This is what an int16 program became in ``_tflite_graph.narrow_activations``, turned back.
+    """
+
+    def edit(schema: Any, model: Any) -> None:
+        for graph in model.subgraphs:
+            for tensor in graph.tensors:
+                data, told = model.buffers[tensor.buffer].data, tensor.quantization
+                empty = data is None or len(data) == 0
+                if tensor.type == schema.TensorType.INT8 and empty:
+                    if told is None or list(told.zeroPoint) != [0]:
+                        raise ExportError(f"w8a16 has no zero points, and the converter gave one to {tensor.name!r}")
+                    tensor.type = schema.TensorType.INT16
+                    told.scale = [scale / 256 for scale in told.scale]
+                elif tensor.type == schema.TensorType.INT32 and not empty and told is not None and _length(told.scale):
+                    tensor.type = schema.TensorType.INT64
+                    wide = np.frombuffer(bytes(data), np.int32).astype(np.int64) * 256
+                    own = schema.BufferT()  # another tensor may have the buffer too
+                    own.data = np.frombuffer(wide.tobytes(), np.uint8)
+                    tensor.buffer = len(model.buffers)
+                    model.buffers.append(own)
+                    told.scale = [scale / 256 for scale in told.scale]
+
+    return _edited(content, edit)
+
+
+def integer_edges(content: bytes, inputs: bool, outputs: bool) -> bytes:
+    """Inputs and outputs in the integers that they are quantized to at once, or come from.
+
+    Raises:
+        ExportError: A float input is read by more than its quantization, or a float output is computed in float.
+    """
+
+    def edit(schema: Any, model: Any) -> None:
+        (graph,) = model.subgraphs
+        kinds = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in model.operatorCodes]
+        graph.inputs, graph.outputs = graph.inputs.copy(), graph.outputs.copy()  # those that are read cannot be written
+        places: dict[int, int] = {}
+        for given, wanted, kind in (
+            (graph.inputs, inputs, schema.BuiltinOperator.QUANTIZE),
+            (graph.outputs, outputs, schema.BuiltinOperator.DEQUANTIZE),
+        ):
+            for place, index in enumerate(given if wanted else ()):
+                if graph.tensors[index].type != schema.TensorType.FLOAT32:
+                    continue
+                around = [op for op in graph.operators if index in (op.inputs if given is graph.inputs else op.outputs)]
+                if len(around) != 1 or kinds[around[0].opcodeIndex] != kind:
+                    raise ExportError(
+                        f"{graph.tensors[index].name!r} is not only quantized, so it stays float32; leave "
+                        f"inference_{'input' if given is graph.inputs else 'output'}_type at float32"
+                    )
+                (step,) = around
+                inner = int(step.outputs[0] if given is graph.inputs else step.inputs[0])
+                graph.operators.remove(step)
+                given[place] = places[int(index)] = inner
+        for signature in model.signatureDefs or ():
+            for entry in (*signature.inputs, *signature.outputs):
+                entry.tensorIndex = places.get(int(entry.tensorIndex), entry.tensorIndex)
+
+    return _edited(content, edit)
+
+
+def with_open_batch(two: bytes, three: bytes) -> bytes:
+    """A model with an open batch, 1 by default, from the same program converted for a batch of two and one of three.
+
+    litert-torch 0.10 cannot translate a program whose batch is open. But the kernels take their sizes from what they
+    read; only the shapes that the file declares, and those that a RESHAPE reads, hold the batch, and they are where the
+    two files differ.
+
+    Raises:
+        ExportError: The files differ in something else: an operator computes with the batch.
+    """
+    from ai_edge_litert import schema_py_generated as schema
+
+    other = schema.ModelT.InitFromPackedBuf(three, 0)
+
+    def edit(schema: Any, model: Any) -> None:
+        (graph,), (twin,) = model.subgraphs, other.subgraphs
+        kinds = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in model.operatorCodes]
+        if len(graph.tensors) != len(twin.tensors) or len(graph.operators) != len(twin.operators):
+            raise ExportError(_batched("the converter writes other operators for another batch"))
+        for place, (tensor, changed) in enumerate(zip(graph.tensors, twin.tensors, strict=True)):
+            signature, shape = list(map(int, tensor.shape)), list(map(int, tensor.shape))
+            for axis, (a, b) in enumerate(zip(tensor.shape, changed.shape, strict=True)):
+                if a != b:
+                    shape[axis], signature[axis] = int(b - a), -1
+            if -1 in signature:
+                tensor.shape, tensor.shapeSignature = shape, signature
+            ours, theirs = _data(model, tensor), _data(other, changed)
+            if ours == theirs:
+                continue
+            readers = [op for op in graph.operators if place in op.inputs]
+            sizes, wanted = np.frombuffer(ours, np.int32).copy(), np.frombuffer(theirs, np.int32)
+            if tensor.type != schema.TensorType.INT32 or (sizes != wanted).sum() != 1 or (sizes == -1).any():
+                raise ExportError(_batched(f"{_text(tensor.name)} has more than one size that follows from the batch"))
+            (axis,) = np.flatnonzero(sizes != wanted)
+            sizes[axis] = -1  # to a RESHAPE: what is left over; to a SLICE: all from where it begins
+            for op in readers:
+                kind, at = kinds[op.opcodeIndex], list(op.inputs).index(place)
+                begins = _data(model, graph.tensors[op.inputs[1]]) if kind == schema.BuiltinOperator.SLICE else b""
+                whole = bool(begins) and np.frombuffer(begins, np.int32)[axis] == 0 and at == 2
+                if not whole and (kind != schema.BuiltinOperator.RESHAPE or at != 1):
+                    raise ExportError(_batched(f"{_text(tensor.name)} is a constant that follows from the batch"))
+            own = schema.BufferT()
+            own.data = np.frombuffer(sizes.tobytes(), np.uint8)
+            tensor.buffer = len(model.buffers)
+            model.buffers.append(own)
+            for op in readers:
+                if kinds[op.opcodeIndex] == schema.BuiltinOperator.RESHAPE and op.builtinOptions is not None:
+                    op.builtinOptions.newShape = sizes.tolist()
+
+    return _edited(two, edit)
+
+
+def _data(model: Any, tensor: Any) -> bytes:
+    data = model.buffers[tensor.buffer].data
+    return b"" if data is None else bytes(data)
+
+
+def _text(name: Any) -> str:
+    return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def _batched(why: str) -> str:
+    return f"tflite batch: {why}; export with one size, or a file for each"
+
+
+def _length(values: Any) -> int:
+    return 0 if values is None else len(values)
