@@ -220,7 +220,9 @@ def notes_of(card: Card) -> tuple[str, ...]:
     """What compression has to say of a program, for manifests and reports."""
     lines = []
     if card.precision == "w4a8":
-        lines.append("The 4-bit weights, from −7 to 7, are stored as int8, which integer kernels read.")
+        lines.append(
+            "The 4-bit weights reach from −7 to 7; where kernels read int8 only, they are stored so (docs/compression.md)."
+        )
     if card.calibration and card.calibration.corrections:
         lines.append(f"Corrected with {', '.join(card.calibration.corrections)}.")
     if card.mixture:

@@ -12,7 +12,7 @@ import numpy as np
 
 from edgekd.errors import ExportError
 
-__all__ = ["integer_edges", "with_activations_of_16_bits", "with_open_batch"]
+__all__ = ["integer_edges", "with_activations_of_16_bits", "with_open_batch", "with_weights_of_4_bits"]
 
 Edit = Callable[[Any, Any], None]
 """Told the schema and the model, which it changes in place."""
@@ -55,6 +55,45 @@ def with_activations_of_16_bits(content: bytes) -> bytes:
                     told.scale = [scale / 256 for scale in told.scale]
 
     return _edited(content, edit)
+
+
+def with_weights_of_4_bits(content: bytes, convolutions: bool) -> bytes:
+    """Int8 weights of −7 to 7 as int4, two in a byte, the even one in the lower half: the same numbers.
+
+    Args:
+        convolutions: Those of convolutions too, not only of linear layers.
+    """
+
+    def edit(schema: Any, model: Any) -> None:
+        operators = schema.BuiltinOperator
+        wanted = {operators.FULLY_CONNECTED}
+        if convolutions:
+            wanted |= {operators.CONV_2D, operators.DEPTHWISE_CONV_2D}
+        kinds = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in model.operatorCodes]
+        for graph in model.subgraphs:
+            for place, tensor in enumerate(graph.tensors):
+                readers = {kinds[op.opcodeIndex] for op in graph.operators if place in op.inputs}
+                values = np.frombuffer(_data(model, tensor), np.int8)
+                if tensor.type != schema.TensorType.INT8 or not len(values) or not readers <= wanted:
+                    continue
+                if np.abs(values).max() > 7:
+                    continue
+                values = np.append(values, np.zeros(len(values) % 2, np.int8))
+                own = schema.BufferT()
+                own.data = ((values[0::2] & 15) | ((values[1::2] & 15) << 4)).astype(np.uint8)
+                tensor.type, tensor.buffer = schema.TensorType.INT4, len(model.buffers)
+                model.buffers.append(own)
+        for buffer, unused in enumerate(_unused(model)):
+            if unused:
+                model.buffers[buffer].data = None
+
+    return _edited(content, edit)
+
+
+def _unused(model: Any) -> list[bool]:
+    used = {tensor.buffer for graph in model.subgraphs for tensor in graph.tensors}
+    used |= {entry.buffer for entry in model.metadata or ()}
+    return [index not in used for index in range(len(model.buffers))]
 
 
 def integer_edges(content: bytes, inputs: bool, outputs: bool) -> bytes:

@@ -32,6 +32,9 @@ class TFLiteOptions(Options):
     batch: str = Field(
         default="1", description="Batch sizes that the file is for: 1, a list as 1,4,8, or a range as 1..8."
     )
+    int4_convolutions: bool = Field(
+        default=False, description="Store weights of convolutions in 4 bits too in w4a8: smaller, but without XNNPACK."
+    )
     signature: str = Field(
         default="serving_default", min_length=1, description="Name of the signature that an app calls."
     )

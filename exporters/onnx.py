@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 OPSET = 20
+_INT4_OPSET = 21
 _LARGEST = 2**31 - 1  # bytes of one protocol buffer
 
 # x86 without VNNI adds pairs of uint8 × int8 products in 16 bits, which saturates (EfficientNet-Lite0: cosine 0.93 with
@@ -185,7 +186,7 @@ def _translate(student: Student, precision: Precision, options: OnnxOptions) -> 
         exported = torch.onnx.export(
             program,
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=_INT4_OPSET if precision == "w4a8" else OPSET,
             input_names=[spec.name for spec in input_specs(program)],
             output_names=[spec.name for spec in output_specs(program)],
             external_data=False,
@@ -215,6 +216,8 @@ def _translate(student: Student, precision: Precision, options: OnnxOptions) -> 
         weights.multiply_weights(graph)
         weights.transpose_weights(graph)
         weights.own_zero_points(graph)
+        if precision == "w4a8":
+            weights.store_in_4_bits(graph)
         editing.drop_unused(graph)
     return onnx_ir.to_proto(exported.model)
 

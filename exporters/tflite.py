@@ -37,7 +37,7 @@ from edgekd.types import Conversion, Precision, Student, TensorSpec, Tolerance
 from ._sizes import check_open, few_of, sizes
 from ._tflite_contents import read_contents
 from ._tflite_convert import convert, first_line, quiet, requantize
-from ._tflite_edit import integer_edges, with_activations_of_16_bits, with_open_batch
+from ._tflite_edit import integer_edges, with_activations_of_16_bits, with_open_batch, with_weights_of_4_bits
 from ._tflite_graph import prepare, program_precision
 from ._tflite_metadata import append_metadata, check_intact, read_metadata
 from ._tflite_options import TFLiteOptions
@@ -100,6 +100,8 @@ class TFLiteExporter:
             )
         else:
             content = converted[batch[0]]
+        if precision == "w4a8":
+            content = with_weights_of_4_bits(content, options.int4_convolutions)
         if precision == WIDE:
             content = with_activations_of_16_bits(content)
         if precision in ("fp16", "w8d8", "w4d8"):

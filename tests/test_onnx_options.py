@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +223,18 @@ def test_what_cannot_be_fused_is_refused(
     student = compress(transformers["written"], "w8a8", texts(24, 12))
     with pytest.raises(UsageError, match="fuse=true fuses float operators, which w8a8 has few of"):
         EXPORTER.write(student, tmp_path / "a.onnx", "w8a8", OnnxOptions(fuse=True))
+
+
+def test_w4a8_holds_int4_weights_that_run_in_integers(convnet_student: Student, tmp_path: Path) -> None:
+    images = {"input": np.random.default_rng(0).standard_normal((24, 1, 12, 12), dtype=np.float32)}
+    student = compress(convnet_student, "w4a8", images)
+    EXPORTER.write(student, tmp_path / "a.onnx", "w4a8")
+    bytes_of_8 = replace(student, card=replace(student.card, precision="w8a8"))
+    EXPORTER.write(bytes_of_8, tmp_path / "b.onnx", "w8a8")
+    contents = {name: EXPORTER.contents(tmp_path / f"{name}.onnx") for name in "ab"}
+    kinds = {name: {w.dtype for w in found.weights if len(w.shape) > 1} for name, found in contents.items()}
+    assert kinds == {"a": {"int4"}, "b": {"int8"}}
+    assert [fact.type for fact in contents["a"].operators] == [fact.type for fact in contents["b"].operators]
+    onnx.checker.check_model(onnx.load(tmp_path / "a.onnx"), full_check=True)
+    four, eight = (run_file(EXPORTER.load(tmp_path / f"{name}.onnx"), images)[0] for name in "ab")
+    np.testing.assert_array_equal(four, eight)

@@ -182,3 +182,17 @@ def test_a_batch_that_the_model_computes_with_is_refused(tmp_path: Path) -> None
     student = Student(program, Card("counted", input_specs(program), output_specs(program)))
     with pytest.raises(ExportError, match=r"tflite batch: .*; export with one size"):
         EXPORTER.write(student, tmp_path / "a.tflite", "fp32", TFLiteOptions(batch="1..4"))
+
+
+def test_w4a8_holds_its_weights_in_4_bits_where_that_costs_no_time(student: Student, tmp_path: Path) -> None:
+    found = {}
+    for convolutions in (False, True):
+        path = exported(student, "w4a8", tmp_path / str(convolutions), int4_convolutions=convolutions)
+        weights = EXPORTER.contents(path).weights
+        kinds = {weight.reader: weight.dtype for weight in weights if len(weight.shape) > 1}
+        convolved = "int4" if convolutions else "int8"
+        assert kinds == {"CONV_2D": convolved, "DEPTHWISE_CONV_2D": convolved, "FULLY_CONNECTED": "int4"}, weights
+        found[convolutions] = run_file(EXPORTER.load(path), IMAGES)[0]
+    step = np.abs(found[False]).max() / 64
+    np.testing.assert_allclose(found[True], found[False], atol=step)  # rounding ties of two kinds of kernel
+    assert (found[True] == found[False]).mean() > 0.8
