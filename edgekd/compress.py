@@ -220,9 +220,7 @@ def notes_of(card: Card) -> tuple[str, ...]:
     """What compression has to say of a program, for manifests and reports."""
     lines = []
     if card.precision == "w4a8":
-        lines.append(
-            "The 4-bit weights reach from −7 to 7; where kernels read int8 only, they are stored so (docs/compression.md)."
-        )
+        lines.append("The 4-bit weights reach from −7 to 7; where kernels read only int8, they are stored as that.")
     if card.calibration and card.calibration.corrections:
         lines.append(f"Corrected with {', '.join(card.calibration.corrections)}.")
     if card.mixture:

@@ -12,19 +12,25 @@ import numpy as np
 
 from edgekd.errors import ExportError
 
-__all__ = ["integer_edges", "with_activations_of_16_bits", "with_open_batch", "with_weights_of_4_bits"]
+__all__ = ["integer_edges", "with_activations_of_16_bits", "with_metadata", "with_open_batch", "with_weights_of_4_bits"]
 
 Edit = Callable[[Any, Any], None]
 """Told the schema and the model, which it changes in place."""
 
 
 def _edited(content: bytes, edit: Edit) -> bytes:
-    import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
+    from flatbuffers import Builder
+
+    class Aligned(Builder):
+        """Data of buffers at multiples of 16 bytes, as the schema demands and its Python classes forget."""
+
+        def StartVector(self, size: int, count: int, alignment: int) -> Any:
+            return super().StartVector(size, count, 16 if size == 1 else alignment)
 
     model = schema.ModelT.InitFromPackedBuf(content, 0)
     edit(schema, model)
-    builder = flatbuffers.Builder(len(content) + 4096)
+    builder = Aligned(len(content) + 4096)
     builder.Finish(model.Pack(builder), b"TFL3")
     return bytes(builder.Output())
 
@@ -187,6 +193,19 @@ def with_open_batch(two: bytes, three: bytes) -> bytes:
 def _data(model: Any, tensor: Any) -> bytes:
     data = model.buffers[tensor.buffer].data
     return b"" if data is None else bytes(data)
+
+
+def with_metadata(content: bytes, name: str, data: bytes) -> bytes:
+    """A model with a buffer of metadata under that name, in the place of one that has it."""
+
+    def edit(schema: Any, model: Any) -> None:
+        entry, buffer = schema.MetadataT(), schema.BufferT()
+        buffer.data = np.frombuffer(data, np.uint8)
+        entry.name, entry.buffer = name, len(model.buffers)
+        model.buffers.append(buffer)
+        model.metadata = [old for old in model.metadata or () if _text(old.name) != name] + [entry]
+
+    return _edited(content, edit)
 
 
 def _text(name: Any) -> str:

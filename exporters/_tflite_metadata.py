@@ -1,5 +1,9 @@
 """The card's facts inside a ``.tflite`` file: a ZIP archive behind the flatbuffer, where LiteRT's own tools put theirs.
 
+The flatbuffer itself has TensorFlow Lite's own metadata (``TFLMetadata``), which Android Studio and the Task Library
+read: names and meanings of inputs and outputs, and which of the archive's files holds the labels.
+https://github.com/tensorflow/tflite-support/blob/master/tensorflow_lite_support/metadata/metadata_schema.fbs
+
 A flatbuffer is read from its start and a ZIP archive from its end, so both readers find what is theirs:
 ``unzip -p model.tflite metadata.json``.
 """
@@ -17,9 +21,12 @@ from typing import Any
 from edgekd.errors import ModelFileError
 from edgekd.types import Card, Json, Precision, TensorSpec
 
+from ._tflite_edit import with_metadata
+
 __all__ = ["append_metadata", "check_intact", "read_metadata"]
 
 _NAME, _LABELS = "metadata.json", "labels.txt"
+_TENSOR_AXIS_LABELS = 2  # of AssociatedFileType
 _ENTRY = b"PK\x03\x04"
 _DATE = (1980, 1, 1, 0, 0, 0)  # the first that a ZIP archive can tell: the same card gives the same bytes
 
@@ -41,6 +48,7 @@ def append_metadata(
         inputs, outputs: As the file declares them; what they mean is taken from the card.
         more: Facts beside those of the card.
     """
+    content = with_metadata(content, "TFLITE_METADATA", _tensorflow_metadata(card, inputs, outputs))
     meanings = {spec.name: spec.meaning for spec in (*card.inputs, *card.outputs)}
     facts: Json = {
         **more,
@@ -64,6 +72,48 @@ def append_metadata(
             entry.external_attr = 0o644 << 16
             archive.writestr(entry, text)
     return buffer.getvalue()
+
+
+def _tensorflow_metadata(card: Card, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bytes:
+    """The table ``ModelMetadata`` of TensorFlow Lite's schema, version 1.0.0 of which knows all that is in it."""
+    from flatbuffers import Builder
+
+    builder = Builder(1024)
+
+    def table(fields: dict[int, int], size: int, kind: int = 0) -> int:
+        """A table of so many fields, by their places in the schema; ``kind`` is the type of an associated file."""
+        builder.StartObject(size)
+        for place, offset in fields.items():
+            builder.PrependUOffsetTRelativeSlot(place, offset, 0)
+        if kind:
+            builder.PrependInt8Slot(2, kind, 0)
+        return int(builder.EndObject())
+
+    def vector(offsets: list[int]) -> int:
+        builder.StartVector(4, len(offsets), 4)
+        for offset in reversed(offsets):
+            builder.PrependUOffsetTRelative(offset)
+        return int(builder.EndVector())
+
+    meanings = {spec.name: spec.meaning for spec in (*card.inputs, *card.outputs)}
+
+    def tensor(spec: TensorSpec, labelled: bool) -> int:
+        fields = {0: builder.CreateString(spec.name), 1: builder.CreateString(meanings.get(spec.name, ""))}
+        if labelled:
+            label_file = {0: builder.CreateString(_LABELS), 1: builder.CreateString("Names of the classes, in order.")}
+            fields[6] = vector([table(label_file, 5, kind=_TENSOR_AXIS_LABELS)])
+        return table(fields, 7)
+
+    count = len(card.labels)
+    labelled = [spec.name for spec in outputs if count and spec.shape[-1:] == (count,)][:1]
+    tensors = {
+        2: [tensor(spec, False) for spec in inputs],
+        3: [tensor(spec, spec.name in labelled) for spec in outputs],
+    }
+    graph = table({place: vector(found) for place, found in tensors.items()}, 9)
+    graphs, name, version = vector([graph]), builder.CreateString(card.name), builder.CreateString("1.0.0")
+    builder.Finish(table({0: name, 3: graphs, 7: version}, 8), b"M001")
+    return bytes(builder.Output())
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
