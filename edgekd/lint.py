@@ -31,7 +31,7 @@ def lint(contents: Contents, precision: Precision, program: ExportedProgram | No
         precision: That the file claims.
         program: That it was written from: what transposes and casts it has itself are not held against the file.
     """
-    findings = [_float_weights(contents.weights, precision)]
+    findings = [_float_weights(contents.weights, precision), _wide_weights(contents.weights, precision)]
     findings.append(_operators(contents, ("batch_norm",), 0, "batch norm", "not folded into a layer"))
     edges = 2 if program is None else len(program.graph_signature.user_inputs + program.graph_signature.user_outputs)
     if "a" in precision:
@@ -86,6 +86,22 @@ def _float_weights(weights: Sequence[WeightFact], precision: Precision) -> Findi
         f"take; {_list([f'{weight.name} ({weight.reader})' for weight in wide])}"
     )
     return Finding("float_weight", len(wide), saved, message, tuple(weight.name for weight in wide[:_SHOWN]))
+
+
+def _wide_weights(weights: Sequence[WeightFact], precision: Precision) -> Finding | None:
+    """Integers of more bits than the precision says: a kernel or a block of scales that they do not fit."""
+    bits = claimed_bits(precision)
+    large = [weight for weight in weights if weight.elements >= SMALLEST_WEIGHT and len(weight.shape) > 1]
+    wide = [w for w in large if w.dtype in ("int8", "uint8") and w.reader and _saved(w, bits) > 0]
+    if not wide:
+        return None
+    wide.sort(key=lambda weight: -_saved(weight, bits))
+    saved = sum(_saved(weight, bits) for weight in wide)
+    message = (
+        f"{_plural(len(wide), 'weight')} in 8 bits: {_size(saved)} more than {bits} bits would take; "
+        f"{_list([f'{weight.name} ({weight.reader})' for weight in wide])}"
+    )
+    return Finding("wide_weight", len(wide), saved, message, tuple(weight.name for weight in wide[:_SHOWN]))
 
 
 def _operators(

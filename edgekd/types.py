@@ -248,7 +248,7 @@ class Finding(JsonMixin):
     """Something in a file that costs size or time and that its precision does not promise.
 
     Attributes:
-        kind: ``float_weight``, ``batch_norm``, ``quantization``, ``transpose`` or ``cast``.
+        kind: ``float_weight``, ``wide_weight``, ``batch_norm``, ``quantization``, ``transpose`` or ``cast``.
         count: How many.
         cost_bytes: Room in the file that could be saved, or bytes that one inference moves for it.
         message: One line for people, with the cost.

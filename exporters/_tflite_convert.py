@@ -129,12 +129,35 @@ def requantize(content: bytes, precision: str) -> bytes:
                 )
             elif precision == "w4d8":
                 work.load_quantization_recipe(recipe.dynamic_wi4b32_afp32())
+                for kind, scope in _without_blocks(content):
+                    work.add_dynamic_config(f"^{re.escape(scope)}$", TFLOperationName(kind), num_bits=8)
             else:
                 work.load_quantization_recipe(recipe.dynamic_wi8_afp32())
             with quiet_native():
                 return bytes(work.quantize().quantized_model)
         except Exception as error:
             raise ExportError(f"ai-edge-quantizer cannot write {precision}: {_reason(error, '')}") from error
+
+
+BLOCK = 32
+"""Numbers that share a scale in ``w4d8``."""
+
+
+def _without_blocks(content: bytes) -> Iterator[tuple[str, str]]:
+    """Linear layers and embeddings whose inputs do not come in whole blocks: operator, and the name that the quantizer
+    has for it."""
+    from ai_edge_litert import schema_py_generated as schema
+    from ai_edge_quantizer.utils.tfl_flatbuffer_utils import get_op_scope
+
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    (graph,) = model.subgraphs
+    names = {schema.BuiltinOperator.FULLY_CONNECTED: "FULLY_CONNECTED"}
+    names[schema.BuiltinOperator.EMBEDDING_LOOKUP] = "EMBEDDING_LOOKUP"
+    for operator in graph.operators:
+        code = model.operatorCodes[operator.opcodeIndex]
+        kind = names.get(max(code.builtinCode, code.deprecatedBuiltinCode))
+        if kind is not None and graph.tensors[operator.inputs[1]].shape[-1] % BLOCK:
+            yield kind, get_op_scope(operator, graph.tensors)
 
 
 def _reason(error: Exception, said: str) -> str:

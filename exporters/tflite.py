@@ -5,7 +5,8 @@ fp32       The program, with the channels last inside.
 fp16       Weights stored in half and widened when the file is loaded: half the size, float arithmetic.
 w8         The program's int8 weights and scales, widened when the file is loaded.
 w8d8       Int8 weights; the kernels quantize activations as they come (ai-edge-quantizer's dynamic range).
-w4d8       The same with weights of linear layers and embeddings in int4, one half scale for each 32 numbers.
+w4d8       The same with weights of linear layers and embeddings in int4, one half scale for each 32 numbers; layers
+           whose inputs are no multiple of 32 stay as in w8d8.
 w8a8       The program's quantize and dequantize nodes, one for one: the same scales, integer kernels.
 w8a16      The same with int16 activations: for NPUs; on processors LiteRT has reference kernels only.
 =========  ==========================================================================================================
@@ -120,8 +121,8 @@ class TFLiteExporter:
         if precision == "w4d8" and all(weight.dtype != "int4" for weight in read_contents(path).weights):
             path.unlink()
             raise ExportError(
-                "w4d8 quantizes linear layers and embeddings, and this model has none; take w8a8, which quantizes "
-                "convolutions too"
+                "w4d8 quantizes linear layers and embeddings whose inputs come in blocks of 32, and this model has "
+                "none; take w8d8, or w8a8, which quantizes convolutions too"
             )
 
     def load(self, path: Path) -> LiteRTRunner:

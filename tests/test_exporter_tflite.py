@@ -25,6 +25,7 @@ pytest.importorskip("ai_edge_quantizer")
 from edgekd.compress import compress
 from edgekd.errors import DataError, ExportError, ModelFileError
 from edgekd.exporters.tflite import EXPORTER, read_metadata
+from edgekd.lint import lint
 from edgekd.models import export_program, input_specs, output_specs, program_bytes, run_program
 from edgekd.plugins import load_exporter
 from edgekd.types import Card, Precision, Student
@@ -521,9 +522,28 @@ def test_w4d8_holds_linear_layers_and_embeddings_in_4_bits(tmp_path: Path) -> No
 
 def test_w4d8_of_what_has_no_blocks_is_refused_in_one_line(tmp_path: Path) -> None:
     narrow = _student(nn.Linear(12, 40), torch.zeros(1, 12))
-    with pytest.raises(ExportError, match="not divisible by block size 32"):
+    with pytest.raises(ExportError, match="come in blocks of 32, and this model has none; take w8d8"):
         EXPORTER.write(narrow, tmp_path / "model.tflite", "w4d8", EXPORTER.options())
     convolution = _student(nn.Conv2d(3, 32, 3), torch.zeros(1, 3, 8, 8))
-    with pytest.raises(ExportError, match="this model has none; take w8a8"):
+    with pytest.raises(ExportError, match="this model has none; take w8d8, or w8a8"):
         EXPORTER.write(convolution, tmp_path / "model.tflite", "w4d8", EXPORTER.options())
     assert not list(tmp_path.iterdir())
+
+
+def test_w4d8_keeps_8_bits_where_blocks_do_not_fit_and_lint_names_it(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    student = _student(nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 64)), torch.zeros(1, 64))
+    EXPORTER.write(student, tmp_path / "model.tflite", "w4d8")
+    contents = EXPORTER.contents(tmp_path / "model.tflite")
+    found = {
+        weight.shape: weight.dtype
+        for weight in contents.weights
+        if weight.dtype != "float16" and len(weight.shape) == 2
+    }
+    assert found == {(48, 64): "int4", (64, 48): "int8"}
+    ((_, cosine),) = _differences(student, tmp_path / "model.tflite").values()
+    assert cosine > 0.97
+    (finding,) = (f for f in lint(contents, "w4d8", student.program) if f.kind == "wide_weight")
+    (name,) = (weight.name for weight in contents.weights if weight.shape == (64, 48))
+    assert finding.names == (name,)
+    assert finding.cost_bytes == 64 * 48 // 2
