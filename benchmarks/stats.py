@@ -24,6 +24,7 @@ __all__ = [
     "latency_ratio",
     "log_ratios",
     "outliers",
+    "per_minute",
     "percentile",
     "ratio",
     "ratio_of_logs",
@@ -49,6 +50,7 @@ class Summary(JsonMixin):
         p90_ms, p95_ms, p99_ms: Over the samples of all blocks; None with too few (``PERCENTILE_SAMPLES``).
         spread: Between the blocks: see ``spread``; None with one block.
         runtime_load_ms, model_load_ms, first_inference_ms: Median over the blocks.
+        warm_load_ms: The same, of loading the file again; None where no block did.
         peak_memory_bytes: Largest of the blocks; None when unreadable.
         samples: All timed samples.
         outliers: Those beyond Tukey's fences of their own block; counted, never dropped.
@@ -67,6 +69,7 @@ class Summary(JsonMixin):
     samples: int
     outliers: int
     blocks: int
+    warm_load_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,19 @@ def spread(medians: Sequence[float]) -> float | None:
     return (max(medians) - min(medians)) / float(np.median(medians))
 
 
+def per_minute(latency_ms: Sequence[float], minute_ms: float = 60_000.0) -> tuple[float, ...]:
+    """Median of each minute of inferences without a pause, in milliseconds, in order: what a warm device keeps up.
+
+    A last part shorter than half a minute is left out, unless there is no other.
+    """
+    samples = np.asarray(latency_ms, dtype=float)
+    minutes = np.floor((np.cumsum(samples) - samples) / minute_ms).astype(int)
+    found = [samples[minutes == minute] for minute in range(int(minutes[-1]) + 1)] if len(samples) else []
+    if len(found) > 1 and found[-1].sum() < minute_ms / 2:
+        found.pop()
+    return tuple(float(np.median(part)) for part in found if len(part))
+
+
 def outliers(samples: Sequence[float]) -> int:
     """How many lie more than 1.5 interquartile ranges beyond the quartiles (Tukey 1977)."""
     values = np.asarray(samples, dtype=float)
@@ -143,6 +159,7 @@ def summarize(measurement: Measurement) -> Summary | None:
     if p50 is None:
         return None
     samples = [value for block in blocks for value in block.latency_ms]
+    warm = [block.warm_load_ms for block in blocks if block.warm_load_ms is not None]
     peaks = [block.peak_memory_bytes for block in blocks if block.peak_memory_bytes is not None]
     return Summary(
         p50_ms=p50,
@@ -157,6 +174,7 @@ def summarize(measurement: Measurement) -> Summary | None:
         samples=len(samples),
         outliers=sum(outliers(block.latency_ms) for block in blocks),
         blocks=len(blocks),
+        warm_load_ms=float(np.median(warm)) if warm else None,
     )
 
 

@@ -54,6 +54,7 @@ TURN_S = 0.01  # a turn lasts at least this long …
 TURN_RUNS = 5  # … and this many samples: the first of a turn finds the caches full of the other file
 # As in exporters/onnx.py: without it, int8 products saturate on x86 processors that lack VNNI. A job may say otherwise.
 SESSION_CONFIG = {"session.x64quantprecision": "1"}
+PROFILED_RUNS = 30
 TIMER_SHARE = 0.02  # largest share of one sample that the step of the clock may be
 
 
@@ -72,6 +73,9 @@ class Runtime(Protocol):
 
     def __call__(self, arrays: dict[str, Any]) -> list[Any]: ...
 
+    def delegation(self) -> str:
+        """Nodes by the unit that runs them, the fallback last: ``XNNPACK=41 CPU=3``; empty where it cannot be told."""
+
 
 class OnnxRuntime:
     """ONNX Runtime on the CPU."""
@@ -81,6 +85,8 @@ class OnnxRuntime:
         options.intra_op_num_threads = job["plan"]["threads"]
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        if profile := job.get("profile_to"):
+            options.enable_profiling, options.profile_file_prefix = True, profile
         for key, value in job.get("session_config", SESSION_CONFIG).items():
             options.add_session_config_entry(key, value)
         self.name = f"onnxruntime {module.__version__}"
@@ -99,6 +105,25 @@ class OnnxRuntime:
     def __call__(self, arrays: dict[str, Any]) -> list[Any]:
         outputs: list[Any] = self._session.run(self._outputs, arrays)
         return outputs
+
+    def delegation(self) -> str:
+        return ""  # told by the profile alone
+
+    def end_profile(self) -> list[dict[str, Any]]:
+        """Operators since the session was made, each with its times, in the order they first ran."""
+        path = Path(self._session.end_profiling())
+        times: dict[str, dict[str, Any]] = {}
+        for event in json.loads(path.read_text()):
+            name, _, what = event["name"].rpartition("_")
+            if event.get("cat") == "Node" and what == "time" and name.endswith("_kernel"):
+                facts = event["args"]
+                key = f"{facts.get('node_index', '')} {name}"
+                node = {"name": name.removesuffix("_kernel"), "type": facts["op_name"], "unit": facts["provider"]}
+                times.setdefault(key, node | {"times": []})["times"].append(event["dur"] / 1e3)
+        path.unlink()
+        return [
+            {k: v for k, v in n.items() if k != "times"} | {"ms": statistics.median(n["times"])} for n in times.values()
+        ]
 
 
 class LiteRt:
@@ -136,6 +161,24 @@ class LiteRt:
         self._interpreter.invoke()
         return [self._interpreter.get_tensor(index) for index in self._outputs]
 
+    def delegation(self) -> str:
+        """A delegate's nodes are those between its inputs and its outputs; the interpreter lists them all."""
+        nodes = self._interpreter._get_ops_details()
+        delegates = [node for node in nodes if node["op_name"] == "DELEGATE"]
+        plain = [node for node in nodes if node["op_name"] != "DELEGATE"]
+        makers = {int(tensor): index for index, node in enumerate(plain) for tensor in node["outputs"]}
+        taken: set[int] = set()
+        for delegate in delegates:
+            ends = {int(tensor) for tensor in delegate["inputs"]}
+            open_tensors = [int(tensor) for tensor in delegate["outputs"]]
+            while open_tensors:
+                tensor = open_tensors.pop()
+                index = makers.get(tensor)
+                if tensor not in ends and index is not None and index not in taken:
+                    taken.add(index)
+                    open_tensors += [int(needed) for needed in plain[index]["inputs"]]
+        return f"XNNPACK={len(taken)} CPU={len(plain) - len(taken)}"
+
 
 class ExecuTorch:
     """ExecuTorch on the CPU, with XNNPACK for what the file delegates to it."""
@@ -169,6 +212,9 @@ class ExecuTorch:
         outputs = self._method.execute([self._from_numpy(arrays[name]) for name in self._inputs])
         return [outputs[index].numpy() for index in self._outputs]
 
+    def delegation(self) -> str:
+        return ""  # the runtime does not tell; edgekd lint reads it from the file
+
 
 class CoreMl:
     """Core ML by coremltools, on a Mac; ``compute_units`` of the job say where (``ALL``, ``CPU_ONLY`` …)."""
@@ -195,6 +241,9 @@ class CoreMl:
     def __call__(self, arrays: dict[str, Any]) -> list[Any]:
         outputs = self._model.predict(arrays)
         return [outputs[name] for name in self._outputs]
+
+    def delegation(self) -> str:
+        return ""  # Core ML places its operators by itself; Xcode's report shows where
 
 
 # By number, as mlmodel/format/FeatureTypes.proto of coremltools has it.
@@ -277,9 +326,14 @@ def measure(job: dict[str, Any], turns: Turns | None = None) -> dict[str, Any]:
         else "",
         "cpu_share": f"{cpu_ns / (sum(latency_ms) * group * 1e6):.2f}",
         "turns": str(turns.taken) if turns else "",
+        "delegation": runtime.delegation(),
     }
     if job["outputs"] is not None:
         write_outputs(runtime, job)
+    again = time.perf_counter_ns()
+    start(module, job)
+    warm_ms = (time.perf_counter_ns() - again) / 1e6
+    operators = profile(start, module, job, sample) if plan.get("profile") else []
     return {
         "runtime_load_ms": (imported - began) / 1e6,
         "model_load_ms": (loaded - loading) / 1e6,
@@ -289,8 +343,22 @@ def measure(job: dict[str, Any], turns: Turns | None = None) -> dict[str, Any]:
         "peak_memory_bytes": peak,
         "converged": converged,
         "conditions": {key: value for key, value in conditions.items() if value},
+        "warm_load_ms": warm_ms,
+        "operators": operators,
         "void": throttled(conditions.get("throttle_before", ""), conditions.get("throttle_after", "")),
     }
+
+
+def profile(
+    start: Callable[[Any, dict[str, Any]], Runtime], module: Any, job: dict[str, Any], sample: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The operators with their times, from a session of its own; nothing where the runtime has no profile in Python."""
+    if start is not OnnxRuntime:
+        return []
+    runtime = OnnxRuntime(module, job | {"profile_to": f"{job['result']}.profile"})
+    for _ in range(PROFILED_RUNS):
+        runtime(sample)
+    return runtime.end_profile()
 
 
 def pin_threads(threads: int) -> None:

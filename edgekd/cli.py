@@ -311,6 +311,11 @@ def bench(
         list[str] | None, typer.Option("--device", "-d", help="Name of a device, or the path of its .toml; repeat it.")
     ] = None,
     release: Annotated[str, typer.Option(help="What the history calls these files: v1.4, a commit …")] = "",
+    sustained: Annotated[
+        float | None,
+        typer.Option(help="Run each file for so many minutes without a pause, and show each minute.", min=0.01),
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Show the slowest operators of each file.")] = False,
     recipe: RecipeOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
@@ -322,6 +327,18 @@ def bench(
     from edgekd.pipeline import bench_stage
 
     work = _workspace(recipe)
+    if sustained is not None or profile:
+        from edgekd.watching import profiled, sustained_for
+
+        with work.folder.locked():
+            told = (
+                sustained_for(work, _progress(), device or (), sustained)
+                if sustained is not None
+                else profiled(work, _progress(), device or ())
+            )
+        for line in told:
+            _out(line)
+        return
     with work.folder.locked():
         measured = bench_stage(work, _progress(), device or (), force, release)
     if json:

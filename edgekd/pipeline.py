@@ -40,6 +40,7 @@ __all__ = [
     "shipped",
     "verify_artifacts",
     "verify_caches",
+    "watch_stage",
 ]
 
 
@@ -341,6 +342,33 @@ def bench_stage(
     measurements = measurements_of(work)
     note_regressions(folders, measurements)
     return measurements
+
+
+def watch_stage(
+    work: Workspace, progress: Progress, devices: Sequence[str], plan: Plan, kind: str
+) -> list[Measurement]:
+    """Every finished artifact on its own with a plan of the caller's; kept beside the measurements, under ``kind``.
+
+    Raises:
+        UsageError: Nothing has been exported yet.
+        DeviceError: A device went away.
+    """
+    folders = work.folder.artifacts()
+    if not folders:
+        raise UsageError("nothing has been exported yet; run: edgekd export")
+    session, proof = plugins.load_module("edgekd.benchmarks.session"), proof_of(work)
+    assert proof.task is not None
+    found = []
+    for asked in devices or _recipe_devices(work):
+        profile = load_profile(asked)
+        for folder in folders:
+            one = {name: array[:1] for name, array in proof.task.items()}
+            measured = session.measure(
+                load_artifact(folder), folder, profile.name, device_of(profile), one, None, None, plan, progress
+            )
+            write_json(work.folder.measurement(profile.name, f"{kind}/{folder.name}"), measured.to_json(), indent=None)
+            found.append(measured)
+    return found
 
 
 def _recipe_devices(work: Workspace) -> list[str]:

@@ -24,6 +24,7 @@ __all__ = [
     "KeptLayer",
     "Measurement",
     "Mixture",
+    "OperatorTime",
     "OutputParity",
     "Parity",
     "Plan",
@@ -354,7 +355,8 @@ class Plan(JsonMixin):
 
     Warm-up, after the first inference: at least ``warmup_runs`` and ``warmup_s``, then until the medians of the last
     two windows of 10 differ by less than 2 %, for at most 200 more runs or 5 s more. Timed: at least ``min_runs`` and
-    ``min_s``, but never longer than ``max_s``.
+    ``min_s``, but never longer than ``max_s``. With ``profile`` a block's operators are timed after all else, in a
+    second session.
     """
 
     threads: int = 1
@@ -364,6 +366,24 @@ class Plan(JsonMixin):
     min_runs: int = 100
     min_s: float = 1.0
     max_s: float = 10.0
+    profile: bool = False
+
+
+@dataclass(frozen=True)
+class OperatorTime(JsonMixin):
+    """One node as the runtime ran it.
+
+    Attributes:
+        name: Of the node.
+        type: Operator: ``Conv`` …
+        unit: What ran it: an execution provider, a delegate.
+        ms: Median over the profiled inferences. Profiling itself takes time: compare nodes, not files.
+    """
+
+    name: str
+    type: str
+    unit: str
+    ms: float
 
 
 @dataclass(frozen=True)
@@ -378,9 +398,12 @@ class Block(JsonMixin):
         peak_memory_bytes: Of the process, resident.
         converged: Whether warm-up settled before its cap.
         conditions: Clock, governor, temperature, versions: what was readable, as text. ``emulated`` says by what, where
-            the time is not that of the device's own hardware.
+            the time is not that of the device's own hardware; ``delegation`` counts nodes by unit, the fallback last:
+            ``XNNPACK=41 CPU=3``.
         void: Why the block says nothing about the file (the device throttled, the page was hidden); empty when it does.
             A void block is measured again, with its partner, and counted.
+        warm_load_ms: Loading the same file once more in the same process; None where that was not done.
+        operators: Of the profile, in the order they ran; empty without one, or where the runtime has none.
     """
 
     runtime_load_ms: float
@@ -392,6 +415,8 @@ class Block(JsonMixin):
     converged: bool
     conditions: dict[str, str] = field(default_factory=dict)
     void: str = ""
+    warm_load_ms: float | None = None
+    operators: tuple[OperatorTime, ...] = ()
 
 
 @dataclass(frozen=True)

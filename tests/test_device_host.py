@@ -15,11 +15,14 @@ import numpy as np
 import psutil
 import pytest
 
+from edgekd.benchmarks.session import measure
+from edgekd.benchmarks.sides import read_artifacts
 from edgekd.devices.host import HostDevice
 from edgekd.errors import DeviceError, StorageError, UsageError
 from edgekd.profiles import load_device
 from edgekd.protocols import Side, TakingTurns
-from edgekd.types import Artifact, Plan
+from edgekd.types import Artifact, Measurement, Plan
+from edgekd.watching import minutes_lines, operator_lines
 
 QUICK = Plan(blocks=2, warmup_runs=3, warmup_s=0.0, min_runs=10, min_s=0.0, max_s=2.0)
 ENDLESS = replace(QUICK, blocks=1, min_s=60.0, max_s=60.0)
@@ -228,3 +231,58 @@ def test_turns_that_take_too_long_are_stopped_with_all_their_processes(onnx_file
     with pytest.raises(DeviceError, match="no result after 3 s; the process was stopped"):
         HostDevice(timeout_s=3.0).run_in_turns(sides(images, onnx_file, onnx_file), ENDLESS, seed=0)
     wait_for(lambda: not children())
+
+
+def test_a_file_is_loaded_again_warm_and_tells_where_its_nodes_run(tflite_file: File, images: np.ndarray) -> None:
+    artifact, folder = tflite_file
+    (block,), _ = HostDevice().run(artifact, folder, {artifact.inputs[0].name: images}, replace(QUICK, blocks=1))
+    assert block.warm_load_ms is not None
+    assert 0 < block.warm_load_ms < 1000
+    units = dict(word.split("=") for word in block.conditions["delegation"].split())
+    assert int(units["XNNPACK"]) > 0
+    assert list(units) == ["XNNPACK", "CPU"]
+
+
+def test_a_node_that_the_delegate_does_not_take_is_counted_for_the_cpu(tmp_path: Path) -> None:
+    litert_torch = pytest.importorskip("litert_torch")
+    import torch
+
+    class Summing(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cumsum(torch.relu(x @ x.mT), 1) * 2
+
+    litert_torch.convert(Summing().eval(), (torch.zeros(1, 4, 4),)).export(str(tmp_path / "model.tflite"))
+    ((artifact, folder),) = read_artifacts(tmp_path / "model.tflite").values()
+    inputs = {artifact.inputs[0].name: np.ones((1, 4, 4), np.float32)}
+    (block,), _ = HostDevice().run(artifact, folder, inputs, replace(QUICK, blocks=1))
+    units = {unit: int(count) for unit, count in (word.split("=") for word in block.conditions["delegation"].split())}
+    assert units["CPU"] >= 1, "XNNPACK has no running sum"
+    assert units["XNNPACK"] >= 1
+
+
+def test_a_profile_times_every_operator_of_an_onnx_file(onnx_file: File, tflite_file: File, images: np.ndarray) -> None:
+    plan = replace(QUICK, blocks=1, profile=True)
+    found = {
+        file[0].target: measure(*file, "host", HostDevice(), {"x": images}, None, None, plan)
+        for file in (onnx_file, tflite_file)
+    }
+    operators = found["onnx"].blocks[0].operators
+    assert {"Conv", "Gemm"} <= {operator.type for operator in operators} or "Conv" in {o.type for o in operators}
+    assert {operator.unit for operator in operators} == {"CPUExecutionProvider"}
+    assert all(operator.ms >= 0 for operator in operators)
+    told = operator_lines(found["onnx"])
+    assert told[0].startswith(f"onnx fp32: {len(operators)} operators, ")
+    assert "CPUExecutionProvider=" in told[0]
+    assert len(told) == 1 + min(10, len(operators))
+    (line,) = operator_lines(found["tflite"])
+    assert "has no profile in Python; nodes by unit: XNNPACK=" in line
+    assert Measurement.from_json(found["onnx"].to_json()) == found["onnx"]
+
+
+def test_a_sustained_run_lasts_as_long_as_it_was_told(onnx_file: File, images: np.ndarray) -> None:
+    plan = replace(QUICK, blocks=1, min_s=1.5, max_s=1.5)
+    found = measure(*onnx_file, "host", HostDevice(), {"image": images}, None, None, plan)
+    assert 1.4 < sum(found.blocks[0].latency_ms) / 1e3 < 2.5
+    (line,) = minutes_lines(found)
+    assert "ms by minute: " in line
+    assert "the last is 1.00× the first, host (" in line

@@ -184,3 +184,13 @@ def test_pairs_that_do_not_fit_are_refused() -> None:
         stats.ratio([], [])
     with pytest.raises(ValueError, match="above zero"):
         stats.ratio([0.0], [1.0])
+
+
+def test_minutes_are_told_apart_and_a_short_rest_is_left_out() -> None:
+    second = [10.0] * 100  # ten milliseconds each
+    slower = [20.0] * 50
+    latency = second * 60 + slower * 60 + slower * 10
+    assert stats.per_minute(latency) == (10.0, 20.0)
+    assert stats.per_minute(second * 3) == (10.0,)
+    assert stats.per_minute(second * 60 + slower * 40) == (10.0, 20.0), "more than half a minute counts"
+    assert stats.per_minute([]) == ()
