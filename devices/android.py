@@ -38,7 +38,7 @@ NOT_RUN = {
     "executorch": "measuring ExecuTorch on a phone needs its own runner, which edgekd does not drive yet",
 }
 STALE_MINUTES = 24 * 60
-FIXED = "power set-fixed-performance-mode-enabled"  # developer.android.com/agi/sys-trace/threads-scheduling, Android 11
+FIXED = "power set-fixed-performance-mode-enabled"  # https://developer.android.com/games/optimize/adpf/fixed-performance-mode
 COMPARED = 16  # samples whose outputs are compared with the host's runtime
 
 

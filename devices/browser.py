@@ -110,7 +110,7 @@ class BrowserDevice:
             outputs: dict[str, np.ndarray] = {}
             for index in range(plan.blocks):
                 job = _job(artifact, content, inputs, plan, self._settings.accelerator, index == plan.blocks - 1)
-                block = self._here(job, plan, len(job.samples)) if self._is_headless else self._there(job, plan)
+                block = self._here(job, plan) if self._is_headless else self._there(job, plan)
                 blocks.append(block)
                 outputs = {spec.name: job.outputs[i] for i, spec in enumerate(artifact.outputs) if i in job.outputs}
             if len(outputs) != len(artifact.outputs):
@@ -187,7 +187,7 @@ class BrowserDevice:
         phone = "posing as a phone" if settings.screen or settings.user_agent else ""
         return ", ".join(word for word in (phone, slowed) if word)
 
-    def _here(self, job: _page.Job, plan: Plan, _: int) -> Block:
+    def _here(self, job: _page.Job, plan: Plan) -> Block:
         """One block in a fresh browser with a fresh profile, which ends with it."""
         settings = self._settings
         facts = self._look()
