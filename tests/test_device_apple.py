@@ -68,16 +68,12 @@ def test_the_agent_reads_a_package_and_never_invents_a_time(coreml_file: File, t
         "compute_units": "CPU_ONLY",
         "plan": {"threads": 1, "warmup_runs": 1, "warmup_s": 0, "min_runs": 1, "min_s": 0, "max_s": 1},
     }
-    for changes, message in (
-        ({}, "(CPU_ONLY) cannot run"),
-        ({"input_names": ["photo"]}, "no input called 'photo'; there are image"),
-    ):
-        (tmp_path / "job.json").write_text(json.dumps(job | changes))
-        command = [sys.executable, "-P", str(files("edgekd.devices") / "agent.py"), "job.json"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 1
-        assert message in done.stderr.splitlines()[-1]
-        assert not (tmp_path / "block.json").exists()
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, "-P", str(files("edgekd.devices") / "agent.py"), "job.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "(CPU_ONLY) cannot run" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "block.json").exists()
 
 
 @pytest.mark.device
