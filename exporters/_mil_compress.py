@@ -50,6 +50,7 @@ class Scheme:
         typed: Whether the package is of iOS 18, with types of less than a byte and joint compression.
         group_size: Channels that share a palette, at most; 0 for one palette per weight. Needs ``typed``.
         block_size: Numbers along axis 1 that share a scale, at most.
+        narrow: Whether int8 weights of −7 to 7 are stored as int4, with the scales that they have. Needs ``typed``.
     """
 
     palette_bits: int | None = None
@@ -58,6 +59,7 @@ class Scheme:
     typed: bool = False
     group_size: int = 0
     block_size: int = 32
+    narrow: bool = False
 
 
 def compress_weights(model: Any, weights: Path | None, scheme: Scheme, folder: Path) -> None:
@@ -80,7 +82,7 @@ def compress_weights(model: Any, weights: Path | None, scheme: Scheme, folder: P
         readers = _weights_read(block)
         done += _rewrite(block, readers, source, writer, scheme)
     writer.close()
-    if not done:
+    if not done and not scheme.narrow:
         asked = "enough zeros to leave out; prune it first" if scheme.sparse else f"{_SMALLEST} numbers or more"
         raise ExportError(f"no weight of the program has {asked}")
 
@@ -119,6 +121,8 @@ def _rewrite(
             replacement = _compressed(operation, source, writer, scheme)
         elif operation.type == "constexpr_blockwise_shift_scale" and scheme.sparse and scheme.typed:
             replacement = _without_zeros(operation, source, writer)
+        elif operation.type == "constexpr_blockwise_shift_scale" and scheme.narrow:
+            replacement = _narrowed(operation, source, writer)
         if replacement is not None:
             done += 1
             fresh += replacement
@@ -176,9 +180,8 @@ def _compressed(operation: Any, source: WeightFile | None, writer: WeightWriter,
 
 def _without_zeros(operation: Any, source: WeightFile | None, writer: WeightWriter) -> list[Any] | None:
     """int8 with scales, stored without its zeros where that is smaller."""
-    arguments = {key: argument.arguments[0].value for key, argument in operation.inputs.items()}
-    data, scale = _array(arguments["data"], source), _array(arguments["scale"], source)
-    if data is None or scale is None or data.dtype != np.int8 or "offset" in arguments or data.size < _SMALLEST:
+    data, scale = _integers(operation, source)
+    if data is None or scale is None or data.size < _SMALLEST:
         return None
     kept = torch.from_numpy(data != 0)
     if (1 - float(kept.sum()) / data.size) * 8 <= 1 or not bool(kept.any()):
@@ -187,6 +190,22 @@ def _without_zeros(operation: Any, source: WeightFile | None, writer: WeightWrit
     return make.sparse_blocks(
         torch.from_numpy(np.array(data)), torch.from_numpy(scale.astype(np.float32)), kept, "INT8"
     )
+
+
+def _narrowed(operation: Any, source: WeightFile | None, writer: WeightWriter) -> list[Any] | None:
+    """int8 with scales as int4 with the same scales, where it is of −7 to 7."""
+    data, scale = _integers(operation, source)
+    if data is None or scale is None or np.abs(data).max(initial=0) > 7:
+        return None
+    make = _Maker(operation, scale.dtype, writer, typed=True)
+    return [make.blocks(torch.from_numpy(np.array(data)), torch.from_numpy(scale.astype(np.float32)))]
+
+
+def _integers(operation: Any, source: WeightFile | None) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """int8 data and scales of a ``constexpr_blockwise_shift_scale``; None where it has an offset or holds no int8."""
+    arguments = {key: argument.arguments[0].value for key, argument in operation.inputs.items()}
+    data, scale = _array(arguments["data"], source), _array(arguments["scale"], source)
+    return (None, None) if data is None or data.dtype != np.int8 or "offset" in arguments else (data, scale)
 
 
 def quantize_blocks(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

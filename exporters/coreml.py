@@ -159,7 +159,8 @@ def _check(student: Student, precision: Precision, options: CoreMLOptions) -> No
 
 def _scheme(precision: Precision, options: CoreMLOptions) -> Scheme | None:
     """How the weights are rewritten; None where the converter's are right."""
-    if precision not in _LOSSY and not options.sparse:
+    narrow = precision == "w4a8" and options.minimum_deployment_target == "iOS18"
+    if precision not in _LOSSY and not options.sparse and not narrow:
         return None
     return Scheme(
         palette_bits=int(precision[1]) if precision.startswith("p") else None,
@@ -168,6 +169,7 @@ def _scheme(precision: Precision, options: CoreMLOptions) -> Scheme | None:
         typed=options.minimum_deployment_target == "iOS18",
         group_size=options.group_size,
         block_size=options.block_size,
+        narrow=narrow,
     )
 
 

@@ -10,6 +10,7 @@ from edgekd.compress import compress
 from edgekd.export import Proof, export_student
 from edgekd.mixed import Budget
 from edgekd.models import run_program
+from edgekd.parity import run_file
 from edgekd.types import Student
 
 CLASSES = 5
@@ -46,3 +47,21 @@ def test_a_file_computes_what_its_program_computes(
         assert any("layers stay float" in note for note in artifact.notes)
     else:
         assert any("4-bit" in note for note in artifact.notes)
+
+
+def test_coreml_holds_w4a8_in_int4_where_the_system_has_it(
+    students: dict[str, Student], samples: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    exporter = plugins.load_exporter("coreml")
+    if absent := plugins.missing(exporter.requires):
+        pytest.skip(f"coreml needs {', '.join(absent)}")
+    outputs, kinds = {}, {}
+    for system in ("iOS17", "iOS18"):
+        options = exporter.options.model_validate({"minimum_deployment_target": system})
+        exporter.write(students["w4a8"], tmp_path / f"{system}.mlpackage", "w4a8", options)
+        weights = exporter.contents(tmp_path / f"{system}.mlpackage").weights
+        kinds[system] = {weight.dtype for weight in weights if len(weight.shape) > 1 and "int" in weight.dtype}
+        outputs[system] = run_file(exporter.load(tmp_path / f"{system}.mlpackage"), samples)[0]
+    assert "int4" not in kinds["iOS17"]
+    assert kinds["iOS18"] == {"int4"}
+    np.testing.assert_array_equal(outputs["iOS17"], outputs["iOS18"])
