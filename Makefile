@@ -14,11 +14,11 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -rs --numprocesses 2 --dist loadfile
 
-# What the device tests run against, on Debian and Ubuntu; without them those tests are skipped, aloud.
-DAEMONS := openssh-server adb chromium iproute2
+# What devices and history are tested against, on Debian and Ubuntu; without them those tests are skipped, aloud.
+DAEMONS := openssh-server adb chromium iproute2 postgresql
 daemons:
-	dpkg --status $(DAEMONS) > /dev/null 2>&1 || \
-	{ apt-get update && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends $(DAEMONS); }
+	packages="$(DAEMONS) $$(command -v npm > /dev/null || echo npm)"; dpkg --status $$packages > /dev/null 2>&1 || \
+	{ apt-get update && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends $$packages; }
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
