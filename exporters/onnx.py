@@ -20,7 +20,6 @@ from edgekd.quiet import quiet
 from edgekd.types import Conversion, Precision, Student, TensorSpec, Tolerance
 
 from ._onnx_contents import read_contents
-from ._onnx_fuse import fused_operators
 from ._onnx_options import OnnxOptions
 from ._sizes import few_of, sizes, with_axes
 
@@ -302,6 +301,8 @@ def _describe(model: ModelProto, student: Student, precision: Precision, options
     if precision in ("w8d8", *STATIC):
         facts["session_config"] = json.dumps(SESSION_CONFIG)
     if options.fuse:
+        from ._onnx_fuse import fused_operators  # imports onnx
+
         facts["fused"] = json.dumps(fused_operators(model))
     axes = {size.dim_param for value in model.graph.input for size in value.type.tensor_type.shape.dim}
     facts |= {name: getattr(options, name) for name in ("batch", "length") if name in axes}

@@ -22,7 +22,6 @@ from edgekd.types import Conversion, Precision, Student
 from . import onnx
 from ._onnx_options import OnnxOptions
 from ._ort_contents import read_contents
-from ._ort_format import to_ort_format, with_unsigned_weights
 
 __all__ = ["EXPORTER", "OrtExporter"]
 
@@ -47,6 +46,8 @@ class OrtExporter:
         Raises:
             ExportError: ``onnx`` cannot be written, or ONNX Runtime does not save it in its own format.
         """
+        from ._ort_format import to_ort_format, with_unsigned_weights
+
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "model.onnx"
             onnx.EXPORTER.write(student, source, precision, options)

@@ -78,7 +78,7 @@ def test_features_without_classes_have_no_agreement() -> None:
 def test_what_every_target_shares_is_written_from_fp32_or_from_a_program_of_its_own() -> None:
     sources = {precision: conversion.source for precision, conversion in conversions(*TOLERANCES).items()}
 
-    own = ("w8", "w8a8", "w4a8", "auto")
+    own = ("w8", "w8a8", "w4a8", "w8a16", "auto")
     assert sources == {"fp32": "fp32", "fp16": "fp32", "w8d8": "fp32"} | {precision: precision for precision in own}
 
 

@@ -291,7 +291,7 @@ def test_a_loss_of_the_users_own_is_an_arm(tmp_path: Path) -> None:
         "return _network(10)", "assert torch.get_num_threads() == 1\n    return _network(10)"
     )
     model.write_text(source)
-    loss = "def squared(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:\n"
+    loss = "def squared(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:\n"
     model.write_text(model.read_text() + f"\n\n{loss}    return (student - teacher).square().mean()\n")
     work = Workspace(load_recipe(tmp_path / "edgekd.toml"))
     capture_stage(work, Silent())
