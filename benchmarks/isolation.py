@@ -90,4 +90,5 @@ def one_line(text: str) -> str:
     """At most 300 characters, and no paths that differ from run to run."""
     text = " ".join(text.split())
     text = re.sub(r"failed its proof and is kept in \S+: ", "parity: ", text)
+    text = re.sub(r"(?<!\S)/\S+/", "", text)
     return text if len(text) <= 300 else text[:297] + "..."

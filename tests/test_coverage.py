@@ -101,6 +101,7 @@ def test_a_crash_a_hang_and_a_refusal_are_results() -> None:
 def test_reasons_are_one_line_without_paths_of_the_run() -> None:
     reason = "tflite fp16 failed its proof and is kept in /tmp/x/y.failed: output 'a':\n  max error 3"
     assert one_line(reason) == "tflite fp16 parity: output 'a': max error 3"
+    assert one_line("/tmp/x/y.part/model.onnx is no model") == "model.onnx is no model"
 
 
 def test_cells_come_back_as_they_were_kept(tmp_path: Path) -> None:
