@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from edgekd.errors import DeviceError, InconclusiveError, UsageError
+from edgekd.measurement import Plan
 from edgekd.models import bind_inputs
 from edgekd.protocols import Device, Progress, Side
 from edgekd.store import read_json, state_folder, write_json
-from edgekd.types import Artifact, Plan
+from edgekd.types import Artifact
 
 from .cells import Pair, Resolution, Samples, log_ratios_of
 from .gate import GATE_PLAN, Sitting

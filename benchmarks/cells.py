@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from edgekd.errors import DataError
+from edgekd.measurement import Block, Plan
 from edgekd.protocols import Arrays
-from edgekd.types import Artifact, Block, JsonMixin, Plan
+from edgekd.types import Artifact, JsonMixin
 
 from .paired import Drop, cosines, mean_drop, share_drop
 from .rule import Decision, Rule, Verdict

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from edgekd.ledger import Row, format_bytes, format_latency, format_share, label
-from edgekd.types import Measurement
+from edgekd.measurement import Measurement
 
 from .stats import block_medians
 

@@ -16,9 +16,9 @@ from datetime import datetime
 import numpy as np
 
 from edgekd.errors import DeviceError, InconclusiveError, UsageError
+from edgekd.measurement import Block, Measurement, Plan
 from edgekd.models import bind_inputs
 from edgekd.protocols import Device, Progress, Side
-from edgekd.types import Block, Measurement, Plan
 
 from .cells import (
     TIMED,

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from edgekd.measurement import Block, Plan
 from edgekd.plugins import load_exporter
 from edgekd.protocols import Side
 from edgekd.store import hash_path, write_json
-from edgekd.types import Artifact, Block, Card, Parity, Plan
+from edgekd.types import Artifact, Card, Parity
 
 from .cells import FAST
 from .gate import GATE_PLAN

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd import plugins
 from edgekd.errors import MissingToolchainError, StorageError, UsageError
+from edgekd.measurement import Measurement
 from edgekd.protocols import Progress
 from edgekd.store import state_folder
-from edgekd.types import Measurement
 
 from .stats import latency_ms
 

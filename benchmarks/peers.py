@@ -32,13 +32,14 @@ from edgekd.benchmarks.stats import block_medians, latency_ms, ratio
 from edgekd.compress import compress
 from edgekd.devices.host import HostDevice
 from edgekd.errors import EdgekdError
+from edgekd.measurement import Measurement, Plan
 from edgekd.models import run_program
 from edgekd.parity import compare
 from edgekd.plugins import load_exporter
 from edgekd.protocols import Arrays
 from edgekd.quiet import quiet
 from edgekd.store import hash_path, write_json
-from edgekd.types import Artifact, Card, Measurement, Parity, Plan, Tolerance
+from edgekd.types import Artifact, Card, Parity, Tolerance
 
 RESULTS = Path(__file__).parent / "results" / "peers.json"
 PEER = "peer"

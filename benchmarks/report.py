@@ -18,7 +18,7 @@ from edgekd.ledger import (
     format_share,
     label,
 )
-from edgekd.types import Measurement
+from edgekd.measurement import Measurement
 
 from . import charts, stats
 from .session import FLAGS

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from edgekd.errors import DataError, DeviceError, UsageError
+from edgekd.measurement import Block, Measurement, Plan
 from edgekd.models import bind_inputs
 from edgekd.protocols import Arrays, Device, Progress, Side, TakingTurns
-from edgekd.types import Artifact, Block, Measurement, Plan
+from edgekd.types import Artifact
 
 __all__ = [
     "FLAGS",

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgekd.types import JsonMixin, Measurement
+from edgekd.measurement import Measurement
+from edgekd.types import JsonMixin
 
 __all__ = [
     "PERCENTILE_SAMPLES",

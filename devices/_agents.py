@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from edgekd.errors import UsageError
+from edgekd.measurement import Plan
 from edgekd.protocols import Arrays
-from edgekd.types import Artifact, Plan
+from edgekd.types import Artifact
 
 from . import agent
 

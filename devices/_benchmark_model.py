@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from edgekd.errors import DataError, DeviceError, MissingToolchainError, UsageError
+from edgekd.measurement import Block, Plan
 from edgekd.plugins import missing
 from edgekd.protocols import Arrays
-from edgekd.types import Artifact, Block, Plan
+from edgekd.types import Artifact
 
 __all__ = ["Log", "Tensors", "block_of", "flags", "parse_log", "read_outputs", "tensors_of", "write_sample"]
 

@@ -43,7 +43,7 @@ KEYS = {
     "inputs": ".npz with all inputs whose outputs are wanted, samples on the first axis; null for none",
     "outputs": ".npz to write these outputs to; null for none",
     "result": "JSON file to write the block to",
-    "plan": "threads, warmup_runs, warmup_s, min_runs, min_s, max_s: see edgekd.types.Plan",
+    "plan": "threads, warmup_runs, warmup_s, min_runs, min_s, max_s: see edgekd.measurement.Plan",
 }
 
 WINDOW = 10  # inferences in each of the two windows whose medians are compared
@@ -268,7 +268,7 @@ def measure(job: dict[str, Any], turns: Turns | None = None) -> dict[str, Any]:
         turns: Of the timed inferences, with other processes; None when this one is alone.
 
     Returns:
-        The fields of edgekd.types.Block.
+        The fields of edgekd.measurement.Block.
 
     Raises:
         AgentError: The runtime is missing, or the file or the inputs do not fit it.
@@ -406,7 +406,7 @@ def throttled(before: str, after: str) -> str:
 def warm_up(
     runtime: Runtime, sample: dict[str, Any], plan: dict[str, Any], time_ms: Callable[..., float] | None = None
 ) -> tuple[list[float], bool]:
-    """The rule of edgekd.types.Plan: the minimum, then until two windows agree or a cap is met.
+    """The rule of edgekd.measurement.Plan: the minimum, then until two windows agree or a cap is met.
 
     Returns:
         Milliseconds per inference, in order, and whether the windows agreed.

@@ -17,9 +17,10 @@ import numpy as np
 from pydantic import Field
 
 from edgekd.errors import DeviceError, UsageError
+from edgekd.measurement import Block, DeviceStatus, Plan, Profile
 from edgekd.plugins import missing
 from edgekd.protocols import Arrays, Device, Settings
-from edgekd.types import Artifact, Block, DeviceStatus, Plan, Profile
+from edgekd.types import Artifact
 
 from . import agent
 from ._agents import checked_inputs

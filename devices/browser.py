@@ -19,9 +19,10 @@ import numpy as np
 from pydantic import Field
 
 from edgekd.errors import DataError, DeviceError
+from edgekd.measurement import Block, DeviceStatus, Plan, Profile
 from edgekd.plugins import missing
 from edgekd.protocols import Arrays, Progress, Settings
-from edgekd.types import Artifact, Block, DeviceStatus, Json, Plan, Profile
+from edgekd.types import Artifact, Json
 
 from . import _adb, _page, agent
 from ._agents import checked_inputs, limit_s

@@ -18,9 +18,10 @@ import numpy as np
 from pydantic import Field
 
 from edgekd.errors import DeviceError
+from edgekd.measurement import Block, DeviceStatus, Plan, Profile
 from edgekd.plugins import exporter_names
 from edgekd.protocols import Arrays, Settings
-from edgekd.types import Artifact, Block, DeviceStatus, Plan, Profile, TensorSpec
+from edgekd.types import Artifact, TensorSpec
 
 from ._agents import checked_inputs
 

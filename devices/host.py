@@ -15,9 +15,10 @@ import numpy as np
 from pydantic import Field
 
 from edgekd.errors import DeviceError, StorageError
+from edgekd.measurement import Block, DeviceStatus, Plan, Profile
 from edgekd.plugins import missing
 from edgekd.protocols import Arrays, Settings, Side
-from edgekd.types import Artifact, Block, DeviceStatus, Plan, Profile
+from edgekd.types import Artifact
 
 from . import agent
 from ._agents import NOT_RUN, RUNTIMES, agent_file, checked_inputs, last_words, limit_s, make_job, write_inputs

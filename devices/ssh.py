@@ -19,8 +19,9 @@ import numpy as np
 from pydantic import Field
 
 from edgekd.errors import DataError, DeviceError
+from edgekd.measurement import Block, DeviceStatus, Plan, Profile
 from edgekd.protocols import Arrays, Progress, Settings
-from edgekd.types import Artifact, Block, DeviceStatus, Json, Plan, Profile
+from edgekd.types import Artifact, Json
 
 from . import agent
 from ._agents import NOT_RUN, RUNTIMES, agent_file, checked_inputs, last_words, limit_s, make_job, write_inputs

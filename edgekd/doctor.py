@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from edgekd import plugins
 from edgekd.errors import UsageError
+from edgekd.measurement import DeviceStatus
 from edgekd.profiles import device_names, device_of, load_profile
-from edgekd.types import DeviceStatus, Json
+from edgekd.types import Json
 
 __all__ = ["KNOWN_BAD", "BadPair", "device_facts", "diagnose", "target_facts"]
 

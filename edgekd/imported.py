@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edgekd import plugins
 from edgekd.errors import DataError, UsageError
+from edgekd.measurement import Block, Measurement, Plan
 from edgekd.store import RunFolder, load_artifact, write_json
-from edgekd.types import Artifact, Block, Measurement, Plan
+from edgekd.types import Artifact
 
 __all__ = ["ImportedMeasurement", "import_measurement"]
 

@@ -19,6 +19,7 @@ from edgekd.compress import PORTABLE, WEIGHT_BITS
 from edgekd.distill import ArmResult, arm_inputs, arms_of, choose_arm, load_result, threads_of, train_arm
 from edgekd.errors import CacheError, UsageError
 from edgekd.export import Proof, Request, requests_of, toolchain, verify_artifact, write_request
+from edgekd.measurement import Measurement, Plan, Profile
 from edgekd.profiles import device_of, load_profile
 from edgekd.protocols import Options, Progress
 from edgekd.prune import parse_pruning
@@ -26,7 +27,7 @@ from edgekd.recovery import Settings, calibration_split, compressed, pruned, set
 from edgekd.regressions import note_regressions
 from edgekd.store import MANIFEST, hash_path, load_artifact, load_student, read_json, save_student, write_json
 from edgekd.tune import CANDIDATES, settle
-from edgekd.types import Artifact, Json, Measurement, Plan, Precision, Profile, Student
+from edgekd.types import Artifact, Json, Precision, Student
 from edgekd.workspace import SPLITS, Workspace
 
 __all__ = [

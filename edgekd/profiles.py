@@ -20,8 +20,8 @@ from pydantic import ValidationError
 
 from edgekd import plugins
 from edgekd.errors import UsageError
+from edgekd.measurement import Profile
 from edgekd.protocols import Device
-from edgekd.types import Profile
 
 __all__ = ["device_names", "device_of", "load_device", "load_profile", "own_folder"]
 

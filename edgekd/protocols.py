@@ -11,7 +11,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from edgekd.contents import Contents
-from edgekd.types import Artifact, Block, Conversion, DeviceStatus, Plan, Precision, Profile, Student, TensorSpec
+from edgekd.measurement import Block, DeviceStatus, Plan, Profile
+from edgekd.types import Artifact, Conversion, Precision, Student, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgekd import plugins
+from edgekd.measurement import Measurement
 from edgekd.store import MANIFEST, load_artifact, write_json
-from edgekd.types import Artifact, Measurement
+from edgekd.types import Artifact
 
 __all__ = ["note_regressions", "regressions"]
 

@@ -14,10 +14,11 @@ from edgekd import plugins
 from edgekd.compress import PORTABLE, notes_of
 from edgekd.distill import CONTROL, ArmResult
 from edgekd.ledger import ClassRow, Gain, Ledger, Row
+from edgekd.measurement import Measurement
 from edgekd.metrics import ClassCount, Quality, quality
 from edgekd.pipeline import measurements_of, results_of, shipped
 from edgekd.store import load_artifact, load_student, read_json, size_of, write_json
-from edgekd.types import Artifact, Json, Measurement, Student
+from edgekd.types import Artifact, Json, Student
 from edgekd.workspace import Workspace
 
 __all__ = ["collect", "write_report"]

@@ -10,12 +10,13 @@ from edgekd import plugins
 from edgekd.compress import choose_int8
 from edgekd.errors import UsageError
 from edgekd.export import Proof, Request
+from edgekd.measurement import Measurement, Plan
 from edgekd.models import run_program
 from edgekd.parity import TOLERANCES, compare, run_file
 from edgekd.profiles import load_device
 from edgekd.protocols import Progress
 from edgekd.store import MANIFEST, load_artifact, write_json
-from edgekd.types import Artifact, Measurement, Plan, Precision, Student
+from edgekd.types import Artifact, Precision, Student
 
 __all__ = ["CANDIDATES", "LARGEST_DROP", "Candidate", "choose", "settle", "tune"]
 

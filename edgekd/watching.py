@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from edgekd import plugins
+from edgekd.measurement import Measurement, Plan
 from edgekd.pipeline import watch_stage
 from edgekd.protocols import Progress
-from edgekd.types import Measurement, Plan
 from edgekd.workspace import Workspace
 
 __all__ = ["minutes_lines", "operator_lines", "profiled", "sustained_for"]

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from edgekd.devices import agent
-from edgekd.types import Artifact, Block
+from edgekd.measurement import Block
+from edgekd.types import Artifact
 
 AGENT = Path(str(files("edgekd.devices") / "agent.py"))
 QUICK = {"threads": 1, "warmup_runs": 3, "warmup_s": 0.0, "min_runs": 20, "min_s": 0.0, "max_s": 2.0}

@@ -8,7 +8,8 @@ import pytest
 from edgekd.devices import _benchmark_model as tool
 from edgekd.devices import _phone_state
 from edgekd.errors import DataError, DeviceError, UsageError
-from edgekd.types import Artifact, Plan
+from edgekd.measurement import Plan
+from edgekd.types import Artifact
 
 # The nightly android_aarch64_benchmark_model in Termux on a phone, 2024-06; a public log of a user's.
 FULL = """

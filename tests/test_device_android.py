@@ -29,8 +29,9 @@ from edgekd.devices import _page, android
 from edgekd.devices._chromium import find_chromium
 from edgekd.devices.android import AndroidDevice
 from edgekd.errors import DeviceError, UsageError
+from edgekd.measurement import Plan, Profile
 from edgekd.profiles import device_of, load_device, load_profile
-from edgekd.types import Artifact, Plan, Profile
+from edgekd.types import Artifact
 
 sys.path.insert(0, str(Path(__file__).parent))
 from adbd import Phones, start_phones, thermal, unpacked, wait_for

@@ -13,8 +13,9 @@ import pytest
 
 from edgekd.benchmarks.session import measure
 from edgekd.errors import DeviceError
+from edgekd.measurement import Plan
 from edgekd.profiles import load_device
-from edgekd.types import Artifact, Plan
+from edgekd.types import Artifact
 
 QUICK = Plan(blocks=2, warmup_runs=3, warmup_s=0.0, min_runs=10, min_s=0.0, max_s=2.0)
 off_apple = pytest.mark.skipif(sys.platform == "darwin", reason="this is a Mac")

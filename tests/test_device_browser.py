@@ -24,8 +24,9 @@ from edgekd.devices import _page, browser
 from edgekd.devices._chromium import Chromium, find_chromium
 from edgekd.devices.browser import BrowserDevice
 from edgekd.errors import DeviceError, UsageError
+from edgekd.measurement import Plan, Profile
 from edgekd.profiles import device_of, load_device
-from edgekd.types import Artifact, Plan, Profile
+from edgekd.types import Artifact
 
 PROGRAM = find_chromium()
 needs_chromium = pytest.mark.skipif(PROGRAM is None, reason="needs Chromium: apt-get install chromium")

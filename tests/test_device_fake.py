@@ -9,8 +9,9 @@ import pytest
 from edgekd.benchmarks.session import measure
 from edgekd.devices.fake import FakeDevice
 from edgekd.errors import DeviceError, UsageError
+from edgekd.measurement import Plan
 from edgekd.profiles import load_device
-from edgekd.types import Artifact, Plan
+from edgekd.types import Artifact
 
 PLAN = Plan(blocks=6, min_runs=50)
 INPUTS = {"image": np.zeros((4, 1, 12, 12), np.float32)}

@@ -19,9 +19,10 @@ from edgekd.benchmarks.session import measure
 from edgekd.benchmarks.sides import read_artifacts
 from edgekd.devices.host import HostDevice
 from edgekd.errors import DeviceError, StorageError, UsageError
+from edgekd.measurement import Measurement, Plan
 from edgekd.profiles import load_device
 from edgekd.protocols import Side, TakingTurns
-from edgekd.types import Artifact, Measurement, Plan
+from edgekd.types import Artifact
 from edgekd.watching import minutes_lines, operator_lines
 
 QUICK = Plan(blocks=2, warmup_runs=3, warmup_s=0.0, min_runs=10, min_s=0.0, max_s=2.0)
@@ -131,7 +132,8 @@ def test_no_process_outlives_the_one_that_measures(onnx_file: File, tmp_path: Pa
         from pathlib import Path
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it otherwise
         from edgekd.profiles import load_device
-        from edgekd.types import Artifact, Plan
+        from edgekd.measurement import Plan
+        from edgekd.types import Artifact
         artifact = Artifact.from_json(json.loads({json.dumps(artifact.to_json())!r}))
         plan = Plan(blocks=1, warmup_runs=1, warmup_s=0.0, min_s=60.0, max_s=60.0)
         load_device("host").run(artifact, Path({str(folder)!r}), {{"image": np.zeros((1, 1, 12, 12), "float32")}}, plan)

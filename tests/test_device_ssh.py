@@ -30,9 +30,10 @@ from edgekd.devices import _shell, _ssh
 from edgekd.devices._ssh import Connection
 from edgekd.devices.ssh import SshDevice
 from edgekd.errors import DeviceError, UsageError
+from edgekd.measurement import Plan
 from edgekd.profiles import device_of, load_device, load_profile
 from edgekd.protocols import Preparable
-from edgekd.types import Artifact, Plan
+from edgekd.types import Artifact
 
 sys.path.insert(0, str(Path(__file__).parent))
 import debian
@@ -331,7 +332,8 @@ def test_nothing_outlives_the_one_that_measures(
         from pathlib import Path
         signal.signal(signal.SIGINT, signal.default_int_handler)
         from edgekd.profiles import load_device
-        from edgekd.types import Artifact, Plan
+        from edgekd.measurement import Plan
+        from edgekd.types import Artifact
         artifact = Artifact.from_json(json.loads({json.dumps(artifact.to_json())!r}))
         plan = Plan(blocks=1, warmup_runs=1, warmup_s=0.0, min_s=60.0, max_s=60.0)
         with contextlib.closing(load_device({str(board.folder / "board.toml")!r})) as device:

@@ -19,11 +19,12 @@ from edgekd.compress import choose_int8, compress
 from edgekd.errors import DataError, ExportError, ModelFileError
 from edgekd.export import Proof, export_student
 from edgekd.exporters.executorch import EXPORTER
+from edgekd.measurement import Plan
 from edgekd.models import export_program, input_specs, output_specs, program_bytes, run_program
 from edgekd.parity import compare, run_file
 from edgekd.profiles import load_device
 from edgekd.store import hash_path
-from edgekd.types import Card, Plan, Student
+from edgekd.types import Card, Student
 
 Inputs = Callable[[Student, int], dict[str, np.ndarray]]
 Written = Callable[[str, str], tuple[Student, Path]]

@@ -24,9 +24,10 @@ from edgekd.cli_gate import parse_margins
 from edgekd.devices.fake import FakeDevice
 from edgekd.devices.host import HostDevice
 from edgekd.errors import InconclusiveError, ModelFileError, UsageError
+from edgekd.measurement import Block, DeviceStatus, Plan
 from edgekd.protocols import Arrays
 from edgekd.store import hash_path
-from edgekd.types import Artifact, Block, DeviceStatus, Plan
+from edgekd.types import Artifact
 
 File = tuple[Artifact, Path]
 

@@ -7,7 +7,7 @@ import pytest
 
 from edgekd.benchmarks.gate_error_rates import load_recording, logs_of, peers, recorded, simulate
 from edgekd.benchmarks.rule import Rule
-from edgekd.types import Block
+from edgekd.measurement import Block
 
 RECORDING = Path(__file__).parents[1] / "benchmarks" / "results" / "gate_busy.json"
 TRIALS = 400

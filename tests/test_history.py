@@ -17,7 +17,7 @@ import pytest
 from edgekd.benchmarks.history import Entry, History
 from edgekd.benchmarks.history_page import html, lines, series_of
 from edgekd.errors import StorageError, UsageError
-from edgekd.types import Block, Measurement
+from edgekd.measurement import Block, Measurement
 
 pytest.importorskip("sqlalchemy", reason="pip install 'edgekd[history]'")
 pytest.importorskip("ruptures", reason="pip install 'edgekd[history]'")
@@ -96,7 +96,7 @@ WRITER = """
 import sys
 sys.path[:0] = {path!r}
 from edgekd.benchmarks.history import History
-from edgekd.types import Block, Measurement
+from edgekd.measurement import Block, Measurement
 block = Block(1.0, 1.0, 1.0, (), (1.0,) * 2000, None, True)
 one = Measurement("a" * 64, "onnx", "fp32", "host", "measured", blocks=(block,) * 6)
 store = History({url!r})

@@ -9,8 +9,9 @@ import pytest
 
 from edgekd.errors import DataError, UsageError
 from edgekd.imported import import_measurement
+from edgekd.measurement import Measurement
 from edgekd.store import MANIFEST, RunFolder, read_json, write_json
-from edgekd.types import Artifact, Measurement
+from edgekd.types import Artifact
 
 
 @pytest.fixture

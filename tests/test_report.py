@@ -14,7 +14,8 @@ from edgekd.benchmarks.report import html
 from edgekd.benchmarks.session import measure_many
 from edgekd.devices.host import HostDevice
 from edgekd.ledger import ClassRow, Gain, Ledger, Row
-from edgekd.types import Artifact, Block, Measurement, OutputParity, Parity, Plan
+from edgekd.measurement import Block, Measurement, Plan
+from edgekd.types import Artifact, OutputParity, Parity
 
 VOID = {"meta", "br", "link", "input", "hr", "img"}
 HOSTILE = """<script>alert("x")</script>&'{$title}"""

@@ -10,8 +10,9 @@ from edgekd.benchmarks import session
 from edgekd.benchmarks.session import FLAGS, TOLD_BY_THE_DEVICE, measure, measure_many
 from edgekd.devices.host import HostDevice
 from edgekd.errors import DataError, DeviceError, UsageError
+from edgekd.measurement import Block, DeviceStatus, Measurement, Plan
 from edgekd.protocols import Arrays
-from edgekd.types import Artifact, Block, Card, DeviceStatus, Measurement, Parity, Plan, TensorSpec
+from edgekd.types import Artifact, Card, Parity, TensorSpec
 
 QUICK = Plan(blocks=3, warmup_runs=3, warmup_s=0.0, min_runs=10, min_s=0.0, max_s=2.0)
 

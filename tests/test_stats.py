@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgekd.benchmarks import stats
-from edgekd.types import Block, Measurement
+from edgekd.measurement import Block, Measurement
 
 
 def block(latency_ms: list[float], **changes: float) -> Block:

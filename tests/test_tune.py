@@ -13,12 +13,13 @@ from edgekd.compress import compress
 from edgekd.console import LineProgress
 from edgekd.errors import ExportError, UsageError
 from edgekd.export import Proof, Request, requests_of, write_request
+from edgekd.measurement import Block, Measurement, Plan
 from edgekd.models import export_program, input_specs, output_specs
 from edgekd.plugins import load_exporter, missing
 from edgekd.regressions import note_regressions, regressions
 from edgekd.store import load_artifact, write_json
 from edgekd.tune import CANDIDATES, Candidate, choose, settle, tune
-from edgekd.types import Artifact, Block, Card, Measurement, Plan, Student
+from edgekd.types import Artifact, Card, Student
 
 
 def test_the_fastest_form_without_a_fault_is_taken() -> None:
