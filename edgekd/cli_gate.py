@@ -1,8 +1,7 @@
-"""The commands that judge measurements: compare, calibrate and history. They join those of ``edgekd.cli``."""
+"""The commands that judge measurements: compare, calibrate and history."""
 
 from __future__ import annotations
 
-import json as jsonlib
 import os
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,11 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from edgekd.cli_common import JsonOption, RecipeOption, progress_bar, show, show_json
 from edgekd.errors import InconclusiveError, UsageError
 
-__all__ = ["app"]
-
-app = typer.Typer(rich_markup_mode=None)
+__all__ = ["calibrate", "compare", "history"]
 
 DeviceOption = Annotated[str, typer.Option("--device", "-d", help="Name of a device, or the path of its .toml.")]
 InputsOption = Annotated[
@@ -25,20 +23,14 @@ InputsOption = Annotated[
         "split.",
     ),
 ]
-RecipeOption = Annotated[
-    Path | None,
-    typer.Option("--recipe", "-r", help="edgekd.toml; by default the one here or in the nearest folder above."),
-]
 SeedOption = Annotated[int, typer.Option(help="Of every random order.")]
 ThreadsOption = Annotated[int, typer.Option(help="Of the runtime.", min=1)]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 ReleaseOption = Annotated[str, typer.Option(help="What the history calls these files: v1.4, a commit …")]
 CalibrationOption = Annotated[
     Path | None, typer.Option(help="The device's calibration; by default where edgekd calibrate keeps it.")
 ]
 
 
-@app.command()
 def compare(
     old: Annotated[Path, typer.Argument(help="The released artifact: its folder, a folder of them, or a model file.")],
     new: Annotated[Path, typer.Argument(help="What shall take its place, in the same form.")],
@@ -86,22 +78,22 @@ def compare(
         margins=margins,
         plan=replace(gate.GATE_PLAN, threads=threads),
         seed=seed,
-        progress=_progress(),
+        progress=progress_bar(),
         resolution=_resolution(calibration, profile.name),
         metrics=_metrics(metric),
     )
     names = {file.sha256: file.card.name for pair in pairs for file in (pair.old, pair.new)}
     newer = [(names[one.artifact_sha256], one) for one in measured[1::2]]  # the old ones are a release of their own
-    plugins.load_module("edgekd.benchmarks.history").keep(newer, release, "compare", _progress())
+    plugins.load_module("edgekd.benchmarks.history").keep(newer, release, "compare", progress_bar())
     if junit is not None:
         atomic_write(junit, report.junit(comparison).encode())
     if markdown is not None:
         atomic_write(markdown, report.markdown(comparison).encode())
     if json:
-        typer.echo(jsonlib.dumps(comparison.to_json(), indent=2, ensure_ascii=False, allow_nan=False))
+        show_json(comparison.to_json())
     else:
         for line in report.lines(comparison):
-            typer.echo(line)
+            show(line)
     if github or os.environ.get("GITHUB_ACTIONS"):
         for line in report.github(comparison):
             typer.echo(line, err=json)  # the runner reads both streams; --json promises one document on stdout
@@ -109,7 +101,6 @@ def compare(
         raise typer.Exit({"regression": 1, "inconclusive": InconclusiveError.exit_code}[comparison.verdict])
 
 
-@app.command()
 def calibrate(
     model: Annotated[Path, typer.Argument(help="An artifact's folder, or a model file: it is compared with itself.")],
     device: DeviceOption = "host",
@@ -142,19 +133,18 @@ def calibrate(
         pairs=pairs,
         plan=replace(gate.GATE_PLAN, threads=threads),
         seed=seed,
-        progress=_progress(),
+        progress=progress_bar(),
     )
     path = calibration or calibrating.resolution_path(profile.name)
     calibrating.save_resolution(resolution, path)
     if json:
-        typer.echo(jsonlib.dumps(resolution.to_json(), indent=2, ensure_ascii=False, allow_nan=False))
+        show_json(resolution.to_json())
         return
     for metric, smallest in resolution.smallest.items():
-        typer.echo(f"{metric:<12} a change of {smallest:.1%} can be told apart")
-    typer.echo(f"{resolution.pairs} pairs of {resolution.label} on {resolution.device}: {path}")
+        show(f"{metric:<12} a change of {smallest:.1%} can be told apart")
+    show(f"{resolution.pairs} pairs of {resolution.label} on {resolution.device}: {path}")
 
 
-@app.command()
 def history(
     model: Annotated[str, typer.Option(help="Name of a model, as on its card; all by default.")] = "",
     device: Annotated[str, typer.Option("--device", "-d", help="Device whose name begins so; all by default.")] = "",
@@ -189,10 +179,10 @@ def history(
             }
             for entry in entries
         ]
-        typer.echo(jsonlib.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
+        show_json(found)
         return
     for line in page.lines(entries):
-        typer.echo(line)
+        show(line)
 
 
 def parse_margins(words: list[str] | tuple[str, ...]) -> Any:
@@ -255,9 +245,3 @@ def _resolution(path: Path | None, device_name: str) -> Any:
     if path is not None and not path.is_file():
         raise UsageError(f"no calibration at {path}; edgekd calibrate writes it")
     return calibrating.load_resolution(path or calibrating.resolution_path(device_name))
-
-
-def _progress() -> Any:
-    from edgekd.console import progress_for
-
-    return progress_for()

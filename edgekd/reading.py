@@ -17,7 +17,7 @@ from edgekd import plugins
 from edgekd.errors import RecipeError, UsageError
 from edgekd.profiles import load_profile
 from edgekd.protocols import Options
-from edgekd.recipe import Distill, Export, Recipe
+from edgekd.recipe import Export, Recipe
 from edgekd.types import Json
 
 __all__ = ["FILE_NAME", "find_recipe", "known_losses", "load_recipe", "parse_options"]
@@ -57,7 +57,7 @@ def load_recipe(path: Path) -> Recipe:
     except ValidationError as error:
         raise RecipeError([*_faults(error), *_cross_faults(table, path.parent)]) from None
     recipe._folder = path.parent.resolve()
-    faults = _cross_faults(table, path.parent)
+    faults = [*_cross_faults(table, path.parent), *_codec_faults(recipe)]
     if faults:
         raise RecipeError(faults)
     return recipe
@@ -163,14 +163,6 @@ def _cross_faults(table: Json, folder: Path) -> list[str]:
     for arm, losses in mixes.items():
         for name in losses:
             faults += _loss_faults(f"distill.overrides.{arm}.losses", name, folder)
-    codec = section("teacher").get("codec")
-    if isinstance(codec, str) and codec.startswith("top"):
-        try:
-            reason = Distill.model_validate(distill).needs_all_classes()
-        except ValidationError:
-            reason = ""  # told already
-        if reason:
-            faults.append(f"teacher.codec: {codec!r} keeps the top classes alone, and {reason}; take 'dense-f16'")
     ship = distill.get("ship", "best")
     if ship not in ("best", "control", *(each("distill", "arms") or known)):
         faults.append(f"distill.ship: {ship!r} is not an arm; 'best' or one of distill.arms would work")
@@ -184,6 +176,14 @@ def _cross_faults(table: Json, folder: Path) -> list[str]:
     if isinstance(labels, list) and len({str(label) for label in labels}) != len(labels):
         faults.append("labels: a name stands twice; every class needs its own")
     return faults
+
+
+def _codec_faults(recipe: Recipe) -> list[str]:
+    """A cache of the top classes does not serve every loss."""
+    codec, reason = recipe.teacher.codec, recipe.distill.needs_all_classes()
+    if codec is None or not codec.startswith("top") or not reason:
+        return []
+    return [f"teacher.codec: {codec!r} keeps the top classes alone, and {reason}; take 'dense-f16'"]
 
 
 def _export_faults(table: Json, targets: list[str], precisions: list[str]) -> list[str]:

@@ -82,7 +82,9 @@ def test_a_wrong_recipe_is_all_its_lines_and_exit_2(tmp_path: Path) -> None:
         (("export", "cut.pt2", "--target", "onnx"), "it is truncated"),
         (("export", "model.pt2", "-t", "onnx", "-p", "w8a8", "--calibration", "bad.npz"), "cannot be read as .npz"),
         (("export", "model.pt2", "-t", "onnx", "--corrections", "round"), "no correction called 'round'; there are"),
-        (("export", "-t", "onnx", "--corrections", "none"), "a recipe says it under [compress]"),
+        (("export", "-t", "onnx", "--corrections", "none"), "--corrections is for a model file; a recipe says such"),
+        (("export", "-t", "onnx", "--max-length", "64"), "--max-length is for a model file"),
+        (("export", "model.pt2", "-t", "onnx", "-r", "edgekd.toml"), "either the model file model.pt2 or --recipe"),
     ],
 )
 def test_what_goes_wrong_is_one_line(
