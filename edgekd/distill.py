@@ -14,7 +14,7 @@ from torch import Tensor
 from edgekd.capture import TeacherCache
 from edgekd.data import Split, Splits
 from edgekd.errors import DataError
-from edgekd.losses import LABELS, LOSSES, Term, weighted
+from edgekd.losses import LOSSES, Term, weighted
 from edgekd.metrics import Quality, quality
 from edgekd.models import (
     count_macs,
@@ -28,7 +28,7 @@ from edgekd.models import (
 from edgekd.parity import LOGITS
 from edgekd.plugins import load_function
 from edgekd.protocols import Augmentation, Loss, Progress
-from edgekd.recipe import Recipe
+from edgekd.recipe import Mix, Recipe
 from edgekd.sources import load_student_module, module_fingerprint
 from edgekd.store import RunFolder, fingerprint, read_json, save_student
 from edgekd.targets import Targets
@@ -79,17 +79,16 @@ def arm_inputs(recipe: Recipe, splits: Splits, arm: str, seed: int, data: Json) 
     Args:
         data: Keys of the caches it learns from and is judged on.
     """
-    distill = recipe.distill
-    temperature, label_weight = (None, 1.0) if arm == CONTROL else distill.options(arm)
+    distill, mix = recipe.distill, recipe.distill.mix(arm)
     return {
         "arm": arm,
         "seed": seed,
         "student": _student_fingerprint(recipe, splits, seed),
-        "losses": {term.name: [term.weight, _loss_fingerprint(term.loss)] for term in _terms(recipe, arm)},
-        "standardize": distill.standardizes(arm),
+        "losses": {term.name: [term.weight, _loss_fingerprint(term.loss)] for term in _terms(recipe, mix)},
+        "standardize": mix.standardize,
         "data": data,
-        "temperature": temperature,
-        "label_weight": label_weight,
+        "temperature": mix.temperature,
+        "label_weight": mix.label_weight,
         "epochs": distill.epochs,
         "batch_size": distill.batch_size,
         "learning_rate": distill.learning_rate,
@@ -123,13 +122,11 @@ def _example(splits: Splits) -> list[Tensor]:
     return [torch.from_numpy(array) for array in arrays.values()]
 
 
-def _terms(recipe: Recipe, arm: str) -> list[Term]:
-    """The losses that an arm mixes; none for the control."""
-    if arm == CONTROL:
-        return []
+def _terms(recipe: Recipe, mix: Mix) -> list[Term]:
+    """The losses of a mix, loaded."""
     return [
         Term(name, weight, LOSSES[name] if name in LOSSES else load_function(name, recipe.folder))
-        for name, weight in recipe.distill.losses(arm).items()
+        for name, weight in mix.losses.items()
     ]
 
 
@@ -259,16 +256,10 @@ def check_outputs(output: object, teacher_classes: int, labels: int) -> None:
 
 def objective_of(recipe: Recipe, arm: str) -> Objective:
     """What an arm minimises; the control sees labels only."""
-    if arm == CONTROL:
-
-        def labels_only(student: Tensor, teacher: Targets, labels: Tensor) -> dict[str, Tensor]:
-            return {LABELS: torch.nn.functional.cross_entropy(student, labels)}
-
-        return labels_only
-    terms, standardize = _terms(recipe, arm), recipe.distill.standardizes(arm)
-    temperature, label_weight = recipe.distill.options(arm)
+    mix = recipe.distill.mix(arm)
+    terms = _terms(recipe, mix)
 
     def objective(student: Tensor, teacher: Targets, labels: Tensor) -> dict[str, Tensor]:
-        return weighted(student, teacher, labels, terms, temperature, label_weight, standardize)
+        return weighted(student, teacher, labels, terms, mix.temperature, mix.label_weight, mix.standardize)
 
     return objective

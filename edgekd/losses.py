@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 LABELS = "labels"
-"""Name of the ground truth among the parts of a loss."""
+"""Name of the ground truth among the parts of a mix."""
 
 
 def soft_target_kl(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
@@ -191,6 +191,8 @@ def weighted(
         The weighted parts by name, ground truth first; their sum is to be minimised.
     """
     parts = {LABELS: label_weight * F.cross_entropy(student, labels)}
+    if not terms:
+        return parts
     own, wanted, classes = teacher.paired(student, labels, temperature)
     if standardize:
         own, wanted = standardized(own), standardized(wanted)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -71,14 +73,26 @@ class Teacher(Model):
 
 
 class ArmOptions(_Table):
-    """How one arm is mixed: label_weight · cross-entropy + (1 − label_weight) · Σ weight · loss(temperature).
-
-    ``losses`` are names (or ``module:function``) with weights; without them the arm's own name is the only loss.
-    """
+    """What one arm says of its own mix; without ``losses``, its name is its only loss."""
 
     temperature: Annotated[float, Field(gt=0)] | None = None
     label_weight: Annotated[float, Field(ge=0, le=1)] | None = None
     losses: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
+    standardize: bool = False
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What one arm minimises: label_weight · cross-entropy + (1 − label_weight) · Σ weight · loss(temperature).
+
+    Attributes:
+        losses: Names, or ``module:function``, with their weights; none for the control.
+        standardize: Whether the losses compare z-scores of the logits.
+    """
+
+    losses: Mapping[str, float]
+    temperature: float
+    label_weight: float
     standardize: bool = False
 
 
@@ -105,33 +119,31 @@ class Distill(_Table):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     threads: Count | None = None
 
-    def losses(self, arm: str) -> dict[str, float]:
-        """Losses of one arm by name, with their weights."""
-        return self.overrides.get(arm, ArmOptions()).losses or {arm: 1.0}
-
-    def standardizes(self, arm: str) -> bool:
-        """Whether one arm compares z-scores of the logits."""
-        return self.overrides.get(arm, ArmOptions()).standardize
-
-    def needs_all_classes(self) -> str:
-        """Why a cache of the top classes would not do for these arms; empty when it does."""
-        for arm in (arm for arm in self.arms if arm != "control"):
-            temperature, _ = self.options(arm)
-            if "dist" in self.losses(arm):
-                return f"{arm}: dist compares classes over the batch"
-            if self.standardizes(arm):
-                return f"{arm}: standardize looks at the logits of all classes"
-            if temperature not in TAIL_TEMPERATURES:
-                known = ", ".join(f"{value:g}" for value in TAIL_TEMPERATURES)
-                return f"{arm}: the mass of the other classes is kept for T = {known}, not for {temperature:g}"
-        return ""
-
-    def options(self, arm: str) -> tuple[float, float]:
-        """Temperature and label weight of one arm."""
+    def mix(self, arm: str) -> Mix:
+        """How one arm learns: what its own table says, else what is usual for it, else what holds for all."""
+        if arm == "control":
+            return Mix({}, temperature=1.0, label_weight=1.0)
         own, usual = self.overrides.get(arm, ArmOptions()), _USUAL.get(arm, ArmOptions())
         temperatures = (own.temperature, usual.temperature, self.temperature)
         weights = (own.label_weight, usual.label_weight, self.label_weight)
-        return next(t for t in temperatures if t is not None), next(w for w in weights if w is not None)
+        return Mix(
+            own.losses or {arm: 1.0},
+            next(temperature for temperature in temperatures if temperature is not None),
+            next(weight for weight in weights if weight is not None),
+            own.standardize,
+        )
+
+    def needs_all_classes(self) -> str:
+        """Why a cache of the top classes would not do for these arms; empty when it does."""
+        for arm, mix in ((arm, self.mix(arm)) for arm in self.arms):
+            if "dist" in mix.losses:
+                return f"{arm}: dist compares classes over the batch"
+            if mix.standardize:
+                return f"{arm}: standardize looks at the logits of all classes"
+            if mix.temperature not in TAIL_TEMPERATURES:
+                known = ", ".join(f"{value:g}" for value in TAIL_TEMPERATURES)
+                return f"{arm}: the mass of the other classes is kept for T = {known}, not for {mix.temperature:g}"
+        return ""
 
 
 def parse_drop(text: Any) -> Any:

@@ -7,7 +7,7 @@ import pytest
 
 from edgekd.errors import RecipeError, UsageError
 from edgekd.reading import find_recipe, load_recipe, parse_options
-from edgekd.recipe import json_schema
+from edgekd.recipe import Mix, json_schema
 
 GOOD = """
 name = "x"
@@ -34,9 +34,9 @@ def test_a_short_recipe_is_enough(tmp_path: Path) -> None:
 
     assert recipe.distill.arms == ("control", "kd", "dist")
     assert recipe.run_folder == tmp_path.resolve() / "runs" / "x"
-    assert recipe.distill.options("kd") == (2.0, 0.3)
-    assert recipe.distill.options("dist") == (1.0, 0.33)
-    assert recipe.distill.losses("kd") == {"kd": 1.0}
+    assert recipe.distill.mix("kd") == Mix({"kd": 1.0}, 2.0, 0.3)
+    assert recipe.distill.mix("dist") == Mix({"dist": 1.0}, 1.0, 0.33)
+    assert recipe.distill.mix("control") == Mix({}, 1.0, 1.0)
 
 
 def test_an_arm_can_mix_losses_and_leaves_the_others_as_they_are(tmp_path: Path) -> None:
@@ -50,10 +50,8 @@ standardize = true
 """
     distill = load_recipe(_write(tmp_path, GOOD + mix)).distill
 
-    assert distill.losses("both") == {"kd": 1.0, "dist": 2.0}
-    assert distill.options("both") == (2.0, 0.5)
-    assert [distill.standardizes(arm) for arm in distill.arms] == [False, False, True]
-    assert distill.options("dist") == (1.0, 0.33)
+    assert distill.mix("both") == Mix({"kd": 1.0, "dist": 2.0}, 2.0, 0.5, standardize=True)
+    assert distill.mix("dist") == Mix({"dist": 1.0}, 1.0, 0.33)
 
 
 def test_ten_mistakes_get_ten_lines_with_their_key_paths(tmp_path: Path) -> None:
