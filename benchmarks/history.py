@@ -41,7 +41,7 @@ class Entry:
         release: As whoever measured it called it; may be empty.
         model: Name on the card.
         device: Name, and what stands behind it.
-        how: ``bench`` or ``compare``.
+        how: ``bench``, ``compare`` or ``import``.
         measurement: With its raw samples.
     """
 
@@ -180,7 +180,10 @@ class History:
 
 
 def keep(measured: Sequence[tuple[str, Measurement]], release: str, how: str, progress: Progress) -> None:
-    """Write down what was measured, in the default store; where that fails, say so: it is measured all the same."""
+    """Write down what was measured, in the default store; where that fails, say so: it is measured all the same.
+
+    That goes for a URL that is none, too: it is found out when the minutes are spent.
+    """
     if not is_available():
         progress.say("not kept in the history: pip install 'edgekd[history]'")
         return
@@ -190,7 +193,7 @@ def keep(measured: Sequence[tuple[str, Measurement]], release: str, how: str, pr
             store.add(measured, release, how)
         finally:
             store.close()
-    except StorageError as error:
+    except (StorageError, UsageError) as error:
         progress.say(f"not kept in the history: {error}")
 
 

@@ -54,14 +54,15 @@ class Series:
 
 
 def series_of(entries: Sequence[Entry]) -> list[Series]:
-    """By model, target, precision and device, in the order in which they first came."""
+    """By model, target, precision and device, in the order in which they first came; imported ones by themselves."""
     grouped: dict[tuple[str, str, str, str], list[Entry]] = {}
     for entry in entries:
         m = entry.measurement
-        grouped.setdefault((entry.model, m.target, m.precision, entry.device), []).append(entry)
+        where = f"{entry.device}, imported" if entry.how == "import" else entry.device
+        grouped.setdefault((entry.model, m.target, m.precision, where), []).append(entry)
     return [
-        Series(f"{model} {target} {precision}".strip() + f" on {device}", target, tuple(found))
-        for (model, target, precision, device), found in grouped.items()
+        Series(f"{model} {target} {precision}".strip() + f" on {where}", target, tuple(found))
+        for (model, target, precision, where), found in grouped.items()
     ]
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "MaxDropOption",
     "PrecisionOption",
     "RecipeOption",
+    "ReleaseOption",
     "drop_of",
     "progress_bar",
     "say",
@@ -35,6 +36,7 @@ RecipeOption = Annotated[
     Path | None,
     typer.Option("--recipe", "-r", help="edgekd.toml; by default the one here or in the nearest folder above."),
 ]
+ReleaseOption = Annotated[str, typer.Option(help="What the history calls these files: v1.4, a commit …")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Do it again even if nothing changed.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 PrecisionOption = Annotated[

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from edgekd.cli_common import ForceOption, JsonOption, RecipeOption, progress_bar, show, show_json, workspace
+from edgekd.cli_common import (
+    ForceOption,
+    JsonOption,
+    RecipeOption,
+    ReleaseOption,
+    progress_bar,
+    show,
+    show_json,
+    workspace,
+)
 from edgekd.errors import UsageError
 
 __all__ = ["bench_app", "devices_app"]
@@ -22,7 +31,7 @@ def bench(
     device: Annotated[
         list[str] | None, typer.Option("--device", "-d", help="Name of a device, or the path of its .toml; repeat it.")
     ] = None,
-    release: Annotated[str, typer.Option(help="What the history calls these files: v1.4, a commit …")] = "",
+    release: ReleaseOption = "",
     sustained: Annotated[
         float | None,
         typer.Option(help="Run each file for so many minutes without a pause, and show each minute.", min=0.01),
@@ -68,14 +77,16 @@ def bench(
 
 @bench_app.command("import")
 def bench_import(
-    file: Annotated[Path, typer.Argument(help="JSON; docs/devices.md has its fields.")], recipe: RecipeOption = None
+    file: Annotated[Path, typer.Argument(help="JSON; docs/devices.md has its fields.")],
+    release: ReleaseOption = "",
+    recipe: RecipeOption = None,
 ) -> None:
     """Keep a measurement that was taken elsewhere: in Xcode, in an app. It is flagged, and nothing is gated on it."""
     from edgekd.imported import import_measurement
 
     work = workspace(recipe)
     with work.folder.locked():
-        path, measurement = import_measurement(file, work.folder)
+        path, measurement = import_measurement(file, work.folder, release, progress_bar())
     show(f"{measurement.target} {measurement.precision} on {measurement.device}: {path}")
 
 

@@ -163,7 +163,7 @@ def verify(
     json: JsonOption = False,
 ) -> None:
     """Prove again what is on disk: every artifact, or with --cache the teacher's outputs."""
-    from edgekd.pipeline import verify_artifacts, verify_caches
+    from edgekd.verify import verify_artifacts, verify_caches
 
     work = workspace(recipe)
     if cache:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgekd.cli_common import JsonOption, RecipeOption, progress_bar, show, show_json
+from edgekd.cli_common import JsonOption, RecipeOption, ReleaseOption, progress_bar, show, show_json
 from edgekd.errors import InconclusiveError, UsageError
 
 __all__ = ["calibrate", "compare", "history"]
@@ -25,7 +25,6 @@ InputsOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option(help="Of every random order.")]
 ThreadsOption = Annotated[int, typer.Option(help="Of the runtime.", min=1)]
-ReleaseOption = Annotated[str, typer.Option(help="What the history calls these files: v1.4, a commit …")]
 CalibrationOption = Annotated[
     Path | None, typer.Option(help="The device's calibration; by default where edgekd calibrate keeps it.")
 ]

@@ -9,8 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edgekd import plugins
 from edgekd.errors import DataError, UsageError
+from edgekd.keeping import keep
 from edgekd.measurement import Block, Measurement, Plan
-from edgekd.store import RunFolder, load_artifact, write_json
+from edgekd.protocols import Progress
+from edgekd.store import RunFolder, load_artifact
 from edgekd.types import Artifact
 
 __all__ = ["ImportedMeasurement", "import_measurement"]
@@ -56,8 +58,11 @@ class ImportedMeasurement(_Strict):
     blocks: tuple[ImportedBlock, ...] = Field(min_length=1)
 
 
-def import_measurement(file: Path, run_folder: RunFolder) -> tuple[Path, Measurement]:
-    """Read a file and keep it beside the other measurements of a run.
+def import_measurement(file: Path, run_folder: RunFolder, release: str, progress: Progress) -> tuple[Path, Measurement]:
+    """Read a file and keep it as the other measurements of a run are.
+
+    Args:
+        release: What the history calls it.
 
     Raises:
         UsageError: There is no such file.
@@ -78,8 +83,7 @@ def import_measurement(file: Path, run_folder: RunFolder) -> tuple[Path, Measure
         raise DataError(f"{file}: artifact_sha256 is of no artifact of this run; there are {names} (see manifest.json)")
     artifact, folder = present[told.artifact_sha256]
     measurement = _measurement(told, artifact)
-    path = run_folder.measurement(told.device, folder.name)
-    write_json(path, measurement.to_json(), indent=None)
+    (path,) = keep(run_folder, told.device, [(artifact, folder, measurement)], release, "import", progress)
     return path, measurement
 
 

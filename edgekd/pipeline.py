@@ -14,18 +14,19 @@ import torch
 
 import edgekd
 from edgekd import plugins
-from edgekd.capture import capture, verify_cache
+from edgekd.capture import capture
 from edgekd.compress import PORTABLE, WEIGHT_BITS
 from edgekd.distill import ArmResult, arm_inputs, arms_of, choose_arm, load_result, threads_of, train_arm
-from edgekd.errors import CacheError, UsageError
-from edgekd.export import Proof, Request, requests_of, toolchain, verify_artifact, write_request
+from edgekd.errors import UsageError
+from edgekd.export import Proof, Request, requests_of, toolchain, write_request
+from edgekd.keeping import keep, measurements_of
 from edgekd.measurement import Measurement, Plan, Profile
 from edgekd.profiles import device_of, load_profile
 from edgekd.protocols import Options, Progress
 from edgekd.prune import parse_pruning
 from edgekd.recovery import Settings, calibration_split, compressed, pruned, settings_of, training_inputs
 from edgekd.regressions import note_regressions
-from edgekd.store import MANIFEST, hash_path, load_artifact, load_student, read_json, save_student, write_json
+from edgekd.store import MANIFEST, hash_path, load_artifact, load_student, save_student, write_json
 from edgekd.tune import CANDIDATES, settle
 from edgekd.types import Artifact, Json, Precision, Student
 from edgekd.workspace import SPLITS, Workspace
@@ -37,10 +38,12 @@ __all__ = [
     "compress_stage",
     "distill_stage",
     "export_stage",
+    "finished",
+    "proof_of",
     "prune_stage",
+    "results_of",
     "shipped",
-    "verify_artifacts",
-    "verify_caches",
+    "source_folder",
     "watch_stage",
 ]
 
@@ -249,7 +252,7 @@ def export_stage(
     for request in wanted:
         exporter = plugins.load_exporter(request.target)
         plugins.require(request.target, exporter)
-        source = _source_folder(work, request.target, request.precision)
+        source = source_folder(work, request.target, request.precision)
         folder = work.folder.artifact(request.target, request.precision)
         inputs: Json = {
             "source": digest(source / "student.pt2"),
@@ -275,11 +278,11 @@ def export_stage(
         again = force or not (folder / MANIFEST).is_file()
         if _once(work, f"export-{request.target}-{request.precision}", inputs, make, progress, again):
             written[request] = folder
-    note_regressions(work.folder.artifacts(), measurements_of(work))
+    note_regressions(work.folder.artifacts(), measurements_of(work.folder))
     return settle(wanted, written, student, proof, progress)
 
 
-def _source_folder(work: Workspace, target: str, precision: Precision) -> Path:
+def source_folder(work: Workspace, target: str, precision: Precision) -> Path:
     """Where the program lies that a file is written from."""
     source = plugins.load_exporter(target).precisions[precision].source
     return base_folder(work) if source == "fp32" else work.folder.compressed(source)
@@ -294,6 +297,18 @@ def proof_of(work: Workspace) -> Proof:
     return Proof(parity, task.arrays(), task.labels, work.cache("test").logits(task.ids))
 
 
+def finished(work: Workspace) -> list[tuple[Artifact, Path]]:
+    """Every artifact that is there, with its folder.
+
+    Raises:
+        UsageError: Nothing has been exported yet.
+    """
+    folders = work.folder.artifacts()
+    if not folders:
+        raise UsageError("nothing has been exported yet; run: edgekd export")
+    return [(load_artifact(folder), folder) for folder in folders]
+
+
 def bench_stage(
     work: Workspace, progress: Progress, devices: Sequence[str] = (), force: bool = False, release: str = ""
 ) -> list[Measurement]:
@@ -306,15 +321,12 @@ def bench_stage(
         UsageError: Nothing has been exported yet.
         DeviceError: A device went away.
     """
-    folders = work.folder.artifacts()
-    if not folders:
-        raise UsageError("nothing has been exported yet; run: edgekd export")
+    artifacts = finished(work)
     session = plugins.load_module("edgekd.benchmarks.session")
     spec = work.recipe.bench
     plan = Plan(threads=spec.threads, blocks=spec.blocks, warmup_s=spec.warmup_s, min_s=spec.min_s)
     proof = proof_of(work)
     assert proof.task is not None
-    artifacts = [(load_artifact(folder), folder) for folder in folders]
     for asked in devices or _recipe_devices(work):
         profile = load_profile(asked)
         name = profile.name
@@ -330,18 +342,12 @@ def bench_stage(
             measured = session.measure_many(
                 artifacts, name, device_of(profile), proof.task, proof.labels, teacher_top, plan, progress
             )
-            paths = []
-            for (_, folder), measurement in zip(artifacts, measured, strict=True):
-                path = work.folder.measurement(name, folder.name)
-                write_json(path, measurement.to_json(), indent=None)
-                paths.append(path)
-            named = [(artifact.card.name, found) for (artifact, _), found in zip(artifacts, measured, strict=True)]
-            plugins.load_module("edgekd.benchmarks.history").keep(named, release, "bench", progress)
-            return paths
+            told = [(artifact, folder, one) for (artifact, folder), one in zip(artifacts, measured, strict=True)]
+            return keep(work.folder, name, told, release, "bench", progress)
 
         _once(work, f"bench-{name}", inputs, make, progress, force)
-    measurements = measurements_of(work)
-    note_regressions(folders, measurements)
+    measurements = measurements_of(work.folder)
+    note_regressions(work.folder.artifacts(), measurements)
     return measurements
 
 
@@ -354,18 +360,16 @@ def watch_stage(
         UsageError: Nothing has been exported yet.
         DeviceError: A device went away.
     """
-    folders = work.folder.artifacts()
-    if not folders:
-        raise UsageError("nothing has been exported yet; run: edgekd export")
+    artifacts = finished(work)
     session, proof = plugins.load_module("edgekd.benchmarks.session"), proof_of(work)
     assert proof.task is not None
+    one = {name: array[:1] for name, array in proof.task.items()}
     found = []
     for asked in devices or _recipe_devices(work):
         profile = load_profile(asked)
-        for folder in folders:
-            one = {name: array[:1] for name, array in proof.task.items()}
+        for artifact, folder in artifacts:
             measured = session.measure(
-                load_artifact(folder), folder, profile.name, device_of(profile), one, None, None, plan, progress
+                artifact, folder, profile.name, device_of(profile), one, None, None, plan, progress
             )
             write_json(work.folder.measurement(profile.name, f"{kind}/{folder.name}"), measured.to_json(), indent=None)
             found.append(measured)
@@ -376,52 +380,6 @@ def _recipe_devices(work: Workspace) -> list[str]:
     """Those of the recipe: names, or paths relative to it."""
     folder = work.recipe.folder
     return [str(folder / name) if name.endswith(".toml") else name for name in work.recipe.bench.devices]
-
-
-def measurements_of(work: Workspace) -> list[Measurement]:
-    """All measurements on disk that speak of artifacts as they are now."""
-    present = {load_artifact(folder).sha256 for folder in work.folder.artifacts()}
-    paths = sorted(work.folder.path.glob("measurements/*/*.json"))
-    found = [Measurement.from_json(read_json(path)) for path in paths]
-    return [measurement for measurement in found if measurement.artifact_sha256 in present]
-
-
-def verify_caches(work: Workspace, progress: Progress) -> None:
-    """Run the teacher again on a random share of every cache.
-
-    Raises:
-        CacheError: A top class differs, or a logit by more than the rounding explains.
-    """
-    for name in SPLITS:
-        found = verify_cache(work.cache(name), work.split(name), work.teacher, work.augment_for(name))
-        line = (
-            f"cache {name}: {found.records} records run again, top class differs in {found.top1_differs:.2%}, "
-            f"largest relative error {found.max_relative:.2g}"
-        )
-        if found.top1_differs > 0.01 or found.max_relative > 0.01:
-            raise CacheError(f"{line}; this is another teacher, augmentation or data set; run: edgekd capture --force")
-        progress.say(line)
-
-
-def verify_artifacts(work: Workspace, progress: Progress) -> list[Artifact]:
-    """Prove all finished artifacts again.
-
-    Raises:
-        ParityError: A file changed, or computes something else than its program.
-        UsageError: Nothing has been exported yet.
-    """
-    folders = work.folder.artifacts()
-    if not folders:
-        raise UsageError("nothing has been exported yet; run: edgekd export")
-    proof = proof_of(work)
-    proven = []
-    for folder in folders:
-        found = load_artifact(folder)
-        source = _source_folder(work, found.target, found.precision)
-        artifact = verify_artifact(folder, load_student(source)[0], proof)
-        progress.say(f"{folder.name}: {artifact.parity.status}, max error {artifact.parity.max_abs:.3g}")
-        proven.append(artifact)
-    return proven
 
 
 def _once(

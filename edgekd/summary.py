@@ -13,10 +13,11 @@ import edgekd
 from edgekd import plugins
 from edgekd.compress import PORTABLE, notes_of
 from edgekd.distill import CONTROL, ArmResult
+from edgekd.keeping import measurements_of
 from edgekd.ledger import ClassRow, Gain, Ledger, Row
 from edgekd.measurement import Measurement
 from edgekd.metrics import ClassCount, Quality, quality
-from edgekd.pipeline import measurements_of, results_of, shipped
+from edgekd.pipeline import results_of, shipped
 from edgekd.store import load_artifact, load_student, read_json, size_of, write_json
 from edgekd.types import Artifact, Json, Student
 from edgekd.workspace import Workspace
@@ -40,7 +41,7 @@ def collect(work: Workspace) -> tuple[Ledger, list[Measurement]]:
     chosen, folder = shipped(work)
     student, _ = load_student(folder)
     teacher = _teacher_quality(work)
-    measurements = measurements_of(work)
+    measurements = measurements_of(work.folder)
     artifacts = [(load_artifact(path), path) for path in work.folder.artifacts()]
     control = next(r for r in results if r.arm == CONTROL and r.seed == chosen.seed)
     rows = [

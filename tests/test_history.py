@@ -164,6 +164,12 @@ def entries_of(values: "np.ndarray") -> list[Entry]:
     ]
 
 
+def test_what_was_imported_is_no_level_of_what_edgekd_measured() -> None:
+    entries = entries_of(np.ones(3))
+    names = [series.name for series in series_of([*entries, *(replace(entry, how="import") for entry in entries)])]
+    assert names == ["digits onnx fp32 on host (a chip)", "digits onnx fp32 on host (a chip), imported"]
+
+
 def test_a_creep_below_the_gates_margin_is_found_and_named() -> None:
     random = np.random.default_rng(0)
     values = np.exp(0.006 * random.standard_normal(30)) * np.where(np.arange(30) < 18, 1.0, 1.02)
@@ -222,6 +228,7 @@ def test_what_cannot_be_kept_is_said_and_costs_no_measurement(
     from edgekd.benchmarks.history import keep
     from edgekd.console import LineProgress
 
-    monkeypatch.setenv("EDGEKD_HISTORY", f"sqlite:///{tmp_path}")
-    keep([("digits", measured())], "v7", "bench", LineProgress(sys.stderr))
-    assert "not kept in the history: history at sqlite:///" in capsys.readouterr().err
+    for url, fault in ((f"sqlite:///{tmp_path}", "history at sqlite:///"), ("no url", "no url…: Could not parse")):
+        monkeypatch.setenv("EDGEKD_HISTORY", url)
+        keep([("digits", measured())], "v7", "bench", LineProgress(sys.stderr))
+        assert f"not kept in the history: {fault}" in capsys.readouterr().err

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edgekd.benchmarks.history import History, is_available
+from edgekd.console import LineProgress
 from edgekd.errors import DataError, UsageError
 from edgekd.imported import import_measurement
 from edgekd.measurement import Measurement
@@ -38,10 +41,14 @@ def written(tmp_path: Path, artifact: Artifact, **changes: Any) -> Path:
     return path
 
 
+def imported(file: Path, run_folder: RunFolder) -> tuple[Path, Measurement]:
+    return import_measurement(file, run_folder, "v3", LineProgress(sys.stderr))
+
+
 def test_a_result_is_kept_with_its_origin_and_can_be_gated_by_nobody(
     tmp_path: Path, run_folder: RunFolder, onnx_file: tuple[Artifact, Path]
 ) -> None:
-    path, measurement = import_measurement(written(tmp_path, onnx_file[0]), run_folder)
+    path, measurement = imported(written(tmp_path, onnx_file[0]), run_folder)
     assert path == run_folder.measurement("iphone-16-pro", "onnx-fp32")
     assert Measurement.from_json(read_json(path)) == measurement
     assert measurement.device == "iphone-16-pro (iPhone17,1, iOS 26.1)"
@@ -51,6 +58,17 @@ def test_a_result_is_kept_with_its_origin_and_can_be_gated_by_nobody(
     assert first.conditions["imported"] == "Xcode 26.1 performance report"
     assert first.conditions["inferences"] == "50"
     assert measurement.accuracy is None
+
+
+@pytest.mark.skipif(not is_available(), reason="pip install 'edgekd[history]'")
+def test_a_result_goes_into_the_history_as_what_it_is(
+    tmp_path: Path, run_folder: RunFolder, onnx_file: tuple[Artifact, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEKD_HISTORY", f"sqlite:///{tmp_path / 'history.db'}")
+    _, measurement = imported(written(tmp_path, onnx_file[0]), run_folder)
+    (entry,) = History().entries()
+    assert (entry.release, entry.how, entry.model) == ("v3", "import", onnx_file[0].card.name)
+    assert entry.measurement == measurement
 
 
 @pytest.mark.parametrize(
@@ -69,14 +87,14 @@ def test_a_file_that_does_not_fit_is_told_in_one_line(
     tmp_path: Path, run_folder: RunFolder, onnx_file: tuple[Artifact, Path], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(DataError, match=message) as caught:
-        import_measurement(written(tmp_path, onnx_file[0], **changes), run_folder)
+        imported(written(tmp_path, onnx_file[0], **changes), run_folder)
     assert "\n" not in str(caught.value)
     assert not (run_folder.path / "measurements").exists()
 
 
 def test_no_file_and_no_json_are_told(tmp_path: Path, run_folder: RunFolder) -> None:
     with pytest.raises(UsageError, match="no file"):
-        import_measurement(tmp_path / "absent.json", run_folder)
+        imported(tmp_path / "absent.json", run_folder)
     (tmp_path / "broken.json").write_text('{"device": NaN')
     with pytest.raises(DataError, match=r"broken.json: the file: Invalid JSON"):
-        import_measurement(tmp_path / "broken.json", run_folder)
+        imported(tmp_path / "broken.json", run_folder)

@@ -180,7 +180,7 @@ def test_another_augmentation_is_captured_again(copied: Workspace) -> None:
 
 
 def test_verify_finds_a_file_that_was_changed(copied: Workspace) -> None:
-    from edgekd.pipeline import verify_artifacts
+    from edgekd.verify import verify_artifacts
 
     verify_artifacts(copied, Silent())
     path = copied.folder.artifact("onnx", "fp32") / "model.onnx"
@@ -191,7 +191,7 @@ def test_verify_finds_a_file_that_was_changed(copied: Workspace) -> None:
 
 
 def test_verify_runs_the_teacher_again(copied: Workspace) -> None:
-    from edgekd.pipeline import verify_caches
+    from edgekd.verify import verify_caches
 
     progress = Silent()
     verify_caches(copied, progress)
