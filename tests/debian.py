@@ -22,11 +22,12 @@ def unpacked(name: str, suite: str, architecture: str, packages: Sequence[str]) 
     root = CACHE / name
     if root.is_dir():
         return root
+    mirror = _mirror()
     work, partial = CACHE / f"{name}.{os.getpid()}.apt", CACHE / f"{name}.{os.getpid()}"
     for folder in ("state/lists/partial", "cache/archives/partial"):
         (work / folder).mkdir(parents=True, exist_ok=True)
     (work / "status").touch()
-    (work / "sources.list").write_text(f"deb [signed-by={KEYRING}] http://deb.debian.org/debian {suite} main\n")
+    (work / "sources.list").write_text(f"deb [signed-by={KEYRING}] {mirror} {suite} main\n")
     (work / "apt.conf").write_text(
         f'Dir::Etc::SourceList "{work}/sources.list";\nDir::Etc::SourceParts "/dev/null";\nDir::State "{work}/state";\n'
         f'Dir::State::status "{work}/status";\nDir::Cache "{work}/cache";\nAPT::Install-Recommends "false";\n'
@@ -44,3 +45,16 @@ def unpacked(name: str, suite: str, architecture: str, packages: Sequence[str]) 
         for path in (work, partial):
             shutil.rmtree(path, ignore_errors=True)
     return root
+
+
+def _mirror() -> str:
+    """Where this system has its own Debian packages from, however its sources are written.
+
+    Raises:
+        OSError, subprocess.SubprocessError: It is no Debian, or its apt was never updated.
+    """
+    asked = ["apt-get", "indextargets", "--format", "$(SITE)", "Label: Debian", "Identifier: Packages"]
+    sites = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.split()
+    if not sites:
+        raise OSError("apt has no sources of Debian; run apt-get update first")
+    return sites[0]
