@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import io
 import signal
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import as_file, files
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,10 @@ from edgekd.measurement import Plan
 from edgekd.protocols import Arrays
 from edgekd.types import Artifact
 
-from . import agent
+from .agent.block import SETTLING_S
 
+AGENT = "agent.pyz"
+WITH_OUTPUTS = {"inputs": "inputs.npz", "outputs": "outputs.npz"}
 START_S = 300  # what starting a process and loading a file may take
 SAMPLE_S = 5  # what one sample's outputs may take
 TAIL_LINES = 3  # of the stderr of a process that could not end with a line of its own
@@ -70,13 +75,24 @@ def checked_inputs(who: str, artifact: Artifact, inputs: Arrays, plan: Plan, tar
     return {name: inputs[name] for name in names}
 
 
-def agent_file() -> Any:
-    """The one-file agent, as a context manager that gives its path."""
-    return as_file(files("edgekd.devices") / "agent.py")
+@functools.cache
+def packed_agent() -> bytes:
+    """The folder ``agent`` as one file that Python runs as it is, like zipapp's; the same bytes every time.
+
+    In it the folder has a name that shadows nobody's module: Python looks there first.
+    """
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        main = "import sys\nfrom edgekd_agent.__main__ import main\nsys.exit(main(sys.argv[1:]))\n"
+        archive.writestr(zipfile.ZipInfo("__main__.py"), main)
+        for file in sorted(files("edgekd.devices.agent").iterdir(), key=lambda file: file.name):
+            if file.name.endswith(".py"):
+                archive.writestr(zipfile.ZipInfo(f"edgekd_agent/{file.name}"), file.read_bytes())
+    return packed.getvalue()
 
 
 def make_job(artifact: Artifact, model: str, plan: Plan, session_config: Mapping[str, str]) -> dict[str, Any]:
-    """A job for the agent, without outputs; ``with_outputs`` adds them."""
+    """A job for the agent, without outputs; ``WITH_OUTPUTS`` adds them."""
     return {
         "target": artifact.target,
         "model": model,
@@ -100,7 +116,7 @@ def write_inputs(folder: Path, artifact: Artifact, inputs: Arrays) -> None:
 
 def limit_s(plan: Plan, samples: int) -> float:
     """When to give up on one process, in seconds."""
-    return START_S + (plan.warmup_s + agent.SETTLING_S + plan.max_s) * 2 + samples * SAMPLE_S
+    return START_S + (plan.warmup_s + SETTLING_S + plan.max_s) * 2 + samples * SAMPLE_S
 
 
 def last_words(code: int, said: str) -> str:

@@ -22,8 +22,9 @@ from edgekd.plugins import missing
 from edgekd.protocols import Arrays, Device, Settings
 from edgekd.types import Artifact
 
-from . import agent
 from ._agents import checked_inputs
+from .agent.block import SETTLING_RUNS, SETTLING_S, settled
+from .agent.machine import describe_machine
 from .host import HostDevice
 
 __all__ = ["DEVICE", "IPhoneDevice", "MacDevice"]
@@ -70,8 +71,7 @@ class MacDevice:
     def probe(self) -> DeviceStatus:
         if reason := _unreachable(self._settings):
             return DeviceStatus(reachable=False, reason=reason)
-        facts = {key: value for key, value in agent.describe_machine().items() if value}
-        return DeviceStatus(reachable=True, facts=facts, targets=TARGETS, not_run=dict(NOT_RUN))
+        return DeviceStatus(reachable=True, facts=describe_machine(), targets=TARGETS, not_run=dict(NOT_RUN))
 
     def run(
         self, artifact: Artifact, folder: Path, inputs: Arrays, plan: Plan
@@ -201,10 +201,10 @@ class IPhoneDevice:
             first = await one()
             warmup: list[float] = []
             # Every call costs the time of two copies over the cable: the settling has no more than its runs.
-            while len(warmup) < plan.warmup_runs or (not agent.settled(warmup) and len(warmup) < agent.SETTLING_RUNS):
+            while len(warmup) < plan.warmup_runs or (not settled(warmup) and len(warmup) < SETTLING_RUNS):
                 warmup.append(await one())
             latency: list[float] = []
-            end = time.monotonic() + agent.SETTLING_S + plan.max_s
+            end = time.monotonic() + SETTLING_S + plan.max_s
             while len(latency) < plan.min_runs and time.monotonic() < end:
                 latency.append(await one())
             outputs = await self._outputs(model, artifact, inputs, batch) if wants_outputs else {}
@@ -216,7 +216,7 @@ class IPhoneDevice:
             "compute_units": self._settings.compute_units,
             "block": "a fresh load in a running program",
         }
-        is_settled = agent.settled(warmup)
+        is_settled = settled(warmup)
         return Block(0.0, float(load or 0) / 1e6, first, tuple(warmup), tuple(latency), None, is_settled, conditions), {
             name: np.concatenate(parts) for name, parts in outputs.items()
         }

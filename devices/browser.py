@@ -24,9 +24,10 @@ from edgekd.plugins import missing
 from edgekd.protocols import Arrays, Progress, Settings
 from edgekd.types import Artifact, Json
 
-from . import _adb, _page, agent
+from . import _adb, _page
 from ._agents import checked_inputs, limit_s
 from ._chromium import Chromium, find_chromium
+from .agent.machine import describe_machine, read_state, throttled
 
 __all__ = ["DEVICE", "BrowserDevice"]
 
@@ -176,7 +177,7 @@ class BrowserDevice:
         except (OSError, subprocess.TimeoutExpired):
             raise DeviceError(f"{program} --version does not answer") from None
         name = " ".join(word for word in told.stdout.split() if not word.startswith("built"))
-        machine = {key: value for key, value in agent.describe_machine().items() if value}
+        machine = describe_machine()
         kept = ("processor", "system", "cores", "governor", "virtual_machine", "emulated")
         facts = {key: machine[key] for key in kept if key in machine}
         emulation = self._emulation()
@@ -195,7 +196,7 @@ class BrowserDevice:
         program = find_chromium(settings.browser)
         assert program is not None
         server = _page.PageServer(isolated=self.isolated)
-        before = agent.read_state()
+        before = read_state()
         try:
             chromium = self.chromium = Chromium(program, settings.flags)
             try:
@@ -219,13 +220,11 @@ class BrowserDevice:
             server.close()
         emulation = self._emulation()
         conditions = facts | block.conditions | {f"{key}_before": value for key, value in before.items()}
-        conditions |= {f"{key}_after": value for key, value in agent.read_state().items()}
+        conditions |= {f"{key}_after": value for key, value in read_state().items()}
         if emulation:
             emulated = (conditions.get("emulated", ""), f"{emulation} (a desktop's browser)")
             conditions["emulated"] = "; ".join(word for word in emulated if word)
-        void = block.void or agent.throttled(
-            conditions.get("throttle_before", ""), conditions.get("throttle_after", "")
-        )
+        void = block.void or throttled(conditions.get("throttle_before", ""), conditions.get("throttle_after", ""))
         return dataclasses.replace(
             block, conditions={key: value for key, value in conditions.items() if value}, void=void
         )

@@ -1,4 +1,4 @@
-"""This machine: every block is a fresh process of the one-file agent."""
+"""This machine: every block is a fresh process of the agent."""
 
 from __future__ import annotations
 
@@ -20,12 +20,22 @@ from edgekd.plugins import missing
 from edgekd.protocols import Arrays, Settings, Side
 from edgekd.types import Artifact
 
-from . import agent
-from ._agents import NOT_RUN, RUNTIMES, agent_file, checked_inputs, last_words, limit_s, make_job, write_inputs
+from ._agents import (
+    AGENT,
+    NOT_RUN,
+    RUNTIMES,
+    WITH_OUTPUTS,
+    checked_inputs,
+    last_words,
+    limit_s,
+    make_job,
+    packed_agent,
+    write_inputs,
+)
+from .agent.machine import describe_machine
+from .agent.runtimes import SESSION_CONFIG
 
 __all__ = ["DEVICE", "HostDevice"]
-
-WITH_OUTPUTS = {"inputs": "inputs.npz", "outputs": "outputs.npz"}
 
 
 class HostSettings(Settings):
@@ -48,7 +58,7 @@ class HostDevice:
 
     python: str = sys.executable
     timeout_s: float | None = None
-    session_config: Mapping[str, str] = field(default_factory=lambda: dict(agent.SESSION_CONFIG))
+    session_config: Mapping[str, str] = field(default_factory=lambda: dict(SESSION_CONFIG))
     cores: tuple[int, ...] = ()
     name: str = "host"
     targets: tuple[str, ...] = tuple(RUNTIMES)
@@ -65,8 +75,7 @@ class HostDevice:
                 not_run[target] = f"{packages.module} is not installed; pip install 'edgekd[{packages.extra}]'"
             else:
                 targets.append(target)
-        described = {key: value for key, value in agent.describe_machine().items() if value}
-        return DeviceStatus(reachable=True, facts=described, targets=tuple(targets), not_run=not_run)
+        return DeviceStatus(reachable=True, facts=describe_machine(), targets=tuple(targets), not_run=not_run)
 
     def run(
         self, artifact: Artifact, folder: Path, inputs: Arrays, plan: Plan
@@ -93,7 +102,7 @@ class HostDevice:
         """See ``edgekd.protocols.TakingTurns``; errors as in ``run``."""
         given = [checked_inputs(self.name, side.artifact, side.inputs, plan, self.targets) for side in sides]
         try:
-            with tempfile.TemporaryDirectory(prefix="edgekd-host-") as temporary, agent_file() as script:
+            with tempfile.TemporaryDirectory(prefix="edgekd-host-") as temporary:
                 work = Path(temporary)
                 folders = [work / str(index) for index in range(len(sides))]
                 samples = 0
@@ -106,7 +115,7 @@ class HostDevice:
                 what = " and ".join(f"{side.artifact.path} ({side.artifact.target})" for side in sides)
                 jobs = [str(folder / "job.json") for folder in folders]
                 timeout_s = self.timeout_s or len(sides) * limit_s(plan, samples)
-                self._process([str(script), "--seed", str(seed), *jobs], work, f"{what} on {self.name}", timeout_s)
+                self._process(["--seed", str(seed), *jobs], work, f"{what} on {self.name}", timeout_s)
                 return tuple((_read_block(folder / job["result"]), _read_outputs(folder)) for folder in folders)
         except OSError as error:
             raise StorageError(f"cannot measure in {tempfile.gettempdir()}: {error.strerror or error}") from error
@@ -118,7 +127,7 @@ class HostDevice:
     def _run(
         self, artifact: Artifact, folder: Path, inputs: Arrays, plan: Plan
     ) -> tuple[tuple[Block, ...], dict[str, np.ndarray]]:
-        with tempfile.TemporaryDirectory(prefix="edgekd-host-") as temporary, agent_file() as script:
+        with tempfile.TemporaryDirectory(prefix="edgekd-host-") as temporary:
             work = Path(temporary)
             write_inputs(work, artifact, inputs)
             job = self._job(artifact, folder, plan)
@@ -132,16 +141,16 @@ class HostDevice:
                 result = work / job["result"]
                 result.unlink(missing_ok=True)
                 (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
-                self._process([str(script), "job.json"], work, what, self.timeout_s or limit_s(plan, samples))
+                self._process(["job.json"], work, what, self.timeout_s or limit_s(plan, samples))
                 blocks.append(_read_block(result))
             return tuple(blocks), _read_outputs(work)
 
     def _process(self, arguments: Sequence[str], work: Path, what: str, timeout_s: float) -> None:
         """One process of the agent, from its start to its end; it never outlives this call."""
+        (work / AGENT).write_bytes(packed_agent())
         with (work / "stderr.txt").open("w+b") as stderr:
-            # -P keeps the script's folder off the path: files beside the agent must not shadow anyone's modules.
             process = subprocess.Popen(
-                [self.python, "-P", *arguments],
+                [self.python, AGENT, *arguments],
                 cwd=work,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

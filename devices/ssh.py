@@ -1,4 +1,4 @@
-"""A Linux board or machine over OpenSSH: every block is a fresh process of the one-file agent, there.
+"""A Linux board or machine over OpenSSH: every block is a fresh process of the agent, there.
 
 Nothing is installed but by ``edgekd devices prepare``. A sitting keeps its files in a folder of its own and removes it.
 """
@@ -11,8 +11,10 @@ import io
 import json
 import shlex
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +25,21 @@ from edgekd.measurement import Block, DeviceStatus, Plan, Profile
 from edgekd.protocols import Arrays, Progress, Settings
 from edgekd.types import Artifact, Json
 
-from . import agent
-from ._agents import NOT_RUN, RUNTIMES, agent_file, checked_inputs, last_words, limit_s, make_job, write_inputs
+from ._agents import (
+    AGENT,
+    NOT_RUN,
+    RUNTIMES,
+    WITH_OUTPUTS,
+    checked_inputs,
+    last_words,
+    limit_s,
+    make_job,
+    packed_agent,
+    write_inputs,
+)
 from ._shell import safe_name, watched
 from ._ssh import Connection
+from .agent.runtimes import SESSION_CONFIG
 
 __all__ = ["DEVICE", "SshDevice"]
 
@@ -107,10 +120,8 @@ class SshDevice:
         """
         what = f"{artifact.path} ({artifact.target} {artifact.precision}) on {self._profile.name}"
         inputs = checked_inputs(self._profile.name, artifact, inputs, plan, tuple(RUNTIMES))
-        try:
+        with _told_of(what):
             return self._run(artifact, folder, inputs, plan)
-        except DeviceError as error:
-            raise DeviceError(f"{what}: {error}") from None
 
     def close(self) -> None:
         """Remove the sitting's folder and end the connection; no error when the board is away."""
@@ -151,6 +162,22 @@ class SshDevice:
         self, artifact: Artifact, folder: Path, inputs: Arrays, plan: Plan
     ) -> tuple[tuple[Block, ...], dict[str, np.ndarray]]:
         sitting = self._sit()
+        job = self._send_files(sitting, artifact, folder, inputs, plan)
+        blocks = []
+        for index in range(plan.blocks):
+            samples = 0
+            if index == plan.blocks - 1:
+                job |= WITH_OUTPUTS
+                samples = len(next(iter(inputs.values())))
+            self._send(sitting, "job.json", json.dumps(job).encode())
+            self._process(sitting, ["job.json"], limit_s(plan, samples))
+            blocks.append(self._read_block(sitting.folder))
+        return tuple(blocks), self._read_outputs(sitting.folder)
+
+    def _send_files(
+        self, sitting: _Sitting, artifact: Artifact, folder: Path, inputs: Arrays, plan: Plan, below: str = ""
+    ) -> Json:
+        """The model into the sitting's folder, and its inputs too, or below; the job for them, without outputs."""
         model = safe_name(artifact.sha256)
         path = folder / artifact.path
         if not path.is_file():
@@ -159,35 +186,32 @@ class SshDevice:
         with tempfile.TemporaryDirectory(prefix="edgekd-ssh-") as temporary:
             write_inputs(Path(temporary), artifact, inputs)
             for name in ("sample.npz", "inputs.npz"):
-                self._send(sitting, name, (Path(temporary) / name).read_bytes())
-        job = make_job(artifact, model, plan, agent.SESSION_CONFIG) | {"cores": list(self._settings.cores)}
-        blocks = []
-        for index in range(plan.blocks):
-            samples = 0
-            if index == plan.blocks - 1:
-                job |= {"inputs": "inputs.npz", "outputs": "outputs.npz"}
-                samples = len(next(iter(inputs.values())))
-            blocks.append(self._block(sitting, job, limit_s(plan, samples)))
-        content = self._open().get(f"{sitting.folder}/outputs.npz")
-        try:
-            with np.load(io.BytesIO(content), allow_pickle=False) as outputs:
-                return tuple(blocks), {name: outputs[name] for name in outputs.files}
-        except (ValueError, OSError) as error:
-            raise DataError(f"the outputs of {self._profile.name} cannot be read: {error}") from None
+                self._send(sitting, f"{below}{name}", (Path(temporary) / name).read_bytes())
+        job = make_job(artifact, f"{sitting.folder}/{model}", plan, SESSION_CONFIG)
+        return job | {"cores": list(self._settings.cores)}
 
-    def _block(self, sitting: _Sitting, job: Json, limit: float) -> Block:
-        """One process there, from its start to its end."""
-        connection = self._open()
-        self._send(sitting, "job.json", json.dumps(job).encode())
-        # -I keeps the folder off the module path: files beside the agent must not shadow anyone's modules.
-        script = watched((sitting.python, "-I", "agent.py", "job.json"), sitting.folder, limit)
-        done = connection.run_watched(f"rm -f {shlex.quote(sitting.folder)}/block.json; {script}", limit)
+    def _process(self, sitting: _Sitting, arguments: Sequence[str], limit: float) -> None:
+        """One process of the agent there, from its start to its end."""
+        # -I: of the board's Python and nothing of its user's.
+        script = watched((sitting.python, "-I", AGENT, *arguments), sitting.folder, limit)
+        folder = shlex.quote(sitting.folder)
+        done = self._open().run_watched(f"rm -f {folder}/block.json {folder}/*/block.json; {script}", limit)
         if done.code == 124:
             raise DeviceError(f"no result after {limit:.0f} s; the process was stopped")
         if done.code != 0:
             self._sitting = None if done.code == 97 else self._sitting  # the folder is gone
             raise DeviceError(last_words(done.code, done.err))
-        return Block.from_json(json.loads(connection.get(f"{sitting.folder}/block.json")))
+
+    def _read_block(self, folder: str) -> Block:
+        return Block.from_json(json.loads(self._open().get(f"{folder}/block.json")))
+
+    def _read_outputs(self, folder: str) -> dict[str, np.ndarray]:
+        content = self._open().get(f"{folder}/{WITH_OUTPUTS['outputs']}")
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as outputs:
+                return {name: outputs[name] for name in outputs.files}
+        except (ValueError, OSError) as error:
+            raise DataError(f"the outputs of {self._profile.name} cannot be read: {error}") from None
 
     def _sit(self) -> _Sitting:
         """The sitting's folder; made, and the board recognized, by its first run."""
@@ -202,8 +226,7 @@ class SshDevice:
             if done.code != 0:
                 raise DeviceError(f"no folder can be made in {self._settings.folder}: {last_words(1, done.err)}")
             self._sitting = _Sitting(_last_line(done.out), found["python"])
-            with agent_file() as script:
-                self._send(self._sitting, "agent.py", Path(script).read_bytes())
+            self._send(self._sitting, AGENT, packed_agent())
         return self._sitting
 
     def _send(self, sitting: _Sitting, name: str, content: bytes, digest: str = "") -> None:
@@ -224,12 +247,11 @@ class SshDevice:
         python = f"{_path(self._settings.folder)}/{PYTHON}"
         if self._settings.python:
             python = _path(self._settings.python)
-        with agent_file() as script:
-            source = Path(script).read_text(encoding="utf-8")
+        source = (files("edgekd.devices.agent") / "machine.py").read_text(encoding="utf-8")
         modules = {packages.module for packages in RUNTIMES.values()} | {"numpy"}
         asked = (
-            f"import importlib.util, json, sys\nspace = {{'__name__': 'agent'}}\nexec({source!r}, space)\n"
-            "facts = {key: value for key, value in space['describe_machine']().items() if value}\n"
+            f"import importlib.util, json\nspace = {{'__name__': 'machine'}}\nexec({source!r}, space)\n"
+            "facts = space['describe_machine']()\n"
             f"modules = [name for name in {sorted(modules)!r} if importlib.util.find_spec(name)]\n"
             "print(json.dumps({'facts': facts, 'modules': modules}))\n"
         )
@@ -273,6 +295,15 @@ class SshDevice:
 
     def _cd(self) -> str:
         return f"cd {_path(self._settings.folder)}"
+
+
+@contextlib.contextmanager
+def _told_of(what: str) -> Iterator[None]:
+    """Says of what a DeviceError is told."""
+    try:
+        yield
+    except DeviceError as error:
+        raise DeviceError(f"{what}: {error}") from None
 
 
 def _path(path: str) -> str:

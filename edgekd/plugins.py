@@ -145,7 +145,7 @@ def _names(package: str) -> tuple[str, ...]:
     builtin = {
         Path(entry.name).stem
         for entry in files(package).iterdir()
-        if entry.name.endswith(".py") and not entry.name.startswith("_") and entry.name != "agent.py"
+        if entry.name.endswith(".py") and not entry.name.startswith("_")
     }
     return tuple(sorted(builtin | {point.name for point in entry_points(group=package)}))
 

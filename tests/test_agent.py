@@ -1,27 +1,30 @@
-"""The one-file agent, run as its users run it: as a process, on real files, in the real runtimes."""
+"""The agent, run as its users run it: as a process, on real files, in the real runtimes."""
 
 import ast
 import gc
+import io
 import json
 import os
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from importlib.resources import files
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from edgekd.devices import agent
+from edgekd.devices._agents import packed_agent
+from edgekd.devices.agent import block
+from edgekd.devices.agent.errors import AgentError
+from edgekd.devices.agent.job import read_job
+from edgekd.devices.agent.runtimes import RUNTIMES, OnnxRuntime
 from edgekd.measurement import Block
 from edgekd.types import Artifact
 
-AGENT = Path(str(files("edgekd.devices") / "agent.py"))
 QUICK = {"threads": 1, "warmup_runs": 3, "warmup_s": 0.0, "min_runs": 20, "min_s": 0.0, "max_s": 2.0}
 
 File = tuple[Artifact, Path]
@@ -58,9 +61,10 @@ def write_job(work: Path, file: File, images: np.ndarray, **changes: Any) -> Pat
     return work / "job.json"
 
 
-def run_agent(work: Path, script: Path = AGENT) -> subprocess.CompletedProcess[str]:
+def run_agent(work: Path) -> subprocess.CompletedProcess[str]:
+    (work / "agent.pyz").write_bytes(packed_agent())
     return subprocess.run(
-        [sys.executable, "-P", str(script), "job.json"], cwd=work, capture_output=True, text=True, timeout=120
+        [sys.executable, "agent.pyz", "job.json"], cwd=work, capture_output=True, text=True, timeout=120
     )
 
 
@@ -82,16 +86,16 @@ def test_a_block_holds_raw_samples_and_conditions(file: File, images: np.ndarray
     write_job(tmp_path, file, images)
     done = run_agent(tmp_path)
     assert done.returncode == 0, done.stderr
-    block = Block.from_json(json.loads((tmp_path / "block.json").read_text()))
-    assert len(block.latency_ms) == 20
-    assert len(block.warmup_ms) >= 20, "two windows of ten are needed to settle"
-    assert min(*block.latency_ms, block.first_inference_ms, block.model_load_ms, block.runtime_load_ms) > 0
-    assert block.peak_memory_bytes is not None
-    assert block.peak_memory_bytes > 10_000_000
-    assert block.conditions["runtime"].startswith(("onnxruntime", "ai-edge-litert"))
-    assert block.conditions["threads"] == "1"
-    assert {"processor", "system", "python", "numpy", "timer_step_ns"} <= set(block.conditions)
-    assert all(isinstance(value, str) and value for value in block.conditions.values())
+    found = Block.from_json(json.loads((tmp_path / "block.json").read_text()))
+    assert len(found.latency_ms) == 20
+    assert len(found.warmup_ms) >= 20, "two windows of ten are needed to settle"
+    assert min(*found.latency_ms, found.first_inference_ms, found.model_load_ms, found.runtime_load_ms) > 0
+    assert found.peak_memory_bytes is not None
+    assert found.peak_memory_bytes > 10_000_000
+    assert found.conditions["runtime"].startswith(("onnxruntime", "ai-edge-litert"))
+    assert found.conditions["threads"] == "1"
+    assert {"processor", "system", "python", "numpy", "timer_step_ns"} <= set(found.conditions)
+    assert all(isinstance(value, str) and value for value in found.conditions.values())
 
 
 def test_outputs_are_those_of_the_runtime_in_this_process(file: File, images: np.ndarray, tmp_path: Path) -> None:
@@ -108,16 +112,38 @@ def test_without_wanted_outputs_none_are_written(file: File, images: np.ndarray,
     assert not (tmp_path / "outputs.npz").exists()
 
 
-def test_the_file_stands_alone(file: File, images: np.ndarray, tmp_path: Path) -> None:
-    tree = ast.parse(AGENT.read_text())
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    foreign = {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names)
-    assert foreign == {"numpy", "executorch", "torch"}  # ExecuTorch's own runtime takes torch's tensors
-    shutil.copy(AGENT, tmp_path / "copied.py")
-    write_job(tmp_path, file, images)
-    done = run_agent(tmp_path, tmp_path / "copied.py")
+def test_it_stands_alone() -> None:
+    with zipfile.ZipFile(io.BytesIO(packed_agent())) as archive:
+        sources = {name: archive.read(name) for name in archive.namelist()}
+    assert len(sources) == 9
+    foreign, siblings = set(), {}
+    for path, source in sources.items():
+        nodes = list(ast.walk(ast.parse(source)))
+        froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {str(node.module) for node in froms if not node.level}
+        foreign |= {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
+        siblings[Path(path).stem] = {node.module for node in froms if node.level}
+    assert foreign == {"edgekd_agent", "numpy", "executorch", "torch"}  # ExecuTorch's own runtime takes torch's tensors
+    assert siblings["block"]
+    assert not siblings["machine"], "a board that is only looked at gets this file alone"
+
+
+def test_it_is_packed_into_the_same_bytes_every_time() -> None:
+    assert packed_agent.__wrapped__() == packed_agent()
+
+
+def test_where_edgekd_is_installed_it_is_a_module(onnx_file: File, images: np.ndarray, tmp_path: Path) -> None:
+    name = write_job(tmp_path, onnx_file, images).name
+    command = [sys.executable, "-P", "-m", "edgekd.devices.agent"]
+    assert subprocess.run([*command, name], cwd=tmp_path).returncode == 0
+    outputs = (tmp_path / "outputs.npz").read_bytes()
+    for path in ("outputs.npz", "block.json"):
+        (tmp_path / path).unlink()
+    done = subprocess.run([*command, "--seed", "0", str(tmp_path / name)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "outputs.npz").read_bytes() == outputs
+    assert "turns" in json.loads((tmp_path / "block.json").read_text())["conditions"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
@@ -135,7 +161,7 @@ def test_pools_of_libraries_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
     for name in names:
         monkeypatch.setenv(name, "9")
-    agent.pin_threads(2)
+    block.pin_threads(2)
     assert [os.environ[name] for name in names] == ["2", "1", "1", "1", "1"]
 
 
@@ -166,8 +192,9 @@ def test_a_corrupt_model_gives_one_line_and_no_result(file: File, images: np.nda
 
 def test_a_killed_agent_leaves_nothing_behind(file: File, images: np.ndarray, tmp_path: Path) -> None:
     write_job(tmp_path, file, images, plan=QUICK | {"min_s": 60.0, "max_s": 60.0})
+    (tmp_path / "agent.pyz").write_bytes(packed_agent())
     before = {path.name for path in tmp_path.iterdir()}
-    process = subprocess.Popen([sys.executable, str(AGENT), "job.json"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "agent.pyz", "job.json"], cwd=tmp_path, stderr=subprocess.DEVNULL)
     time.sleep(1.5)  # into loading or measuring; either must leave nothing
     assert process.poll() is None
     process.send_signal(signal.SIGKILL)
@@ -221,10 +248,10 @@ def test_a_runtime_that_is_not_installed_is_named(
     onnx_file: File, images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(agent.RUNTIMES, "onnx", ("a_runtime_nobody_has", agent.OnnxRuntime))
-    job = agent.read_job(write_job(tmp_path, onnx_file, images))
-    with pytest.raises(agent.AgentError, match="target 'onnx' needs a_runtime_nobody_has"):
-        agent.measure(job)
+    monkeypatch.setitem(RUNTIMES, "onnx", ("a_runtime_nobody_has", OnnxRuntime))
+    job = read_job(write_job(tmp_path, onnx_file, images))
+    with pytest.raises(AgentError, match="target 'onnx' needs a_runtime_nobody_has"):
+        block.measure(job)
 
 
 class Clock:
@@ -243,18 +270,18 @@ ANY: Any = None
 
 def test_warm_up_keeps_its_minimum_of_runs_and_seconds() -> None:
     plan = {"warmup_runs": 30, "warmup_s": 0.0}
-    assert len(agent.warm_up(ANY, ANY, plan, Clock([], 1.0))[0]) == 30
+    assert len(block.warm_up(ANY, ANY, plan, Clock([], 1.0))[0]) == 30
     plan = {"warmup_runs": 1, "warmup_s": 0.5}
-    assert len(agent.warm_up(ANY, ANY, plan, Clock([], 1.0))[0]) == 500
+    assert len(block.warm_up(ANY, ANY, plan, Clock([], 1.0))[0]) == 500
 
 
 def test_warm_up_needs_two_windows_and_ends_when_they_agree() -> None:
     plan = {"warmup_runs": 1, "warmup_s": 0.0}
-    latency_ms, converged = agent.warm_up(ANY, ANY, plan, Clock([], 1.0))
+    latency_ms, converged = block.warm_up(ANY, ANY, plan, Clock([], 1.0))
     assert converged
     assert len(latency_ms) == 20
     falling = [5.0 - 0.1 * step for step in range(40)]
-    latency_ms, converged = agent.warm_up(ANY, ANY, plan, Clock(falling, 1.0))
+    latency_ms, converged = block.warm_up(ANY, ANY, plan, Clock(falling, 1.0))
     assert converged
     assert 40 < len(latency_ms) <= 60
     last, before = statistics.median(latency_ms[-10:]), statistics.median(latency_ms[-20:-10])
@@ -264,25 +291,25 @@ def test_warm_up_needs_two_windows_and_ends_when_they_agree() -> None:
 def test_warm_up_that_never_settles_is_capped_and_says_so() -> None:
     plan = {"warmup_runs": 12, "warmup_s": 0.0}
     slower_and_slower = Clock([0.01 * 1.03**step for step in range(1000)], 1.0)
-    latency_ms, converged = agent.warm_up(ANY, ANY, plan, slower_and_slower)
+    latency_ms, converged = block.warm_up(ANY, ANY, plan, slower_and_slower)
     assert not converged
     assert len(latency_ms) == 12 + 200
     slower_still = Clock([100 * 1.03**step for step in range(1000)], 1.0)
-    latency_ms, converged = agent.warm_up(ANY, ANY, plan, slower_still)
+    latency_ms, converged = block.warm_up(ANY, ANY, plan, slower_still)
     assert not converged
     assert sum(latency_ms[12:-1]) < 5000 <= sum(latency_ms[12:])
 
 
 def test_timing_keeps_its_minimum_and_its_cap(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = {"min_runs": 100, "min_s": 1.0, "max_s": 10.0}
-    monkeypatch.setattr(agent, "_time", Clock([], 1.0))
-    assert len(agent.time_inferences(ANY, ANY, plan, 1)) == 1000
-    monkeypatch.setattr(agent, "_time", Clock([], 50.0))
-    assert len(agent.time_inferences(ANY, ANY, plan, 1)) == 100
-    monkeypatch.setattr(agent, "_time", Clock([], 500.0))
-    assert len(agent.time_inferences(ANY, ANY, plan, 1)) == 20
-    monkeypatch.setattr(agent, "_time", Clock([], 1.0))
-    assert len(agent.time_inferences(ANY, ANY, plan, 10)) == 100, "a sample of ten inferences takes ten times as long"
+    monkeypatch.setattr(block, "_time", Clock([], 1.0))
+    assert len(block.time_inferences(ANY, ANY, plan, 1)) == 1000
+    monkeypatch.setattr(block, "_time", Clock([], 50.0))
+    assert len(block.time_inferences(ANY, ANY, plan, 1)) == 100
+    monkeypatch.setattr(block, "_time", Clock([], 500.0))
+    assert len(block.time_inferences(ANY, ANY, plan, 1)) == 20
+    monkeypatch.setattr(block, "_time", Clock([], 1.0))
+    assert len(block.time_inferences(ANY, ANY, plan, 10)) == 100, "a sample of ten inferences takes ten times as long"
 
 
 def test_the_garbage_collector_is_off_while_timing_and_on_after_it() -> None:
@@ -293,13 +320,13 @@ def test_the_garbage_collector_is_off_while_timing_and_on_after_it() -> None:
         return []
 
     watched: Any = watch
-    agent.time_inferences(watched, {}, {"min_runs": 3, "min_s": 0.0, "max_s": 1.0}, 1)
+    block.time_inferences(watched, {}, {"min_runs": 3, "min_s": 0.0, "max_s": 1.0}, 1)
     assert seen == [False] * 3
     assert gc.isenabled()
 
 
 def test_a_coarse_clock_times_several_inferences_at_once() -> None:
-    assert agent.inferences_per_sample(60, 1.0) == 1
-    assert agent.inferences_per_sample(100_000, 1.0) == 5
-    assert agent.inferences_per_sample(1_000_000, 0.1) == 500
-    assert 0 < agent.timer_step_ns() < 1_000_000
+    assert block.inferences_per_sample(60, 1.0) == 1
+    assert block.inferences_per_sample(100_000, 1.0) == 5
+    assert block.inferences_per_sample(1_000_000, 0.1) == 500
+    assert 0 < block.timer_step_ns() < 1_000_000

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +69,7 @@ def test_the_agent_reads_a_package_and_never_invents_a_time(coreml_file: File, t
         "plan": {"threads": 1, "warmup_runs": 1, "warmup_s": 0, "min_runs": 1, "min_s": 0, "max_s": 1},
     }
     (tmp_path / "job.json").write_text(json.dumps(job))
-    command = [sys.executable, "-P", str(files("edgekd.devices") / "agent.py"), "job.json"]
+    command = [sys.executable, "-P", "-m", "edgekd.devices.agent", "job.json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert "(CPU_ONLY) cannot run" in done.stderr.splitlines()[-1]

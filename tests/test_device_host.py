@@ -37,7 +37,7 @@ def images() -> np.ndarray:
 
 
 def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children(recursive=True) if "agent.py" in " ".join(child.cmdline())]
+    return [child for child in psutil.Process().children(recursive=True) if "agent.pyz" in " ".join(child.cmdline())]
 
 
 def wait_for(condition: object, seconds: float = 60.0) -> None:

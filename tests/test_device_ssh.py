@@ -78,7 +78,7 @@ class Board:
         found = []
         for process in self.agents():
             with contextlib.suppress(psutil.Error):
-                if "agent.py" in process.cmdline() and "python" in process.name():
+                if "agent.pyz" in process.cmdline() and "python" in process.name():
                     found.append(process)
         return found
 

@@ -1,5 +1,5 @@
 // One block is one load of this page: take a job, load the runtime and the file, warm up, time, compute the outputs,
-// send the result, load the page anew. The rules are those of devices/agent.py; see docs/measuring.md.
+// send the result, load the page anew. The rules are those of devices/agent/; see docs/measuring.md.
 
 const WINDOW = 10; // inferences in each of the two windows whose medians are compared
 const SETTLED = 0.02; // their largest relative difference
