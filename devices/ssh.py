@@ -22,7 +22,7 @@ from pydantic import Field
 
 from edgekd.errors import DataError, DeviceError
 from edgekd.measurement import Block, DeviceStatus, Plan, Profile
-from edgekd.protocols import Arrays, Progress, Settings
+from edgekd.protocols import Arrays, Progress, Settings, Side
 from edgekd.types import Artifact, Json
 
 from ._agents import (
@@ -76,7 +76,7 @@ class _Sitting:
 
 
 class SshDevice:
-    """Fulfils ``edgekd.protocols.Device`` and ``Preparable``."""
+    """Fulfils ``edgekd.protocols.Device``, ``TakingTurns`` and ``Preparable``."""
 
     def __init__(self, profile: Profile, settings: SshSettings) -> None:
         self._profile, self._settings = profile, settings
@@ -122,6 +122,24 @@ class SshDevice:
         inputs = checked_inputs(self._profile.name, artifact, inputs, plan, tuple(RUNTIMES))
         with _told_of(what):
             return self._run(artifact, folder, inputs, plan)
+
+    def run_in_turns(
+        self, sides: Sequence[Side], plan: Plan, seed: int
+    ) -> tuple[tuple[Block, dict[str, np.ndarray]], ...]:
+        """See ``edgekd.protocols.TakingTurns``; errors as in ``run``."""
+        name = self._profile.name
+        given = [checked_inputs(name, side.artifact, side.inputs, plan, tuple(RUNTIMES)) for side in sides]
+        with _told_of(" and ".join(f"{side.artifact.path} ({side.artifact.target})" for side in sides) + f" on {name}"):
+            sitting = self._sit()
+            folders = [f"{sitting.folder}/{index}" for index in range(len(sides))]
+            self._open().run(f"mkdir -p {shlex.join(folders)}")
+            for index, (side, inputs) in enumerate(zip(sides, given, strict=True)):
+                job = self._send_files(sitting, side.artifact, side.folder, inputs, plan, f"{index}/") | WITH_OUTPUTS
+                self._send(sitting, f"{index}/job.json", json.dumps(job).encode())
+            jobs = [f"{index}/job.json" for index in range(len(sides))]
+            samples = sum(len(next(iter(inputs.values()))) for inputs in given)
+            self._process(sitting, ["--seed", str(seed), *jobs], len(sides) * limit_s(plan, samples))
+            return tuple((self._read_block(folder), self._read_outputs(folder)) for folder in folders)
 
     def close(self) -> None:
         """Remove the sitting's folder and end the connection; no error when the board is away."""

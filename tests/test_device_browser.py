@@ -333,7 +333,7 @@ def test_the_page_serves_its_own_files_and_no_others(server: _page.PageServer) -
     page = ask(server, "/", Cookie=cookie)
     assert page.headers["Cross-Origin-Opener-Policy"] == "same-origin"
     assert page.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
-    for path in ("/../agent.py", "/library/../../x", "/page/run.js", "/library/ort/", "/etc/passwd", "//etc/passwd"):
+    for path in ("/../host.py", "/library/../../x", "/page/run.js", "/library/ort/", "/etc/passwd", "//etc/passwd"):
         assert ask(server, path, Cookie=cookie).status == 404, path
     assert ask(server, "/", Cookie=cookie, Host="evil.example").status == 421, "another site may resolve to us"
 

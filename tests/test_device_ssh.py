@@ -32,7 +32,7 @@ from edgekd.devices.ssh import SshDevice
 from edgekd.errors import DeviceError, UsageError
 from edgekd.measurement import Plan
 from edgekd.profiles import device_of, load_device, load_profile
-from edgekd.protocols import Preparable
+from edgekd.protocols import Preparable, Side, TakingTurns
 from edgekd.types import Artifact
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -180,6 +180,34 @@ def test_blocks_and_outputs_are_those_of_the_same_file_on_the_host(
     device.close()
     assert board.left() == []
     wait_for(lambda: not board.agents(), 5)
+
+
+def test_files_take_turns_in_processes_of_their_own_on_the_board(
+    board: Board, onnx_file: File, tflite_file: File, images: np.ndarray, tmp_path: Path
+) -> None:
+    device = board.device()
+    assert issubclass(SshDevice, TakingTurns), "as the gate asks"
+    sides = [Side(*file, {file[0].inputs[0].name: images}) for file in (onnx_file, tflite_file)]
+    found = device.run_in_turns(sides, replace(QUICK, min_s=0.3), seed=0)
+    assert len(board.left()) == 1, "they share the folder of the sitting"
+    assert [block.conditions["runtime"].split()[0] for block, _ in found] == ["onnxruntime", "ai-edge-litert"]
+    for (block, outputs), (artifact, folder) in zip(found, (onnx_file, tflite_file), strict=True):
+        assert int(block.conditions["turns"]) > 10
+        _, expected = load_device("host").run(
+            artifact, folder, {artifact.inputs[0].name: images}, replace(QUICK, blocks=1)
+        )
+        for name, output in expected.items():
+            np.testing.assert_array_equal(outputs[name], output)
+    (tmp_path / "model.onnx").write_bytes(b"not a model")
+    broken = Side(replace(onnx_file[0], path="model.onnx", sha256="0" * 64), tmp_path, {"image": images})
+    with (
+        contextlib.closing(device),
+        pytest.raises(
+            DeviceError, match=r"model.tflite \(tflite\) and model.onnx \(onnx\) on board: onnxruntime cannot load"
+        ),
+    ):
+        device.run_in_turns([sides[1], broken], QUICK, seed=0)
+    wait_for(lambda: not board.agents() and not board.left(), 20)
 
 
 def test_a_sitting_measures_two_targets_and_leaves_nothing(board: Board, tflite_file: File, images: np.ndarray) -> None:
