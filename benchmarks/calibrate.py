@@ -19,7 +19,7 @@ from edgekd.types import Artifact
 from .cells import Pair, Resolution, Samples, log_ratios_of
 from .gate import GATE_PLAN, Sitting
 from .rule import Rule
-from .session import where_of
+from .session import where_of, why_not_run
 from .stats import ratio_of_logs
 
 __all__ = ["FEWEST_PAIRS", "calibrate", "load_resolution", "resolution_of", "resolution_path", "save_resolution"]
@@ -56,9 +56,10 @@ def calibrate(
     status = device.probe()
     if not status.reachable:
         raise DeviceError(f"{device_name}: {status.reason}")
+    where = where_of(device_name, status.facts)
     if artifact.target not in status.targets:
-        raise UsageError(f"{device_name} runs {', '.join(status.targets) or 'nothing'}; not {artifact.target}")
-    where, rule = where_of(device_name, status.facts), rule or Rule()
+        raise UsageError(why_not_run(artifact.target, where, status))
+    rule = rule or Rule()
     side = Side(artifact, folder, bind_inputs(artifact.inputs, samples.inputs))
     sitting = Sitting(
         Pair(label, artifact, folder, artifact, folder), (side, side), device, plan, random.Random(seed), rule.looks[0]
@@ -91,11 +92,11 @@ def resolution_of(logs: Sequence[float] | np.ndarray, rule: Rule, seed: int = 0)
     Args:
         logs: Logarithms of the ratios of a file with itself, (pairs,).
     """
-    random = np.random.default_rng(seed)
+    chance = np.random.default_rng(seed)
     values, count = np.asarray(logs, float), rule.looks[-1]
     ends = []
     for _ in range(RESAMPLES):
-        drawn = random.choice(values, count) * random.choice((-1.0, 1.0), count)
+        drawn = chance.choice(values, count) * chance.choice((-1.0, 1.0), count)
         ends.append(ratio_of_logs(drawn, rule.confidence).high or np.inf)
     return float(np.quantile(ends, PASSING)) - 1
 

@@ -37,7 +37,7 @@ from .cells import (
 )
 from .paired import Drop, cosines
 from .rule import Rule, decide, holm, worst
-from .session import class_output, flags_of, measure_pair, where_of
+from .session import class_output, flags_of, measure_pair, timed_only, where_of, why_not_run
 
 __all__ = ["GATE_PLAN", "Sitting", "compare"]
 
@@ -67,7 +67,9 @@ class Sitting:
     def measure(self) -> None:
         """One more pair of blocks; one that is void is measured again, and its reason kept."""
         while not self.broken:
-            sides = self.sides if self.outputs is None else [_only_timed(side) for side in self.sides]
+            sides = self.sides
+            if self.outputs is not None:
+                sides = tuple(replace(side, inputs=timed_only(side.artifact, side.inputs)) for side in sides)
             try:
                 (old, old_out), (new, new_out) = measure_pair(
                     self.device, sides, self.plan, self.drawn.randrange(2**31)
@@ -139,15 +141,16 @@ def compare(
             sides = tuple(Side(file, folder, bind_inputs(file.inputs, samples.inputs)) for file, folder in files)
             sittings.append(Sitting(pair, sides, device, plan, drawn, most_void=rule.looks[0]))
         else:
-            runs = ", ".join(status.targets) or "nothing"
-            why = status.not_run.get(pair.new.target, f"{where} runs {runs}; not {pair.new.target}")
-            cells.append(Cell(pair.label, "latency", "inconclusive", why=f"not run: {why}"))
+            why = f"not run: {why_not_run(pair.new.target, where, status)}"
+            cells.append(Cell(pair.label, "latency", "inconclusive", why=why))
     if progress and sittings:
         progress.start(f"comparing on {where}", total=rule.looks[0] * len(sittings))
     drops: dict[tuple[int, str], Drop] = {}
     try:
         for sitting in sittings:
             sitting.measure()  # the first pair shows which metrics there are, and has the outputs of all samples
+            if progress:
+                progress.advance(note=sitting.pair.label)
         for index, sitting in enumerate(sittings):
             if sitting.outputs is not None:
                 found = drops_of(sitting.pair, sitting.outputs, samples, margins, rule.confidence, seed)
@@ -238,12 +241,6 @@ def _resolution_notes(
     return ()
 
 
-def _only_timed(side: Side) -> Side:
-    """The same with the one sample that is timed: the outputs of all are wanted once."""
-    batch = max(1, side.artifact.inputs[0].shape[0])
-    return replace(side, inputs={name: array[:batch] for name, array in side.inputs.items()})
-
-
 def _notes(sitting: Sitting) -> list[str]:
     """What no verdict rests on: how alike the outputs are, and the flags that do not forbid a comparison."""
     if sitting.outputs is None:
@@ -277,5 +274,5 @@ def _measurement(sitting: Sitting, side: int, where: str, drops: Mapping[str, Dr
         accuracy=scores.get("accuracy"),
         teacher_agreement=scores.get("agreement"),
         samples=next((drop.samples for drop in drops.values()), 0),
-        flags=tuple(flags_of(blocks, sitting.plan)) if blocks else (),
+        flags=tuple(flags_of(blocks, sitting.plan, sitting.outputs[side])) if sitting.outputs else (),
     )

@@ -106,10 +106,8 @@ def _sentence(cell: Cell) -> str:
     _, _, old, new, change, interval, margin, _ = _row(cell)
     parts = [f"{old} → {new}"] if cell.old is not None else []
     if cell.change is not None:
-        words = [change]
-        if interval != UNKNOWN:
-            words.append(f"{interval}")
-        parts.append(f"{' ('.join(words)}{')' if len(words) > 1 else ''}, may be {margin}")
+        shown = change if interval == UNKNOWN else f"{change} ({interval})"
+        parts.append(f"{shown}, may be {margin}")
     if cell.again is not None:
         parts.append(f"again {_share(cell.again)}")
     return "; ".join([*parts, cell.why] if cell.why else parts)

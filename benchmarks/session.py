@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from edgekd.errors import DataError, DeviceError, UsageError
-from edgekd.measurement import Block, Measurement, Plan
+from edgekd.measurement import Block, DeviceStatus, Measurement, Plan
 from edgekd.models import bind_inputs
 from edgekd.protocols import Arrays, Device, Progress, Side, TakingTurns
 from edgekd.types import Artifact
@@ -25,8 +25,10 @@ __all__ = [
     "measure",
     "measure_many",
     "measure_pair",
+    "timed_only",
     "top_classes",
     "where_of",
+    "why_not_run",
 ]
 
 FLAGS: Mapping[str, str] = {
@@ -128,7 +130,7 @@ def measure_many(
     with contextlib.closing(device):
         _run_interleaved([one for one in collected if one is not None], device, plan, seed, where, progress)
     return tuple(
-        _not_run(artifact, where, plan, status.not_run, status.targets)
+        _not_run(artifact, where, plan, why_not_run(artifact.target, where, status))
         if one is None
         else _measured(one, where, plan, labels, teacher_top)
         for one, (artifact, _) in zip(collected, artifacts, strict=True)
@@ -145,8 +147,7 @@ def _run_interleaved(
         progress.start(f"measuring on {where}", total=plan.blocks * len(collected))
     for turn in range(plan.blocks):
         for one in order.sample(collected, len(collected)):
-            batch = max(1, one.artifact.inputs[0].shape[0])
-            shown = {name: array if turn == plan.blocks - 1 else array[:batch] for name, array in one.inputs.items()}
+            shown = one.inputs if turn == plan.blocks - 1 else timed_only(one.artifact, one.inputs)
             blocks, one.outputs = device.run(one.artifact, one.folder, shown, single)
             one.blocks.extend(blocks)
             if progress:
@@ -155,17 +156,20 @@ def _run_interleaved(
         progress.finish()
 
 
+def timed_only(artifact: Artifact, inputs: Arrays) -> dict[str, np.ndarray]:
+    """The samples of the one inference that is timed: the outputs of all are wanted once in a sitting."""
+    batch = max(1, artifact.inputs[0].shape[0])
+    return {name: array[:batch] for name, array in inputs.items()}
+
+
 def _measured(
     one: _Collected, where: str, plan: Plan, labels: np.ndarray | None, teacher_top: np.ndarray | None
 ) -> Measurement:
-    flags = flags_of(one.blocks, plan)
     scored = labels is not None or teacher_top is not None
     accuracy = agreement = None
     if scored:
         top = top_classes(one.artifact, one.outputs)
         accuracy, agreement = _share(top, labels, "labels"), _share(top, teacher_top, "top classes of the teacher")
-    if not all(np.all(np.isfinite(output)) for output in one.outputs.values()):
-        flags.append("non_finite_outputs")
     return Measurement(
         artifact_sha256=one.artifact.sha256,
         target=one.artifact.target,
@@ -178,14 +182,16 @@ def _measured(
         accuracy=accuracy,
         teacher_agreement=agreement,
         samples=len(top) if scored else 0,
-        flags=tuple(flags),
+        flags=tuple(flags_of(one.blocks, plan, one.outputs)),
     )
 
 
-def _not_run(
-    artifact: Artifact, where: str, plan: Plan, reasons: Mapping[str, str], targets: Sequence[str]
-) -> Measurement:
-    reason = reasons.get(artifact.target, f"{where} runs {', '.join(targets) or 'nothing'}; not {artifact.target}")
+def why_not_run(target: str, where: str, status: DeviceStatus) -> str:
+    """Why a device does not run a target's files: as it says itself, else what it runs instead."""
+    return status.not_run.get(target, f"{where} runs {', '.join(status.targets) or 'nothing'}; not {target}")
+
+
+def _not_run(artifact: Artifact, where: str, plan: Plan, reason: str) -> Measurement:
     return Measurement(
         artifact_sha256=artifact.sha256,
         target=artifact.target,
@@ -226,8 +232,12 @@ def _share(top: np.ndarray, wanted: np.ndarray | None, what: str) -> float | Non
     return float(np.mean(top == wanted))
 
 
-def flags_of(blocks: Sequence[Block], plan: Plan) -> list[str]:
-    """Names in ``FLAGS``, in its order."""
+def flags_of(blocks: Sequence[Block], plan: Plan, outputs: Arrays | None = None) -> list[str]:
+    """Names in ``FLAGS``, in its order.
+
+    Args:
+        outputs: Of the file, where they are at hand.
+    """
     conditions = [block.conditions for block in blocks]
     raised = {
         "few_blocks": len(blocks) < FEWEST_BLOCKS,
@@ -242,6 +252,7 @@ def flags_of(blocks: Sequence[Block], plan: Plan) -> list[str]:
         "batched_timing": any(seen.get("inferences_per_sample", "1") != "1" for seen in conditions),
         **{name: any(seen.get(name) for seen in conditions) for name in TOLD_BY_THE_DEVICE},
         "void_blocks": any(block.void for block in blocks),
+        "non_finite_outputs": not all(np.all(np.isfinite(output)) for output in (outputs or {}).values()),
     }
     return [name for name, is_raised in raised.items() if is_raised]
 

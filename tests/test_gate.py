@@ -200,6 +200,13 @@ def test_a_file_that_answers_worse_is_a_regression_however_fast(pair: Pair, imag
     assert all(score.verdict == ("regression" if (score.change or 0) > 0 else "pass") for score in scores)
 
 
+def test_what_is_kept_of_a_comparison_tells_of_outputs_that_are_no_numbers(pair: Pair, images: np.ndarray) -> None:
+    device = Told(outputs={"logits": np.full((24, 5), np.nan, np.float32)})
+    comparison, measured = gate.compare([pair], "fake", device, Samples({"image": images}), rule=SOON, plan=QUICK)
+    assert cell(comparison, "finite").verdict == "pass", "no more than before"
+    assert all("non_finite_outputs" in one.flags for one in measured)
+
+
 def test_peak_memory_is_what_came_on_top_of_the_runtime() -> None:
     block = Block(1, 2, 3, (), (1.0, 2.0), 60_000 * 1024, True, {"resident_before_model": "50000 kB"})
     assert value_of(block, "peak_memory") == 10_000 * 1024
@@ -226,6 +233,8 @@ def test_a_noisier_device_tells_less_apart(onnx_file: File, images: np.ndarray) 
     assert found[0].smallest["latency"] < 0.02 < found[1].smallest["latency"]
     with pytest.raises(UsageError, match="at least 20 pairs; 19"):
         calibrating.calibrate("m", *onnx_file, "fake", Told(), Samples({"image": images}), pairs=19)
+    with pytest.raises(UsageError, match=r"^fake \(a test\) runs tflite; not onnx$"):
+        calibrating.calibrate("m", *onnx_file, "fake", Told(targets=("tflite",)), Samples({"image": images}))
 
 
 def test_an_unchanged_file_passes_at_the_resolution_as_often_as_it_says() -> None:
