@@ -28,7 +28,7 @@ import numpy as np
 
 from edgekd.benchmarks.peer_models import MODELS, TRAINED, Case, NotInstalled
 from edgekd.benchmarks.session import measure_many
-from edgekd.benchmarks.stats import block_medians, latency_ms, ratio
+from edgekd.benchmarks.stats import block_medians, latency_ms, latency_ratio
 from edgekd.compress import compress
 from edgekd.devices.host import HostDevice
 from edgekd.errors import EdgekdError
@@ -243,8 +243,7 @@ def _pair(first: float | None, second: float | None, digits: int) -> str:
 def _filled(row: Row, quality: Parity | str, own: Measurement | None, peer: Measurement | None) -> Row:
     if isinstance(quality, str) or own is None:
         return dataclasses.replace(row, reason=str(quality))
-    medians = block_medians(own)
-    beside = ratio(block_medians(peer), medians) if peer is not None else None
+    beside = latency_ratio(peer, own) if peer is not None else None
     return dataclasses.replace(
         row,
         latency_ms=latency_ms(own),
@@ -254,7 +253,7 @@ def _filled(row: Row, quality: Parity | str, own: Measurement | None, peer: Meas
         cosine=quality.cosine,
         agreement=quality.agreement,
         flags=own.flags,
-        blocks_ms=medians,
+        blocks_ms=block_medians(own),
     )
 
 
