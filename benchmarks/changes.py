@@ -16,8 +16,8 @@ __all__ = ["Change", "changes"]
 
 FEWEST = 4  # values on each side of a change
 PENALTY = 5.0
-"""Of one change more, in units of the noise's variance times the logarithm of the length: so chosen that of
-series without a change at most one in twenty has one (tests/test_history.py)."""
+"""Of one change more, in units of the noise's variance times the logarithm of the length: so chosen that with normal
+noise at most one in twenty series without a change has one (tests/test_history.py); heavier tails: docs/gate.md."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ __all__ = ["Block", "DeviceStatus", "Measurement", "OperatorTime", "Plan", "Prof
 
 @dataclass(frozen=True)
 class Plan(JsonMixin):
-    """How one side is measured. A block is one fresh process; the defaults are those of a gate (docs/measuring.md).
+    """How one side is measured. A block is one fresh process; the defaults are those of ``edgekd bench``.
 
     Warm-up, after the first inference: at least ``warmup_runs`` and ``warmup_s``, then until the medians of the last
     two windows of 10 differ by less than 2 %, for at most 200 more runs or 5 s more. Timed: at least ``min_runs`` and

@@ -179,7 +179,7 @@ def test_a_creep_below_the_gates_margin_is_found_and_named() -> None:
     assert "(worse) with v18, 2026-01-19, and stayed so" in sentence
 
 
-def test_noise_alone_is_rarely_called_a_change() -> None:
+def test_normal_noise_alone_is_rarely_called_a_change() -> None:
     from edgekd.benchmarks.changes import changes
 
     random = np.random.default_rng(1)
