@@ -6,7 +6,7 @@ together, are those of the real one. Needs timm, torchvision and transformers, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["ARCHITECTURES", "Architecture", "settle"]
+from .plain_networks import KeywordSpotter, Recurrent, SuperResolution, TemporalNet, UNet
+
+__all__ = ["ARCHITECTURES", "Architecture"]
 
 Sampler = Callable[[int, torch.Generator], tuple[Tensor, ...]]
 """A count and a source of chance to inputs, samples on the first axis."""
@@ -35,57 +37,6 @@ class Architecture:
     family: str
     build: Callable[[], nn.Module]
     sample: Sampler
-
-
-def settle(module: nn.Module, samples: Sequence[Tensor], generator: torch.Generator) -> nn.Module:
-    """Random weights with which every operator matters, and batch norms that know their inputs; in place.
-
-    As they are created, many models would hide a wrong operator: layer scales of 1e-6 switch whole blocks off, weights
-    of 0.02 make every attention uniform, fresh norms are identities. So weights get a spread of one over the root of
-    what they sum, constants get a spread, and the statistics of batch norms are those of the samples.
-    """
-    owners = {id(p): m for m in module.modules() for p in m.parameters(recurse=False)}
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            owner, noise = owners[id(parameter)], torch.randn(parameter.shape, generator=generator)
-            if isinstance(owner, nn.Embedding):
-                parameter.copy_(noise)
-            elif parameter.ndim < 2 or max(parameter.shape) == parameter.numel():
-                if float(parameter.abs().max()) < 0.1 and not name.endswith("bias"):
-                    parameter.copy_(0.5 + 0.1 * noise)  # a layer scale
-                else:
-                    parameter.add_(0.1 * noise)
-            elif parameter.shape[0] == 1:  # positions, class tokens
-                parameter.copy_(0.5 * noise)
-            else:
-                summed = parameter[0].numel()
-                convolution = isinstance(owner, nn.modules.conv._ConvNd)
-                parameter.copy_(noise * (1.4 if convolution else 1.0) / summed**0.5)
-        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        if norms:
-            module.eval()
-            for norm in norms:
-                norm.train()
-                norm.momentum = None  # the mean of all that it sees
-                norm.reset_running_stats()
-            module(*samples)
-        _settle_affine(module, samples)
-    return module.eval()
-
-
-def _settle_affine(module: nn.Module, samples: Sequence[Tensor]) -> None:
-    """Scales and shifts of MobileBERT's ``NoNorm`` that keep numbers in bounds, as its training does."""
-
-    def normalize(layer: Any, inputs: tuple[Tensor, ...]) -> None:
-        values = inputs[0].flatten(0, -2)
-        layer.weight.copy_(1 / values.std(0).clamp(min=1e-3))
-        layer.bias.copy_(-values.mean(0) * layer.weight)
-
-    hooks = [m.register_forward_pre_hook(normalize) for m in module.modules() if type(m).__name__ == "NoNorm"]
-    if hooks:
-        module.eval()(*samples)
-    for hook in hooks:
-        hook.remove()
 
 
 def _image(size: int, width: int | None = None) -> Sampler:
@@ -350,108 +301,6 @@ def _whisper_encoder() -> nn.Module:
     return _Only(WhisperEncoder(config))
 
 
-# torch
-
-
-class _UNet(nn.Module):
-    """Two levels down and up, with transposed convolutions and skips (Ronneberger et al. 2015)."""
-
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-
-        def block(inputs: int, outputs: int) -> nn.Sequential:
-            layers: list[nn.Module] = []
-            for before in (inputs, outputs):
-                layers += [nn.Conv2d(before, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
-            return nn.Sequential(*layers)
-
-        self.down1, self.down2, self.bottom = block(3, width), block(width, 2 * width), block(2 * width, 4 * width)
-        self.up2, self.up1 = (
-            nn.ConvTranspose2d(4 * width, 2 * width, 2, 2),
-            nn.ConvTranspose2d(2 * width, width, 2, 2),
-        )
-        self.side2, self.side1, self.last = block(4 * width, 2 * width), block(2 * width, width), nn.Conv2d(width, 4, 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        first = self.down1(image)
-        second = self.down2(F.max_pool2d(first, 2))
-        deep = self.bottom(F.max_pool2d(second, 2))
-        second = self.side2(torch.cat([self.up2(deep), second], 1))
-        answer: Tensor = self.last(self.side1(torch.cat([self.up1(second), first], 1)))
-        return answer
-
-
-class _Recurrent(nn.Module):
-    """Two layers of a recurrent network over (batch, time, features), the first one in both directions."""
-
-    def __init__(self, kind: type[nn.LSTM] | type[nn.GRU]) -> None:
-        super().__init__()
-        self.both = kind(12, 24, batch_first=True, bidirectional=True)
-        self.last = kind(48, 32, batch_first=True)
-        self.head = nn.Linear(32, 10)
-
-    def forward(self, features: Tensor) -> Tensor:
-        answer: Tensor = self.head(self.last(self.both(features)[0])[0][:, -1])
-        return answer
-
-
-class _KeywordSpotter(nn.Module):
-    """Depthwise separable convolutions over a spectrogram (Zhang et al. 2017)."""
-
-    def __init__(self, width: int = 32) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [
-            nn.Conv2d(1, width, (10, 4), (2, 2), (5, 1)),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-        ]
-        for _ in range(3):
-            layers += [nn.Conv2d(width, width, 3, padding=1, groups=width), nn.BatchNorm2d(width), nn.ReLU()]
-            layers += [nn.Conv2d(width, width, 1), nn.BatchNorm2d(width), nn.ReLU()]
-        self.body, self.head = nn.Sequential(*layers), nn.Linear(width, 12)
-
-    def forward(self, spectrogram: Tensor) -> Tensor:
-        answer: Tensor = self.head(self.body(spectrogram[:, None]).mean((2, 3)))
-        return answer
-
-
-class _TemporalNet(nn.Module):
-    """Causal dilated convolutions over time (Bai et al. 2018)."""
-
-    def __init__(self, width: int = 24) -> None:
-        super().__init__()
-        self.convolutions = nn.ModuleList(nn.Conv1d(12 if d == 1 else width, width, 3, dilation=d) for d in (1, 2, 4))
-        self.head = nn.Linear(width, 6)
-
-    def forward(self, features: Tensor) -> Tensor:
-        x = features.transpose(1, 2)
-        for convolution in self.convolutions:
-            assert isinstance(convolution, nn.Conv1d)
-            y = F.elu(convolution(F.pad(x, (2 * convolution.dilation[0], 0))))
-            x = y + x if x.shape == y.shape else y
-        answer: Tensor = self.head(x[..., -1])
-        return answer
-
-
-class _SuperResolution(nn.Module):
-    """Convolutions and a pixel shuffle on top of the enlarged picture (Shi et al. 2016)."""
-
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, width, 5, padding=2),
-            nn.PReLU(width),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.PReLU(width),
-            nn.Conv2d(width, 12, 3, padding=1),
-            nn.PixelShuffle(2),
-        )
-
-    def forward(self, image: Tensor) -> Tensor:
-        answer: Tensor = self.body(image) + F.interpolate(image, scale_factor=2.0, mode="bilinear", align_corners=False)
-        return answer
-
-
 _TIMM_SWIN: dict[str, Any] = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "img_size": 64}
 _T5: dict[str, Any] = {"vocab_size": 200, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
 _WAV2VEC: dict[str, Any] = {
@@ -507,8 +356,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("eva02", "timm", _timm("eva02_tiny_patch14_224", img_size=56, depth=2), _image(56)),
     Architecture("mixer", "timm", _shallow(_timm("mixer_s32_224", img_size=64), 64), _image(64)),
     # Segmentation and detection
-    Architecture("unet", "torch", _UNet, _image(64)),
-    Architecture("super_resolution", "torch", _SuperResolution, _image(32)),
+    Architecture("unet", "torch", UNet, _image(64)),
+    Architecture("super_resolution", "torch", SuperResolution, _image(32)),
     Architecture("lraspp", "torchvision", _shallow(_segmentation("lraspp_mobilenet_v3_large"), 64), _image(64)),
     Architecture(
         "segformer",
@@ -632,8 +481,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "wav2vec2", "transformers", _hugging_face("Wav2Vec2Model", "Wav2Vec2Config", _Only, **_WAV2VEC), _sound(3200)
     ),
     # Time
-    Architecture("lstm", "torch", lambda: _Recurrent(nn.LSTM), _sequence(20, 12)),
-    Architecture("gru", "torch", lambda: _Recurrent(nn.GRU), _sequence(20, 12)),
-    Architecture("temporal_net", "torch", _TemporalNet, _sequence(40, 12)),
-    Architecture("keyword_spotter", "torch", _KeywordSpotter, _sequence(49, 10)),
+    Architecture("lstm", "torch", lambda: Recurrent(nn.LSTM), _sequence(20, 12)),
+    Architecture("gru", "torch", lambda: Recurrent(nn.GRU), _sequence(20, 12)),
+    Architecture("temporal_net", "torch", TemporalNet, _sequence(40, 12)),
+    Architecture("keyword_spotter", "torch", KeywordSpotter, _sequence(49, 10)),
 )

@@ -101,7 +101,7 @@ def _prepare(architecture: Architecture, folder: Path) -> dict[str, Any]:
     from edgekd.models import count_parameters, export_program, flatten_outputs, input_specs, output_specs, run_program
     from edgekd.types import Card, Student
 
-    from .architectures import settle
+    from .random_weights import settle
 
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
