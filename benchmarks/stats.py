@@ -23,7 +23,6 @@ __all__ = [
     "block_medians",
     "latency_ms",
     "latency_ratio",
-    "log_ratios",
     "outliers",
     "per_minute",
     "percentile",
@@ -192,24 +191,16 @@ def ratio(first: Sequence[float], second: Sequence[float], confidence: float = 0
     Raises:
         ValueError: The lengths differ, or there is no pair, or a latency is not above zero.
     """
-    return ratio_of_logs(log_ratios(first, second), confidence)
-
-
-def log_ratios(first: Sequence[float], second: Sequence[float]) -> np.ndarray:
-    """Logarithm of second over first, (pairs,).
-
-    Raises:
-        ValueError: As ``ratio``.
-    """
     if len(first) != len(second) or not first:
         raise ValueError(f"a ratio needs pairs; there are {len(first)} and {len(second)} blocks")
     if min(*first, *second) <= 0:
         raise ValueError("a latency is above zero")
-    return np.asarray(np.log(np.asarray(second, dtype=float) / np.asarray(first, dtype=float)))
+    logs = np.log(np.asarray(second, dtype=float) / np.asarray(first, dtype=float))
+    return ratio_of_logs(logs, confidence)
 
 
 def ratio_of_logs(logs: np.ndarray, confidence: float = 0.95) -> Ratio:
-    """The same as ``ratio``, from ``log_ratios``, (pairs,)."""
+    """The same as ``ratio``, from the logarithms of second over first, (pairs,)."""
     rows, columns = _upper(len(logs))
     walsh = np.sort((logs[rows] + logs[columns]) / 2)
     cut = signed_rank_cut(len(logs), 1 - confidence)
