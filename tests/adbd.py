@@ -5,8 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
 import debian
+from elsewhere import lay_cable, wait_for
 
 PORTS = (7555, 7556)
 
@@ -162,20 +162,5 @@ def start_phones(
         raise OSError(f"adbd did not start: {(folder / 'start.log').read_text()[-300:]}") from None
     if wire:
         inner = psutil.Process(process.pid).children()[0].pid
-        near, far = f"ek{process.pid % 100000}a", f"ek{process.pid % 100000}b"
-        for line in (
-            f"ip link add {near} type veth peer name {far} netns {inner}",
-            f"ip addr add {wire}.1/30 dev {near}",
-            f"ip link set {near} up",
-            f"nsenter --target {inner} --net ip addr add {wire}.2/30 dev {far}",
-            f"nsenter --target {inner} --net ip link set {far} up",
-        ):
-            subprocess.run(line.split(), check=True)
+        lay_cable(f"/proc/{inner}/ns/net", wire)
     return phones
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)

@@ -152,6 +152,19 @@ def tflite_file(small_convnet: nn.Module, tmp_path_factory: pytest.TempPathFacto
     return _artifact("tflite", folder / "model.tflite", "args_0", "output_0"), folder
 
 
+@pytest.fixture(params=["onnx_file", "tflite_file"])
+def file(request: pytest.FixtureRequest) -> tuple[Artifact, Path]:
+    """A test that asks for it runs with both."""
+    found: tuple[Artifact, Path] = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    """Inputs of these files, float32 (6, 1, 12, 12)."""
+    return np.random.default_rng(0).standard_normal((6, 1, 12, 12)).astype(np.float32)
+
+
 def _artifact(target: str, path: Path, input_name: str, output_name: str) -> Artifact:
     inputs = (TensorSpec(input_name, (1, 1, 12, 12), "float32"),)
     outputs = (TensorSpec(output_name, (1, 5), "float32", "logits"),)

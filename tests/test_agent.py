@@ -30,17 +30,6 @@ QUICK = {"threads": 1, "warmup_runs": 3, "warmup_s": 0.0, "min_runs": 20, "min_s
 File = tuple[Artifact, Path]
 
 
-@pytest.fixture(params=["onnx_file", "tflite_file"])
-def file(request: pytest.FixtureRequest) -> File:
-    found: File = request.getfixturevalue(request.param)
-    return found
-
-
-@pytest.fixture
-def images() -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((6, 1, 12, 12)).astype(np.float32)
-
-
 def write_job(work: Path, file: File, images: np.ndarray, **changes: Any) -> Path:
     artifact, folder = file
     name = artifact.inputs[0].name

@@ -34,7 +34,8 @@ from edgekd.profiles import device_of, load_device, load_profile
 from edgekd.types import Artifact
 
 sys.path.insert(0, str(Path(__file__).parent))
-from adbd import Phones, start_phones, thermal, unpacked, wait_for
+from adbd import Phones, start_phones, thermal, unpacked
+from elsewhere import said_during_a_run, wait_for
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("adb") is None, reason="needs adb: apt-get install adb"),
@@ -42,7 +43,6 @@ pytestmark = [
 ]
 
 QUICK = Plan(blocks=2, warmup_runs=3, warmup_s=0.0, min_runs=10, min_s=0.0, max_s=2.0)
-ENDLESS = replace(QUICK, blocks=1, min_s=60.0, max_s=60.0)
 STAND_IN = Path(__file__).parent / "stand_ins" / "benchmark_model.py"
 
 File = tuple[Artifact, Path]
@@ -75,11 +75,6 @@ def start(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     yield start
     for phones in started:
         phones.stop()
-
-
-@pytest.fixture
-def images() -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((6, 1, 12, 12)).astype(np.float32)
 
 
 def program(folder: Path) -> Path:
@@ -274,20 +269,7 @@ def test_a_gate_on_a_hot_phone_is_inconclusive(
 def during_a_run(
     phones: Phones, device: AndroidDevice, file: File, images: np.ndarray, happens: Callable[[], object]
 ) -> str:
-    def meanwhile() -> None:
-        wait_for(lambda: measuring(phones))
-        time.sleep(1.0)
-        happens()
-
-    thread = threading.Thread(target=meanwhile)
-    thread.start()
-    try:
-        with contextlib.closing(device), pytest.raises(DeviceError) as caught:
-            device.run(*file, {"args_0": images}, ENDLESS)
-    finally:
-        thread.join()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return said_during_a_run(device, file, images, lambda: measuring(phones), happens)
 
 
 def measuring(phones: Phones) -> list[psutil.Process]:
@@ -329,7 +311,7 @@ def test_nothing_runs_on_the_phone_after_the_measuring_process_was_killed(
     artifact, folder = tflite_file
     (phones.folder / "measure.py").write_text(
         "import json, numpy as np\nfrom pathlib import Path\nfrom edgekd.profiles import load_device\n"
-        "from edgekd.types import Artifact, Plan\n"
+        "from edgekd.measurement import Plan\nfrom edgekd.types import Artifact\n"
         f"artifact = Artifact.from_json(json.loads({json.dumps(artifact.to_json())!r}))\n"
         "plan = Plan(blocks=1, warmup_runs=1, warmup_s=0.0, min_s=60.0, max_s=60.0)\n"
         f"device = load_device({str(phones.folder / 'phone.toml')!r})\n"

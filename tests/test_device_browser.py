@@ -28,11 +28,13 @@ from edgekd.measurement import Plan, Profile
 from edgekd.profiles import device_of, load_device
 from edgekd.types import Artifact
 
+sys.path.insert(0, str(Path(__file__).parent))
+from elsewhere import ENDLESS, wait_for
+
 PROGRAM = find_chromium()
 needs_chromium = pytest.mark.skipif(PROGRAM is None, reason="needs Chromium: apt-get install chromium")
 
 QUICK = Plan(blocks=1, warmup_runs=3, warmup_s=0.0, min_runs=10, min_s=0.0, max_s=2.0)
-ENDLESS = replace(QUICK, min_s=60.0, max_s=60.0)
 SWIFTSHADER = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]
 
 File = tuple[Artifact, Path]
@@ -49,11 +51,6 @@ def library() -> Path:
         return _page.install()
     except (DeviceError, subprocess.TimeoutExpired) as error:
         pytest.skip(f"the page's runtimes cannot be installed here: {error}")
-
-
-@pytest.fixture
-def images() -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((6, 1, 12, 12)).astype(np.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -79,13 +76,6 @@ def made(name: str = "here", identity: dict[str, str] | None = None, **settings:
     return device
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
-
-
 def on_the_host(file: File, images: np.ndarray) -> np.ndarray:
     artifact, folder = file
     _, outputs = load_device("host").run(artifact, folder, {artifact.inputs[0].name: images}, QUICK)
@@ -93,11 +83,7 @@ def on_the_host(file: File, images: np.ndarray) -> np.ndarray:
 
 
 @needs_chromium
-@pytest.mark.parametrize("name", ["onnx_file", "tflite_file"])
-def test_a_sitting_in_the_browser_gives_the_hosts_outputs(
-    library: Path, name: str, images: np.ndarray, request: pytest.FixtureRequest
-) -> None:
-    file: File = request.getfixturevalue(name)
+def test_a_sitting_in_the_browser_gives_the_hosts_outputs(library: Path, file: File, images: np.ndarray) -> None:
     device = load_device("browser")
     top = on_the_host(file, images).argmax(axis=1)
     found = measure(*file, "browser", device, {file[0].inputs[0].name: images}, None, top, replace(QUICK, blocks=2))
@@ -113,11 +99,9 @@ def test_a_sitting_in_the_browser_gives_the_hosts_outputs(
 
 
 @needs_chromium
-@pytest.mark.parametrize("name", ["onnx_file", "tflite_file"])
 def test_a_software_gpu_computes_the_same_and_is_told_as_emulated(
-    library: Path, name: str, images: np.ndarray, request: pytest.FixtureRequest
+    library: Path, file: File, images: np.ndarray
 ) -> None:
-    file: File = request.getfixturevalue(name)
     device = made(accelerator="webgpu", flags=SWIFTSHADER)
     blocks, outputs = device.run(*file, {file[0].inputs[0].name: images}, QUICK)
     np.testing.assert_allclose(outputs[file[0].outputs[0].name], on_the_host(file, images), atol=1e-4)
@@ -246,7 +230,8 @@ def test_no_browser_outlives_the_process_that_measures(library: Path, onnx_file:
     artifact, folder = onnx_file
     (tmp_path / "measure.py").write_text(
         "import json, tempfile, numpy as np\nfrom pathlib import Path\nfrom edgekd.profiles import load_device\n"
-        f"tempfile.tempdir = {str(tmp_path)!r}\nfrom edgekd.types import Artifact, Plan\n"
+        f"tempfile.tempdir = {str(tmp_path)!r}\n"
+        "from edgekd.measurement import Plan\nfrom edgekd.types import Artifact\n"
         f"artifact = Artifact.from_json(json.loads({json.dumps(artifact.to_json())!r}))\n"
         "plan = Plan(blocks=1, warmup_runs=1, warmup_s=0.0, min_s=60.0, max_s=60.0)\n"
         f"load_device('browser').run(artifact, Path({str(folder)!r}), "

@@ -25,26 +25,16 @@ from edgekd.protocols import Side, TakingTurns
 from edgekd.types import Artifact
 from edgekd.watching import minutes_lines, operator_lines
 
+sys.path.insert(0, str(Path(__file__).parent))
+from elsewhere import ENDLESS, wait_for
+
 QUICK = Plan(blocks=2, warmup_runs=3, warmup_s=0.0, min_runs=10, min_s=0.0, max_s=2.0)
-ENDLESS = replace(QUICK, blocks=1, min_s=60.0, max_s=60.0)
 
 File = tuple[Artifact, Path]
 
 
-@pytest.fixture
-def images() -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((6, 1, 12, 12)).astype(np.float32)
-
-
 def children() -> list[psutil.Process]:
     return [child for child in psutil.Process().children(recursive=True) if "agent.pyz" in " ".join(child.cmdline())]
-
-
-def wait_for(condition: object, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def test_the_probe_tells_what_runs_here_and_why_not_the_rest() -> None:
@@ -64,11 +54,8 @@ def test_a_missing_runtime_is_told_with_its_install_line(monkeypatch: pytest.Mon
     assert status.not_run["onnx"] == "onnxruntime is not installed; pip install 'edgekd[onnx]'"
 
 
-@pytest.mark.parametrize("name", ["onnx_file", "tflite_file"])
-def test_each_block_is_measured_and_all_inputs_get_outputs(
-    name: str, images: np.ndarray, request: pytest.FixtureRequest
-) -> None:
-    artifact, folder = request.getfixturevalue(name)
+def test_each_block_is_measured_and_all_inputs_get_outputs(file: File, images: np.ndarray) -> None:
+    artifact, folder = file
     blocks, outputs = load_device("host").run(artifact, folder, {artifact.inputs[0].name: images}, QUICK)
     assert len(blocks) == 2
     assert blocks[0].latency_ms != blocks[1].latency_ms

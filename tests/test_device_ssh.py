@@ -37,6 +37,7 @@ from edgekd.types import Artifact
 
 sys.path.insert(0, str(Path(__file__).parent))
 import debian
+from elsewhere import ENDLESS, lay_cable, said_during_a_run, wait_for
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 pytestmark = [
@@ -45,7 +46,6 @@ pytestmark = [
 ]
 
 QUICK = Plan(blocks=2, warmup_runs=3, warmup_s=0.0, min_runs=10, min_s=0.0, max_s=2.0)
-ENDLESS = replace(QUICK, blocks=1, min_s=60.0, max_s=60.0)
 
 File = tuple[Artifact, Path]
 
@@ -142,18 +142,6 @@ def stop(board: Board) -> None:
             process.kill()
     board.process.kill()
     board.process.wait()
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
-
-
-@pytest.fixture
-def images() -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((6, 1, 12, 12)).astype(np.float32)
 
 
 def test_the_probe_tells_what_the_board_is_and_runs(board: Board) -> None:
@@ -287,22 +275,7 @@ def test_a_hostile_file_name_is_only_a_name(
 
 
 def during_a_run(board: Board, device: SshDevice, file: File, images: np.ndarray, happens: Callable[[], object]) -> str:
-    """What is said when something happens while the agent measures; the device is closed afterwards."""
-
-    def meanwhile() -> None:
-        wait_for(board.measuring)
-        time.sleep(1.0)
-        happens()
-
-    thread = threading.Thread(target=meanwhile)
-    thread.start()
-    try:
-        with contextlib.closing(device), pytest.raises(DeviceError) as caught:
-            device.run(*file, {"image": images}, ENDLESS)
-    finally:
-        thread.join()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return said_during_a_run(device, file, images, board.measuring, happens)
 
 
 def test_an_agent_killed_for_memory_is_told_as_that(board: Board, onnx_file: File, images: np.ndarray) -> None:
@@ -406,15 +379,7 @@ def test_a_link_that_goes_down_is_told_and_the_board_ends_by_itself(
     ip = shutil.which("ip", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") or "ip"
     subprocess.run([ip, "netns", "add", space], check=True)
     try:
-        near, far = f"ek{os.getpid() % 100000}a", f"ek{os.getpid() % 100000}b"
-        for line in (
-            f"link add {near} type veth peer name {far} netns {space}",
-            f"addr add 198.18.77.1/30 dev {near}",
-            f"link set {near} up",
-            f"-n {space} addr add 198.18.77.2/30 dev {far}",
-            f"-n {space} link set {far} up",
-        ):
-            subprocess.run([ip, *line.split()], check=True)
+        near = lay_cable(f"/run/netns/{space}", "198.18.77")
         board = start_sshd(tmp_path, "198.18.77.2", (ip, "netns", "exec", space))
         try:
             down = [ip, "link", "set", near, "down"]
