@@ -51,8 +51,13 @@ RUNTIMES: Mapping[str, Packages] = {
     "executorch": Packages("executorch", "executorch", ("executorch",)),
 }
 
-NOT_RUN: Mapping[str, str] = {
+APPLE_ONLY: Mapping[str, str] = {
     "coreml": "Core ML runs on Apple devices only; use a Mac or an iPhone",
+    "coreai": "Core AI runs on Apple devices only; use a device with iOS 27",
+}
+
+NOT_RUN: Mapping[str, str] = {
+    **APPLE_ONLY,
     "coreai": "off Apple devices Core AI's runtime proves files and its times mean nothing; "
     "use a device with iOS 27 or macOS 27",
 }

@@ -24,7 +24,7 @@ from edgekd.types import Artifact
 
 from . import _adb
 from ._adb import Phone
-from ._agents import checked_inputs, last_words, limit_s
+from ._agents import APPLE_ONLY, checked_inputs, last_words, limit_s
 from ._benchmark_model import Tensors, block_of, flags, parse_log, read_outputs, tensors_of, write_sample
 from ._phone_state import ASK, parse_state, void_reason
 from ._shell import Ended, safe_name, watched
@@ -33,9 +33,8 @@ __all__ = ["DEVICE", "AndroidDevice"]
 
 TARGETS = ("tflite",)
 NOT_RUN = {
+    **APPLE_ONLY,
     "onnx": "no program that runs ONNX in a phone's shell is published; measure it in the phone's browser",
-    "coreml": "Core ML runs on Apple devices only; use a Mac or an iPhone",
-    "coreai": "Core AI runs on Apple devices only; use a device with iOS 27",
     "executorch": "measuring ExecuTorch on a phone needs its own runner, which edgekd does not drive yet",
 }
 STALE_MINUTES = 24 * 60

@@ -25,18 +25,14 @@ from edgekd.protocols import Arrays, Progress, Settings
 from edgekd.types import Artifact, Json
 
 from . import _adb, _page
-from ._agents import checked_inputs, limit_s
+from ._agents import APPLE_ONLY, checked_inputs, limit_s
 from ._chromium import Chromium, find_chromium
 from .agent.machine import describe_machine, read_state, throttled
 
 __all__ = ["DEVICE", "BrowserDevice"]
 
 TARGETS = ("onnx", "tflite")
-NOT_RUN = {
-    "coreml": "Core ML runs on Apple devices only; use a Mac or an iPhone",
-    "coreai": "Core AI runs on Apple devices only; use a device with iOS 27",
-    "executorch": "no runtime of ExecuTorch for browsers is published",
-}
+NOT_RUN = {**APPLE_ONLY, "executorch": "no runtime of ExecuTorch for browsers is published"}
 HELLO_S = 60.0  # for a browser that we start
 PATIENCE_S = 300.0  # for a person who opens a link
 ANY_ADDRESS = ("0.0.0.0", "::")
@@ -251,7 +247,7 @@ class BrowserDevice:
         if "error" in result:
             raise DeviceError(" ".join(str(result["error"]).split())[:500])
         block = Block.from_json(result["block"])
-        told = {f"browser_{key}" if key in ("cores",) else key: value for key, value in server.facts.items()}
+        told = {f"browser_{key}" if key == "cores" else key: value for key, value in server.facts.items()}
         return dataclasses.replace(block, conditions=told | block.conditions)
 
     def _recognize(self, facts: dict[str, str]) -> None:

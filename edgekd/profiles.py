@@ -84,7 +84,7 @@ def load_profile(name: str) -> Profile:
 
 def _named(name: str, seen: tuple[str, ...]) -> Profile:
     own, built_in = own_folder() / f"{name}.toml", files("edgekd.devices") / f"{name}.toml"
-    places = [place for place in (own, built_in) if name.isidentifier() or _is_plain(name)]
+    places = [place for place in (own, built_in) if _is_plain(name)]
     if name in seen:  # one's own file extends the built-in one of the same name
         places = places[1:]
     for place in places:

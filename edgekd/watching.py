@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -53,7 +54,7 @@ def operator_lines(measured: Measurement) -> list[str]:
         return [f"{what}: not run: {runtime} has no profile in Python" + (f"; nodes by unit: {nodes}" if nodes else "")]
     total = sum(operator.ms for operator in block.operators)
     slowest = sorted(block.operators, key=lambda operator: -operator.ms)
-    units = {operator.unit: sum(o.unit == operator.unit for o in block.operators) for operator in block.operators}
+    units = Counter(operator.unit for operator in block.operators)
     told = [f"{what}: {len(slowest)} operators, {total:.3f} ms, " + " ".join(f"{u}={n}" for u, n in units.items())]
     told += [f"  {o.ms / total:6.1%} {o.ms:8.3f} ms  {o.type:<14} {o.unit}  {o.name}" for o in slowest[:SHOWN]]
     return told
