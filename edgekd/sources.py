@@ -50,7 +50,8 @@ class Teacher:
     """A model that gives outputs.
 
     Attributes:
-        logits: From inputs by name, in the order of the data, to float32 (batch, classes).
+        logits: From inputs by name, in the order of the data, to float32 (batch, classes); of a causal language model
+            (batch, positions, vocabulary).
         fingerprint: Of its weights.
         parameters: None when they cannot be counted.
         macs: For one sample; None when they cannot be counted.
@@ -107,12 +108,13 @@ def hugging_face_module(folder: Path, task: str | None = None) -> nn.Module:
     """A transformers folder as a module with plain tensors in and out.
 
     Args:
-        folder: With ``config.json`` and ``model.safetensors``.
-        task: ``text-classification``, ``image-classification`` or ``feature-extraction``; by default what optimum's
-            ``TasksManager`` finds in the configuration.
+        folder: With ``config.json`` and ``model.safetensors``, or with one ``.gguf`` of a causal language model.
+        task: ``text-classification``, ``text-generation``, ``image-classification`` or ``feature-extraction``; by
+            default what optimum's ``TasksManager`` finds in the configuration.
 
     Returns:
-        ``forward(input_ids, attention_mask)`` or ``forward(pixel_values)``, giving logits or the last hidden state.
+        ``forward(input_ids, attention_mask)`` or ``forward(pixel_values)``, giving logits or the last hidden state;
+        of a causal language model: logits of the next token at each position, (batch, positions, vocabulary).
 
     Raises:
         MissingToolchainError: transformers or optimum is not installed.
@@ -122,8 +124,8 @@ def hugging_face_module(folder: Path, task: str | None = None) -> nn.Module:
     if absent:
         raise MissingToolchainError(f"hf:{folder.name}", ", ".join(absent), "hf")
     if not (folder / "config.json").is_file():
-        raise ModelFileError(f"{folder} is not a transformers folder: it has no config.json")
-    supported = ("text-classification", "image-classification", "feature-extraction")
+        return _gguf_module(folder)
+    supported = ("text-classification", "text-generation", "image-classification", "feature-extraction")
     try:
         with quiet():
             import transformers
@@ -142,7 +144,31 @@ def hugging_face_module(folder: Path, task: str | None = None) -> nn.Module:
     except Exception as error:
         raise ModelFileError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     image = getattr(model, "main_input_name", "input_ids") == "pixel_values"
+    model.config.use_cache = False  # a window is read at once; with a cache the outputs would hold one
     return (_ImageModel(model) if image else _TextModel(model)).eval()
+
+
+def _gguf_module(folder: Path) -> nn.Module:
+    """A causal language model from a GGUF file, its weights dequantized to float32 by transformers."""
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise ModelFileError(f"{folder} is not a transformers folder: it has no config.json, and {len(files)} .gguf")
+    absent = plugins.missing(("gguf",))
+    if absent:
+        raise MissingToolchainError(f"hf:{folder.name} ({files[0].name})", "gguf", "hf")
+    try:
+        with quiet():
+            import transformers
+
+            transformers.logging.set_verbosity_error()
+            transformers.logging.disable_progress_bar()
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=files[0].name, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+            )
+    except Exception as error:
+        raise ModelFileError(f"{files[0]} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    model.config.use_cache = False
+    return _TextModel(model).eval()
 
 
 def _model_class(folder: Path) -> type:
@@ -260,8 +286,11 @@ def _onnx_parameters(path: Path) -> int:
 
 def _checked(logits: Any, reference: str) -> np.ndarray:
     array = np.asarray(logits, np.float32)
-    if array.ndim != 2:
-        raise DataError(f"teacher {reference!r} returns shape {array.shape}; logits of (batch, classes) are needed")
+    if array.ndim not in (2, 3):
+        raise DataError(
+            f"teacher {reference!r} returns shape {array.shape}; logits of (batch, classes) are needed, "
+            "or of (batch, positions, vocabulary) from a language model"
+        )
     return array
 
 

@@ -109,6 +109,32 @@ def test_a_transformers_folder_of_text_is_found_by_its_task(tmp_path: Path, kind
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
 
 
+def _save_llama(folder: Path) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("optimum.exporters.tasks")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=32, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def test_a_causal_language_model_gives_the_next_token_at_each_position_whatever_pads_the_end(tmp_path: Path) -> None:
+    model = _save_llama(tmp_path / "m")
+    ids = np.arange(14, dtype=np.int32).reshape(2, 7)
+    mask = np.ones_like(ids)
+    mask[1, 4:] = 0
+    teacher = load_teacher("hf:m", tmp_path, {"input_ids": ids, "attention_mask": mask})
+    found = teacher.logits({"input_ids": ids, "attention_mask": mask})
+    expected = model(input_ids=torch.from_numpy(ids[1:, :4]).long()).logits.detach()
+
+    assert found.shape == (2, 7, 50)
+    np.testing.assert_allclose(found[1:, :4], expected, atol=1e-5)
+
+
 def test_a_transformers_folder_of_images_is_found_by_its_task(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("optimum.exporters.tasks")
