@@ -2,7 +2,8 @@
 
 Format 2, a folder: ``manifest.json``, ``ids.bin`` (uint64 per sample) and shards of fixed-size records, memory-mapped.
 Record number = view · samples + position, so a look-up is one offset. A record is the view's seed (u32) and what
-:mod:`edgekd.targets` makes of the logits less their largest (shifting changes no softmax).
+:mod:`edgekd.targets` makes of the logits less their largest (shifting changes no softmax); that of a window of tokens
+has such a part for each of its positions (:mod:`edgekd.windows`).
 
 A capture works in ``<folder>.part``: each shard is written whole, then listed. Killed at any moment, it goes on after
 the last listed shard; the finished folder takes its place only when it is complete.
@@ -20,13 +21,14 @@ import numpy as np
 import torch
 
 from edgekd.data import Split
-from edgekd.errors import CacheError, ModelFileError, NumericalError
+from edgekd.errors import CacheError, DataError, ModelFileError, NumericalError
 from edgekd.protocols import Augmentation, Progress
 from edgekd.sources import Teacher
 from edgekd.store import atomic_write, hash_path, read_json, write_json
 from edgekd.targets import Codec, DenseTargets, Targets, codec_of
 from edgekd.types import Json
 from edgekd.views import view_batch, view_seeds
+from edgekd.windows import counted_positions, encode_windows, positions_of, window_type
 
 __all__ = ["CaptureKey", "TeacherCache", "Verification", "capture", "open_cache", "record_bytes", "verify_cache"]
 
@@ -67,6 +69,7 @@ class TeacherCache:
         ids: Sample ids in the order of the records, uint64 (samples,).
         views, classes: As captured.
         manifest: As on disk.
+        positions: Of a window; 0 where a sample has one label.
     """
 
     ids: np.ndarray
@@ -74,6 +77,7 @@ class TeacherCache:
     classes: int
     codec: Codec
     manifest: Json
+    positions: int
     _shards: tuple[np.ndarray, ...]
     _order: np.ndarray
 
@@ -97,17 +101,31 @@ class TeacherCache:
             )
         return rows
 
-    def read(self, rows: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, Targets]:
-        """Seeds, uint32 (records,), and what the teacher said of these views."""
+    def read(
+        self, rows: np.ndarray, views: np.ndarray, counted: np.ndarray | None = None
+    ) -> tuple[np.ndarray, Targets]:
+        """Seeds, uint32 (records,), and what the teacher said of these views.
+
+        Args:
+            counted: Of windows, which positions are wanted, bool (records, positions); the targets are those of all
+                wanted positions in a row.
+        """
         records = self._records(rows, views)
-        return records["seed"].copy(), self.codec.decode(records)
+        return records["seed"].copy(), self.codec.decode(records if counted is None else records["positions"][counted])
+
+    def label_log_probabilities(self, rows: np.ndarray, views: np.ndarray, counted: np.ndarray) -> np.ndarray:
+        """What the teacher gave the next tokens of windows: float32, one for each counted position."""
+        found: np.ndarray = self._records(rows, views)["positions"]["label"][counted].astype(np.float32)
+        return found
 
     def logits(self, ids: np.ndarray, view: int = 0) -> np.ndarray:
         """Logits of samples in one view, less their largest, float32 (samples, classes).
 
         Raises:
-            CacheError: The cache does not hold all classes.
+            CacheError: The cache does not hold all classes, or holds windows.
         """
+        if self.positions:
+            raise CacheError("this cache holds windows of tokens; the logits of all their positions would not fit")
         targets = self.codec.decode(self._records(self.rows(ids), np.full(len(ids), view)))
         if not isinstance(targets, DenseTargets):
             raise CacheError(f"this cache is {self.codec.name} and does not hold the logits of all classes")
@@ -119,8 +137,8 @@ class TeacherCache:
 
     def _records(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         numbers = views.astype(np.int64) * len(self.ids) + rows
-        shard, offset = np.divmod(numbers, RECORDS_PER_SHARD)
-        records = np.empty(len(numbers), _record_type(self.codec, self.classes))
+        shard, offset = np.divmod(numbers, _at_once(RECORDS_PER_SHARD, self.positions))
+        records = np.empty(len(numbers), _record_type(self.codec, self.classes, self.positions))
         for index in np.unique(shard):
             chosen = shard == index
             records[chosen] = self._shards[index][offset[chosen]]
@@ -153,28 +171,31 @@ def capture(
         StorageError: The disk is full; finished shards stay.
     """
     part = folder.with_name(folder.name + ".part")
-    manifest, codec = _resume(part, key), codec_of(key.codec)
+    positions = positions_of(split.labels)
+    in_shard, in_batch = _at_once(RECORDS_PER_SHARD, positions), _at_once(BATCH, positions)
+    manifest, codec = _resume(part, key, in_shard), codec_of(key.codec)
     samples, total = len(split), len(split) * key.views
     shards = manifest["shards"]
-    done = min(len(shards) * RECORDS_PER_SHARD, total)
+    done = min(len(shards) * in_shard, total)
     classes = int(manifest.get("classes", 0))
     progress.start(f"capture {folder.name}", total, done)
     while done < total:
-        numbers = np.arange(done, min(done + RECORDS_PER_SHARD, total))
+        numbers = np.arange(done, min(done + in_shard, total))
         blocks = []
-        for start in range(0, len(numbers), BATCH):
-            views, positions = np.divmod(numbers[start : start + BATCH], samples)
-            seeds = view_seeds(split.ids[positions], views, key.seed)
-            inputs = view_batch(split, positions, seeds, augment)
+        for start in range(0, len(numbers), in_batch):
+            views, rows = np.divmod(numbers[start : start + in_batch], samples)
+            seeds = view_seeds(split.ids[rows], views, key.seed)
+            inputs = view_batch(split, rows, seeds, augment)
             logits = teacher.logits(dict(zip(split.inputs, (x.numpy() for x in inputs), strict=True)))
-            classes = logits.shape[1]
-            blocks.append(_records(seeds, logits, split.ids[positions], codec))
-            progress.advance(len(positions))
+            classes = logits.shape[-1]
+            labels = split.labels[rows] if split.labels is not None and positions else None
+            blocks.append(_records(seeds, logits, labels, split.ids[rows], codec))
+            progress.advance(len(rows))
         name = f"shard-{len(shards):05d}.bin"
         content = np.concatenate(blocks)
         atomic_write(part / name, content.tobytes())
         shards.append({"file": name, "records": len(content), "sha256": hashlib.sha256(content.tobytes()).hexdigest()})
-        manifest["classes"] = classes
+        manifest |= {"classes": classes, "positions": positions}
         write_json(part / "manifest.json", manifest)
         done += len(numbers)
     progress.finish()
@@ -204,8 +225,8 @@ def open_cache(folder: Path, key: CaptureKey | None = None) -> TeacherCache:
         if key is not None and manifest["key"] != key.to_json():
             changed = [name for name, value in key.to_json().items() if manifest["key"].get(name) != value]
             raise CacheError(f"{folder} was captured with another {', '.join(changed)}; run: edgekd capture")
-        codec = codec_of(manifest["key"]["codec"])
-        record = _record_type(codec, manifest["classes"])
+        codec, positions = codec_of(manifest["key"]["codec"]), int(manifest.get("positions", 0))
+        record = _record_type(codec, manifest["classes"], positions)
         ids = np.fromfile(folder / "ids.bin", "<u8")
         if hash_path(folder / "ids.bin") != manifest["ids_sha256"]:
             raise CacheError(f"{folder / 'ids.bin'} is damaged; remove {folder} and run: edgekd capture")
@@ -221,7 +242,7 @@ def open_cache(folder: Path, key: CaptureKey | None = None) -> TeacherCache:
             f"{folder / 'manifest.json'} is damaged ({error}); remove {folder} and run: edgekd capture"
         ) from None
     order = np.argsort(ids, kind="stable")
-    return TeacherCache(ids, views, manifest["classes"], codec, manifest, tuple(shards), order)
+    return TeacherCache(ids, views, manifest["classes"], codec, manifest, positions, tuple(shards), order)
 
 
 def verify_cache(
@@ -232,28 +253,31 @@ def verify_cache(
     The same kernels on the same machine differ by no more than the rounding to f16.
     """
     total = len(cache) * cache.views
-    count = min(total, max(64, int(total * share)))
+    count = min(total, max(_at_once(64, cache.positions), int(total * share)))
     numbers = np.sort(np.random.default_rng(0).choice(total, count, replace=False))
     views, rows = np.divmod(numbers, len(cache))
-    seeds, stored = cache.read(rows, views)
-    top_class = stored.top_class().numpy()
     position_of = {int(sample): position for position, sample in enumerate(split.ids)}
     try:
         positions = np.asarray([position_of[int(sample)] for sample in cache.ids[rows]])
     except KeyError as error:
         raise CacheError(f"sample {error} of the cache is not in the data any more; run: edgekd capture") from None
-    fresh = []
-    for start in range(0, count, BATCH):
-        chosen = slice(start, start + BATCH)
-        inputs = view_batch(split, positions[chosen], seeds[chosen], augment)
+    differs, errors, in_batch = [], [], _at_once(BATCH, cache.positions)
+    for start in range(0, count, in_batch):
+        chosen = slice(start, start + in_batch)
+        labels = split.labels[positions[chosen]] if split.labels is not None and cache.positions else None
+        counted = None if labels is None else counted_positions(labels)
+        seeds, stored = cache.read(rows[chosen], views[chosen], counted)
+        inputs = view_batch(split, positions[chosen], seeds, augment)
         logits = teacher.logits(dict(zip(split.inputs, (x.numpy() for x in inputs), strict=True)))
-        fresh.append(logits - logits.max(axis=1, keepdims=True))
-    again = np.concatenate(fresh)
-    differs = float((again.argmax(1) != top_class).mean())
-    return Verification(count, differs, float(stored.errors(torch.from_numpy(again)).max()))
+        again = _records(seeds, logits, labels, cache.ids[rows[chosen]], cache.codec)  # draws are those of the seed
+        top_class = cache.codec.decode(again if counted is None else again["positions"][counted]).top_class()
+        shown = logits if counted is None else logits[counted]
+        differs.append((top_class != stored.top_class()).float())
+        errors.append(stored.errors(torch.from_numpy(shown - shown.max(axis=1, keepdims=True))).max())
+    return Verification(count, float(torch.cat(differs).mean()), float(torch.stack(errors).max()))
 
 
-def _resume(part: Path, key: CaptureKey) -> Json:
+def _resume(part: Path, key: CaptureKey, in_shard: int) -> Json:
     """The manifest of an interrupted capture of the same key, or a new one."""
     fresh: dict[str, Any] = {
         "format": FORMAT,
@@ -270,7 +294,7 @@ def _resume(part: Path, key: CaptureKey) -> Json:
         if manifest.get("key") == fresh["key"] and manifest.get("format") == FORMAT:
             intact = []
             for entry in manifest["shards"]:
-                if entry["records"] != RECORDS_PER_SHARD or not (part / entry["file"]).is_file():
+                if entry["records"] != in_shard or not (part / entry["file"]).is_file():
                     break
                 if hash_path(part / entry["file"]) != entry["sha256"]:
                     break
@@ -280,20 +304,39 @@ def _resume(part: Path, key: CaptureKey) -> Json:
     return fresh
 
 
-def record_bytes(codec: Codec, classes: int) -> int:
+def _at_once(records: int, positions: int) -> int:
+    """How many windows make as many positions as there are records of samples with one label."""
+    return max(1, records // max(1, positions))
+
+
+def record_bytes(codec: Codec, classes: int, positions: int = 0) -> int:
     """Of one view on disk, its seed included."""
-    return _record_type(codec, classes).itemsize
+    return _record_type(codec, classes, positions).itemsize
 
 
-def _record_type(codec: Codec, classes: int) -> np.dtype[np.void]:
+def _record_type(codec: Codec, classes: int, positions: int) -> np.dtype[np.void]:
+    if positions:
+        return np.dtype([("seed", "<u4"), ("positions", window_type(codec, classes, positions))])
     return np.dtype([("seed", "<u4"), *codec.fields(classes)])
 
 
-def _records(seeds: np.ndarray, logits: np.ndarray, ids: np.ndarray, codec: Codec) -> np.ndarray:
-    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+def _records(
+    seeds: np.ndarray, logits: np.ndarray, labels: np.ndarray | None, ids: np.ndarray, codec: Codec
+) -> np.ndarray:
+    """Records of some views; labels are those of windows, None where a sample has one label."""
+    if logits.ndim != (2 if labels is None else 3):
+        wanted = "(samples, classes)" if labels is None else "(windows, positions, vocabulary)"
+        raise DataError(f"the teacher gives {logits.shape}, and the labels are those of {wanted}")
+    finite = np.isfinite(logits).all(axis=-1)
+    if labels is not None:
+        finite = (finite | ~counted_positions(labels)).all(axis=1)
+    bad = np.flatnonzero(~finite)
     if len(bad):
         raise NumericalError(f"the teacher gives NaN or infinity for {len(bad)} samples, first id {ids[bad[0]]}")
-    records = np.empty(len(seeds), _record_type(codec, logits.shape[1]))
+    records = np.empty(len(seeds), _record_type(codec, logits.shape[-1], 0 if labels is None else labels.shape[1]))
     records["seed"] = seeds
-    codec.encode(logits - logits.max(axis=1, keepdims=True), records)
+    if labels is None:
+        codec.encode(logits - logits.max(axis=1, keepdims=True), records)
+    else:
+        records["positions"] = encode_windows(seeds, logits, labels, codec)
     return records

@@ -18,6 +18,7 @@ from edgekd import plugins
 from edgekd.errors import DataError, NumericalError
 from edgekd.files import Column, ImageFiles, read_files, unique_ids
 from edgekd.types import Json
+from edgekd.windows import counted_positions
 
 if TYPE_CHECKING:
     from edgekd.recipe import Data, Recipe
@@ -31,7 +32,8 @@ class Split:
 
     Attributes:
         inputs: Columns by input name, in the order of the model's ``forward``; samples on the first axis.
-        labels: Class of each sample, int64 (samples,); None when unlabeled.
+        labels: Class of each sample, int64 (samples,); of windows (:mod:`edgekd.windows`) that of each position,
+            (samples, positions), -1 where a position does not count. None when unlabeled.
         ids: One per sample, uint64, unique.
         fingerprint: Of contents, labels and order.
     """
@@ -186,7 +188,7 @@ def _split(
             bad = int(np.flatnonzero(~np.isfinite(column).reshape(len(column), -1).all(axis=1))[0])
             raise NumericalError(f"{name}: input {key!r} has NaN or infinity, first in sample {bad}")
     inputs = {key: _tidy(column) for key, column in inputs.items()}
-    labels = None if label is None else _labels(np.asarray(label), name, names)
+    labels = None if label is None else _labels(np.asarray(label), name, names, inputs)
     if ids is None:
         ids = unique_ids(_contents(inputs))
     elif ids.dtype.kind not in "ui":
@@ -213,7 +215,13 @@ def _tidy(column: Column) -> Column:
     return column
 
 
-def _labels(label: np.ndarray, name: str, names: tuple[str, ...]) -> np.ndarray:
+def _labels(label: np.ndarray, name: str, names: tuple[str, ...], inputs: Mapping[str, Column]) -> np.ndarray:
+    tokens = [c.shape for c in inputs.values() if isinstance(c, np.ndarray) and c.dtype.kind == "i" and c.ndim == 2]
+    if label.ndim == 2 and label.dtype.kind == "i" and label.shape in tokens:
+        empty = np.flatnonzero(~counted_positions(label).any(axis=1))
+        if len(empty):
+            raise DataError(f"{name}: no position of window {empty[0]} counts (all labels are negative)")
+        return np.maximum(label.astype(np.int64), -1)
     if label.ndim != 1:
         raise DataError(f"{name}: 'label' has shape {label.shape}; one class per sample, (samples,), is needed")
     if label.dtype.kind in "US":
@@ -234,7 +242,7 @@ def _labels(label: np.ndarray, name: str, names: tuple[str, ...]) -> np.ndarray:
 def _label_names(raw: Mapping[str, _Raw]) -> tuple[str, ...]:
     """Class names when the recipe gives none: those found in train, or the numbers up to the largest."""
     label = raw["train"][1]
-    if label is None:
+    if label is None or label.ndim == 2:  # a language model's classes are its tokens, which tokenizer.json names
         return ()
     if label.dtype.kind in "US":
         return tuple(sorted(set(label.tolist())))

@@ -8,6 +8,8 @@ codec           stored for each view, beside the seed (4 bytes)           bytes 
 ``top<k>``      the k largest, their classes, and the log of the sum of   56 at k = 10             all but those that
                 exponentials of all logits at T = 1, 2 and 4                                       compare classes over
                                                                                                    the batch
+``sampled<N>``  classes of N draws at T = 1, and how often each came      40 at N = 50             kd at T = 1
+                (:mod:`edgekd.sampled`)
 ==============  ========================================================  =======================  ====================
 
 Top-k is exact at the temperatures whose sums are stored: the mass of the other classes is known and goes into one more
@@ -29,6 +31,7 @@ from torch.nn import functional as F
 
 from edgekd.errors import UsageError
 from edgekd.recipe import TAIL_TEMPERATURES
+from edgekd.sampled import MOST_DRAWS, Sampled
 
 __all__ = ["PLAIN_CODEC", "Codec", "DenseTargets", "Targets", "TopTargets", "codec_of"]
 
@@ -251,4 +254,9 @@ def codec_of(name: str) -> Codec:
         return DenseByte()
     if found := re.fullmatch(r"top([1-9]\d*)", name):
         return Top(int(found.group(1)))
-    raise ValueError(f"no codec called {name!r}; there are dense-f16, dense-u8 and top10 (or another number)")
+    if (found := re.fullmatch(r"sampled([1-9]\d*)", name)) and int(found.group(1)) <= MOST_DRAWS:
+        return Sampled(int(found.group(1)))
+    raise ValueError(
+        f"no codec called {name!r}; there are dense-f16, dense-u8, top10 (or another number) "
+        f"and sampled50 (or another up to {MOST_DRAWS})"
+    )

@@ -133,5 +133,5 @@ def test_more_classes_than_there_are_cannot_be_kept() -> None:
 
 
 def test_unknown_codecs_are_answered_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match="no codec called 'top'; there are dense-f16, dense-u8 and top10"):
+    with pytest.raises(ValueError, match="no codec called 'top'; there are dense-f16, dense-u8, top10"):
         codec_of("top")

@@ -1,0 +1,80 @@
+"""Windows: samples of many positions, each with a label of its own, as a causal language model has them.
+
+The label of a position is its next token, and -1 where none counts: in the padding and in the prompt. Losses and
+metrics see the counted positions alone, as (tokens, vocabulary); a cache keeps a record of fixed size for each window,
+in it a part for each position (zeros where none counts):
+
+=============  ===============================================================================================
+part           bytes
+=============  ===============================================================================================
+teacher        what :mod:`edgekd.targets` makes of the logits of one view: 36 for ``sampled50``, 212 for ``top50``
+log of label   2, f16: log-probability of the next token itself, which makes the teacher's perplexity
+=============  ===============================================================================================
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgekd.errors import DataError
+from edgekd.targets import Codec
+
+__all__ = ["PLAIN_WINDOW_CODEC", "counted_positions", "encode_windows", "positions_of", "window_type"]
+
+PLAIN_WINDOW_CODEC = "top50"
+"""For windows that are only judged: agreement is exact, a divergence is over the 50 largest and the rest."""
+
+
+def positions_of(labels: np.ndarray | None) -> int:
+    """Positions of each sample; 0 where a sample has one label, or none."""
+    return labels.shape[1] if labels is not None and labels.ndim == 2 else 0
+
+
+def counted_positions(labels: np.ndarray) -> np.ndarray:
+    """Which positions count, bool, in the shape of the labels."""
+    counted: np.ndarray = labels >= 0
+    return counted
+
+
+def window_type(codec: Codec, classes: int, positions: int) -> np.dtype[np.void]:
+    """Of one window's part of a record."""
+    return np.dtype(([*codec.fields(classes), ("label", "<f2")], (positions,)))
+
+
+def encode_windows(seeds: np.ndarray, logits: np.ndarray, labels: np.ndarray, codec: Codec) -> np.ndarray:
+    """What a cache keeps of the teacher's outputs.
+
+    Args:
+        seeds: Of the windows, uint32 (windows,).
+        logits: float32 (windows, positions, vocabulary).
+        labels: Next tokens, int64 (windows, positions); -1 where a position does not count.
+
+    Returns:
+        Parts of the records, (windows, positions).
+
+    Raises:
+        DataError: The teacher looks at another number of positions than the labels have.
+    """
+    if logits.shape[:2] != labels.shape:
+        raise DataError(
+            f"the teacher gives {logits.shape} for windows of {labels.shape[1]} positions; "
+            f"({len(labels)}, {labels.shape[1]}, vocabulary) is needed"
+        )
+    vocabulary = logits.shape[2]
+    if labels.max() >= vocabulary:
+        raise DataError(f"the data has the token {labels.max()}, the teacher's vocabulary only {vocabulary:,} tokens")
+    counted = counted_positions(labels)
+    fields = [*codec.fields(vocabulary), ("label", "<f2")]
+    found = np.zeros(int(counted.sum()), np.dtype([("seed", "<u8"), *fields]))
+    found["seed"] = (seeds.astype(np.uint64)[:, None] << np.uint64(32) | np.arange(labels.shape[1], dtype=np.uint64))[
+        counted
+    ]
+    shown = logits[counted]
+    shown -= shown.max(axis=1, keepdims=True)
+    codec.encode(shown, found)
+    log_sum = np.log(np.exp(shown).sum(axis=1, dtype=np.float64))
+    found["label"] = shown[np.arange(len(shown)), labels[counted]] - log_sum
+    parts = np.zeros(labels.shape, np.dtype(fields))
+    for name in parts.dtype.names or ():
+        parts[name][counted] = found[name]
+    return parts
