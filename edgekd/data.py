@@ -7,8 +7,9 @@ id, which depends on its content (or file name) and never on its position, so a 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +69,6 @@ class Splits:
     Attributes:
         train: What students learn from.
         validation: Held out from training; choices are made on it.
-        test: Seen by no choice; reports are made on it.
         labels: Class names.
         preprocessing: What an app does before the model, as plain data.
         assets: Files that belong beside the model, by name (a tokenizer).
@@ -76,14 +76,23 @@ class Splits:
 
     train: Split
     validation: Split
-    test: Split
     labels: tuple[str, ...]
     preprocessing: Json
     assets: Mapping[str, bytes]
+    load_test: Callable[[], Split]
+
+    @cached_property
+    def test(self) -> Split:
+        """Seen by no choice, reports are made on it: loaded when first asked for, so what chooses need not have it.
+
+        Raises:
+            DataError: It has no labels, other inputs than ``train``, or only samples of it.
+        """
+        return self.load_test()
 
 
 def load_splits(recipe: Recipe) -> Splits:
-    """Load everything that a recipe names.
+    """Load everything that a recipe names, the test split when it is asked for.
 
     Raises:
         DataError: Shapes, labels or splits that do not fit; the message names the split.
@@ -91,27 +100,35 @@ def load_splits(recipe: Recipe) -> Splits:
         NumericalError: NaN or infinity in the inputs.
     """
     data, folder = recipe.data, recipe.folder
-    raw = {"train": _read(data.train, data, folder), "test": _read(data.test, data, folder)}
+    raw = {"train": _read(data.train, data, folder)}
     if data.validation is not None:
         raw["validation"] = _read(data.validation, data, folder)
     names = recipe.labels or _label_names(raw)
     splits = {key: _split(inputs, label, ids, key, names) for key, (inputs, label, ids) in raw.items()}
-    train, test = splits["train"], splits["test"]
-    if list(train.inputs) != list(test.inputs):
-        raise DataError(f"train has the inputs {', '.join(train.inputs)}; test has {', '.join(test.inputs)}")
-    for key in ("train", "test"):
-        if splits[key].labels is None:
-            raise DataError(
-                f"{key} has no labels; a 'label' array (or [data.*] label_column) gives the class of each sample"
-            )
+    train = splits["train"]
+    _need_labels("train", train)
     if "validation" in splits:
         validation = splits["validation"]
     else:
         train, validation = _hold_out(train, data.validation_share)
-    overlap = np.isin(test.ids, train.ids).sum()
-    if overlap == len(test):
-        raise DataError("all test samples are in train; hold some out")
-    return Splits(train, validation, test, names, _preprocessing(data), _assets(data, folder))
+
+    def load_test() -> Split:
+        test = _split(*_read(data.test, data, folder), "test", names)
+        if list(train.inputs) != list(test.inputs):
+            raise DataError(f"train has the inputs {', '.join(train.inputs)}; test has {', '.join(test.inputs)}")
+        _need_labels("test", test)
+        if np.isin(test.ids, train.ids).all():
+            raise DataError("all test samples are in train; hold some out")
+        return test
+
+    return Splits(train, validation, names, _preprocessing(data), _assets(data, folder), load_test)
+
+
+def _need_labels(name: str, split: Split) -> None:
+    if split.labels is None:
+        raise DataError(
+            f"{name} has no labels; a 'label' array (or [data.*] label_column) gives the class of each sample"
+        )
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:

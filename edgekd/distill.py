@@ -44,6 +44,7 @@ __all__ = [
     "evaluate",
     "load_result",
     "objective_of",
+    "plan_of",
     "train_arm",
 ]
 
@@ -79,7 +80,7 @@ def arm_inputs(recipe: Recipe, splits: Splits, arm: str, seed: int, data: Json) 
     Args:
         data: Keys of the caches it learns from and is judged on.
     """
-    distill, mix = recipe.distill, recipe.distill.mix(arm)
+    distill, mix = recipe.distill.for_arm(arm), recipe.distill.mix(arm)
     return {
         "arm": arm,
         "seed": seed,
@@ -135,6 +136,19 @@ def threads_of(recipe: Recipe) -> int:
     return recipe.distill.threads or os.cpu_count() or 1
 
 
+def plan_of(recipe: Recipe, arm: str, seed: int) -> TrainingPlan:
+    """How one arm is trained."""
+    distill = recipe.distill.for_arm(arm)
+    return TrainingPlan(
+        epochs=distill.epochs,
+        batch_size=distill.batch_size,
+        learning_rate=distill.learning_rate,
+        weight_decay=distill.weight_decay,
+        warmup_share=distill.warmup_share,
+        seed=seed,
+    )
+
+
 def train_arm(
     recipe: Recipe,
     splits: Splits,
@@ -161,14 +175,7 @@ def train_arm(
     example = _example(splits)
     module = load_student_module(recipe.student.model, recipe.folder, tuple(splits.train.inputs), seed)
     check_outputs(module.eval()(*example), caches["train"].classes, len(splits.labels))
-    plan = TrainingPlan(
-        epochs=recipe.distill.epochs,
-        batch_size=recipe.distill.batch_size,
-        learning_rate=recipe.distill.learning_rate,
-        weight_decay=recipe.distill.weight_decay,
-        warmup_share=recipe.distill.warmup_share,
-        seed=seed,
-    )
+    plan = plan_of(recipe, arm, seed)
     name = f"{arm}, seed {seed}"
     checkpoint = folder.checkpoint(f"{arm}-{fingerprint(inputs)}", seed)
     objective = objective_of(recipe, arm)

@@ -55,12 +55,13 @@ def capture_stage(work: Workspace, progress: Progress, force: bool = False) -> N
         NumericalError: The teacher gives NaN or infinity.
         DataError: Data that does not fit.
     """
+    keys = {name: work.capture_key(name) for name in SPLITS}  # loads all data: a fault of it comes before the hours
     for name in SPLITS:
-        key, folder = work.capture_key(name), work.folder.cache(name)
+        key, folder = keys[name], work.folder.cache(name)
 
         def make(name: str = name, folder: Path = folder) -> list[Path]:
             split, augment = work.split(name), work.augment_for(name)
-            capture(folder, split, work.teacher, work.capture_key(name), augment, progress)
+            capture(folder, split, work.teacher, keys[name], augment, progress)
             return [folder]
 
         _once(work, f"capture-{name}", key.to_json(), make, progress, force)

@@ -73,12 +73,17 @@ class Teacher(Model):
 
 
 class ArmOptions(_Table):
-    """What one arm says of its own mix; without ``losses``, its name is its only loss."""
+    """What one arm says of its own mix and training; without ``losses``, its name is its only loss."""
 
     temperature: Annotated[float, Field(gt=0)] | None = None
     label_weight: Annotated[float, Field(ge=0, le=1)] | None = None
     losses: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
     standardize: bool = False
+    epochs: Count | None = None
+    batch_size: Count | None = None
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    warmup_share: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,9 @@ TAIL_TEMPERATURES = (1.0, 2.0, 4.0)
 
 _USUAL = {"dist": ArmOptions(temperature=1.0, label_weight=0.33)}
 """What an arm is mixed with unless its own table says otherwise: DIST's paper has T = 1 and labels half as heavy."""
+
+_TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay", "warmup_share")
+"""What holds for all arms unless an arm's own table says otherwise; temperature and weights are its mix."""
 
 
 class Distill(_Table):
@@ -132,6 +140,12 @@ class Distill(_Table):
             next(weight for weight in weights if weight is not None),
             own.standardize,
         )
+
+    def for_arm(self, arm: str) -> Distill:
+        """The table as it holds for one arm: how it is trained where its own table says so."""
+        own = self.overrides.get(arm, ArmOptions())
+        said = {key: getattr(own, key) for key in ArmOptions.model_fields if key in _TRAINING}
+        return self.model_copy(update={key: value for key, value in said.items() if value is not None})
 
     def needs_all_classes(self) -> str:
         """Why a cache of the top classes would not do for these arms; empty when it does."""

@@ -237,7 +237,7 @@ def _fit_of(
     Returns:
         The training, and its checkpoint, to be removed when its result is saved.
     """
-    distill, cache = work.recipe.distill, work.cache("train")
+    distill, cache = work.recipe.distill.for_arm(arm), work.cache("train")
     plan = TrainingPlan(
         schedule.epochs,
         distill.batch_size,

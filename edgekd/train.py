@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from edgekd.store import atomic_write
 from edgekd.targets import Targets
 from edgekd.views import view_batch
 
-__all__ = ["Objective", "TrainingPlan", "learning_rate_at", "train"]
+__all__ = ["Objective", "OnEpoch", "TrainingPlan", "learning_rate_at", "train"]
 
 CHECKPOINT_EVERY_S = 20.0
 
@@ -36,6 +36,9 @@ SHARES_EVERY = 25
 
 Objective = Callable[[Tensor, Targets, Tensor], dict[str, Tensor]]
 """(student logits, what the teacher said, labels) to the parts, by name, whose sum is minimised."""
+
+OnEpoch = Callable[[int, Mapping[str, float]], None]
+"""(epochs that are done, means of the last) after each epoch; what it raises ends the training."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def train(
     checkpoint: Path,
     progress: Progress,
     name: str,
+    on_epoch: OnEpoch | None = None,
 ) -> list[dict[str, float]]:
     """Train in place with AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101).
 
@@ -125,6 +129,8 @@ def train(
         progress.advance(1, f"loss {float(loss.detach()):.3f}")
         if step + 1 == steps:
             state.end_epoch()
+            if on_epoch is not None:
+                on_epoch(epoch + 1, state.history[-1])
         if time.monotonic() - saved_at > CHECKPOINT_EVERY_S and accelerator.is_main_process:
             _save(checkpoint, accelerator.unwrap_model(student), optimizer, state)
             saved_at = time.monotonic()

@@ -55,6 +55,18 @@ def test_npz_splits_hold_out_validation_by_id(tmp_path: Path) -> None:
     assert splits.labels == ("0", "1")
 
 
+def test_the_test_split_is_not_read_before_it_is_asked_for(tmp_path: Path) -> None:
+    _save(tmp_path / "train.npz", _arrays(200))
+    _save(tmp_path / "test.npz", _arrays(30, seed=9))
+    recipe = _recipe(tmp_path, 'train = "train.npz"\ntest = "test.npz"\nvalidation_share = 0.2')
+    (tmp_path / "test.npz").unlink()
+    splits = load_splits(recipe)
+
+    assert len(splits.train) + len(splits.validation) == 200
+    with pytest.raises(DataError, match=r"no data file at .*test\.npz"):
+        _ = splits.test
+
+
 def test_images_of_a_folder_become_arrays(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     image = pytest.importorskip("PIL.Image")

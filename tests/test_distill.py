@@ -5,6 +5,7 @@ import pytest
 from edgekd.distill import CONTROL, ArmResult, check_outputs, choose_arm
 from edgekd.errors import DataError
 from edgekd.metrics import ClassCount, Quality
+from edgekd.recipe import Distill
 from edgekd.summary import _distillation_sentences, _gain
 from edgekd.types import Card, Student
 
@@ -78,3 +79,14 @@ def test_classes_that_do_not_fit_are_all_three_named() -> None:
     with pytest.raises(DataError, match=r"the student returns \(2, 3, 4\)"):
         check_outputs(torch.zeros(2, 3, 4), 4, 4)
     check_outputs(torch.zeros(2, 4), 4, 4)
+
+
+def test_an_arm_may_be_trained_in_a_way_of_its_own() -> None:
+    distill = Distill.model_validate(
+        {"epochs": 9, "overrides": {"kd": {"learning_rate": 0.01, "epochs": 3}, "control": {"batch_size": 7}}}
+    )
+    kd, dist, control = (distill.for_arm(arm) for arm in ("kd", "dist", CONTROL))
+
+    assert (kd.learning_rate, kd.epochs, kd.batch_size) == (0.01, 3, 128)
+    assert dist == distill
+    assert (control.batch_size, control.epochs) == (7, 9)

@@ -1,6 +1,7 @@
 """Training: it learns, and it resumes bit for bit."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -116,3 +117,21 @@ def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
     assert rates[9] == max(rates) == PLAN.learning_rate
     assert rates[0] == pytest.approx(PLAN.learning_rate / 10)
     assert rates[100] == pytest.approx(0.0)
+
+
+def test_each_epoch_is_told_and_what_hears_of_it_may_end_the_training(
+    tmp_path: Path, material: tuple[Split, TeacherCache]
+) -> None:
+    split, cache = material
+    told: list[tuple[int, float]] = []
+
+    def listen(epochs: int, means: Mapping[str, float]) -> None:
+        told.append((epochs, means["loss"]))
+        if epochs == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(network(), split, cache, None, objective, PLAN, tmp_path / "c.pt", Interrupting(), "x", listen)
+    history = train(network(), split, cache, None, objective, PLAN, tmp_path / "d.pt", Interrupting(), "x")
+
+    assert told == [(1, history[0]["loss"]), (2, history[1]["loss"])]
