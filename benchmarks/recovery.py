@@ -34,12 +34,12 @@ from edgekd.data import Split, split_from_arrays
 from edgekd.losses import LABELS, LOSSES, Term, weighted
 from edgekd.metrics import accuracy
 from edgekd.models import count_parameters, export_program, input_specs, output_specs, run_program
+from edgekd.outputs import StudentOutputs, TeacherOutputs
 from edgekd.protocols import Progress
 from edgekd.prune import parse_pruning, prune
 from edgekd.qat import train_quantized
 from edgekd.sources import load_teacher
 from edgekd.store import write_json
-from edgekd.targets import Targets
 from edgekd.train import Objective, TrainingPlan, train
 from edgekd.types import Card, Json, Student
 
@@ -80,12 +80,12 @@ class Narrow(nn.Module):
         return self.classifier(self.features(self.stem(image)).mean((2, 3)))
 
 
-def labels_only(student: Tensor, teacher: Targets, labels: Tensor) -> dict[str, Tensor]:
-    return {LABELS: nn.functional.cross_entropy(student, labels)}
+def labels_only(student: StudentOutputs, teacher: TeacherOutputs, labels: Tensor) -> dict[str, Tensor]:
+    return {LABELS: nn.functional.cross_entropy(student.logits, labels)}
 
 
-def distilled(student: Tensor, teacher: Targets, labels: Tensor) -> dict[str, Tensor]:
-    return weighted(student, teacher, labels, [Term("kd", 1.0, LOSSES["kd"])], 6.0, 0.1)
+def distilled(student: StudentOutputs, teacher: TeacherOutputs, labels: Tensor) -> dict[str, Tensor]:
+    return weighted(student.logits, teacher.classes, labels, [Term("kd", 1.0, LOSSES["kd"])], 6.0, 0.1)
 
 
 def one_seed(digits: ModuleType, data: tuple[Split, Split], cache: TeacherCache, seed: int, work: Path) -> Json:

@@ -22,10 +22,11 @@ import torch
 
 from edgekd.data import Split
 from edgekd.errors import CacheError, DataError, ModelFileError, NumericalError
+from edgekd.outputs import TeacherOutputs
 from edgekd.protocols import Augmentation, Progress
 from edgekd.sources import Teacher
 from edgekd.store import atomic_write, hash_path, read_json, write_json
-from edgekd.targets import Codec, DenseTargets, Targets, codec_of
+from edgekd.targets import Codec, DenseTargets, codec_of
 from edgekd.types import Json
 from edgekd.views import view_batch, view_seeds
 from edgekd.windows import counted_positions, encode_windows, positions_of, window_type
@@ -103,7 +104,7 @@ class TeacherCache:
 
     def read(
         self, rows: np.ndarray, views: np.ndarray, counted: np.ndarray | None = None
-    ) -> tuple[np.ndarray, Targets]:
+    ) -> tuple[np.ndarray, TeacherOutputs]:
         """Seeds, uint32 (records,), and what the teacher said of these views.
 
         Args:
@@ -111,7 +112,8 @@ class TeacherCache:
                 wanted positions in a row.
         """
         records = self._records(rows, views)
-        return records["seed"].copy(), self.codec.decode(records if counted is None else records["positions"][counted])
+        classes = self.codec.decode(records if counted is None else records["positions"][counted])
+        return records["seed"].copy(), TeacherOutputs(classes)
 
     def label_log_probabilities(self, rows: np.ndarray, views: np.ndarray, counted: np.ndarray) -> np.ndarray:
         """What the teacher gave the next tokens of windows: float32, one for each counted position."""
@@ -266,7 +268,8 @@ def verify_cache(
         chosen = slice(start, start + in_batch)
         labels = split.labels[positions[chosen]] if split.labels is not None and cache.positions else None
         counted = None if labels is None else counted_positions(labels)
-        seeds, stored = cache.read(rows[chosen], views[chosen], counted)
+        seeds, outputs = cache.read(rows[chosen], views[chosen], counted)
+        stored = outputs.classes
         inputs = view_batch(split, positions[chosen], seeds, augment)
         logits = teacher.logits(dict(zip(split.inputs, (x.numpy() for x in inputs), strict=True)))
         again = _records(seeds, logits, labels, cache.ids[rows[chosen]], cache.codec)  # draws are those of the seed

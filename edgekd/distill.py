@@ -25,13 +25,13 @@ from edgekd.models import (
     rename_outputs,
     run_program,
 )
+from edgekd.outputs import StudentOutputs, TeacherOutputs
 from edgekd.parity import LOGITS
 from edgekd.plugins import load_function
 from edgekd.protocols import Augmentation, Loss, Progress
 from edgekd.recipe import Mix, Recipe
 from edgekd.sources import load_student_module, module_fingerprint
 from edgekd.store import RunFolder, fingerprint, read_json, save_student
-from edgekd.targets import Targets
 from edgekd.train import Objective, TrainingPlan, train
 from edgekd.types import Card, Json, Student
 
@@ -266,7 +266,8 @@ def objective_of(recipe: Recipe, arm: str) -> Objective:
     mix = recipe.distill.mix(arm)
     terms = _terms(recipe, mix)
 
-    def objective(student: Tensor, teacher: Targets, labels: Tensor) -> dict[str, Tensor]:
-        return weighted(student, teacher, labels, terms, mix.temperature, mix.label_weight, mix.standardize)
+    def objective(student: StudentOutputs, teacher: TeacherOutputs, labels: Tensor) -> dict[str, Tensor]:
+        own, said = student.logits, teacher.classes
+        return weighted(own, said, labels, terms, mix.temperature, mix.label_weight, mix.standardize)
 
     return objective

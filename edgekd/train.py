@@ -22,9 +22,9 @@ from edgekd.capture import TeacherCache
 from edgekd.data import Split
 from edgekd.errors import CacheError, NumericalError
 from edgekd.losses import gradient_shares
+from edgekd.outputs import StudentOutputs, TeacherOutputs, student_outputs
 from edgekd.protocols import Augmentation, Progress
 from edgekd.store import atomic_write
-from edgekd.targets import Targets
 from edgekd.views import view_batch
 
 __all__ = ["Objective", "OnEpoch", "TrainingPlan", "learning_rate_at", "train"]
@@ -34,8 +34,8 @@ CHECKPOINT_EVERY_S = 20.0
 SHARES_EVERY = 25
 """Steps between two looks at how much each part of the loss pulls."""
 
-Objective = Callable[[Tensor, Targets, Tensor], dict[str, Tensor]]
-"""(student logits, what the teacher said, labels) to the parts, by name, whose sum is minimised."""
+Objective = Callable[[StudentOutputs, TeacherOutputs, Tensor], dict[str, Tensor]]
+"""(the student's outputs, the teacher's, labels) to the parts, by name, whose sum is minimised."""
 
 OnEpoch = Callable[[int, Mapping[str, float]], None]
 """(epochs that are done, means of the last) after each epoch; what it raises ends the training."""
@@ -74,7 +74,8 @@ def train(
     """Train in place with AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101).
 
     Args:
-        student: Freshly initialised; takes the split's inputs in order and returns logits (batch, classes).
+        student: Freshly initialised; takes the split's inputs in order and returns logits (batch, classes), or
+            :class:`edgekd.outputs.StudentOutputs`.
         split: Labelled samples.
         cache: The teacher's outputs and the seeds of the views, for the same samples.
         objective: What is minimised.
@@ -112,16 +113,17 @@ def train(
         inputs = [x.to(accelerator.device) for x in view_batch(split, batch, seeds, augment)]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(state.step, plan.epochs * steps, plan)
-        logits = student(*inputs)
-        parts = objective(logits, teacher.to(logits.device), labels[batch].to(logits.device))
-        loss = sum(parts.values(), start=torch.zeros((), device=logits.device))
+        outputs = student_outputs(student(*inputs))
+        device = outputs.logits.device
+        parts = objective(outputs, teacher.to(device), labels[batch].to(device))
+        loss = sum(parts.values(), start=torch.zeros((), device=device))
         if not math.isfinite(float(loss.detach())):
             raise NumericalError(
                 f"{name}: the loss is {float(loss.detach())} in epoch {epoch + 1}, step {step + 1}; "
                 "a lower distill.learning_rate or higher temperature may work"
             )
         if len(parts) > 1 and step % SHARES_EVERY == 0:
-            state.see_shares(gradient_shares(parts, logits))
+            state.see_shares(gradient_shares(parts, outputs.logits))
         optimizer.zero_grad()
         accelerator.backward(loss)
         optimizer.step()

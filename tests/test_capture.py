@@ -74,8 +74,8 @@ def test_a_replayed_view_is_the_view_that_the_teacher_saw(tmp_path: Path) -> Non
     inputs = view_batch(split, positions, seeds, noise)
     fresh = teacher.logits({"x": inputs[0].numpy()})
 
-    assert isinstance(stored, DenseTargets)
-    np.testing.assert_allclose(stored.logits, fresh - fresh.max(1, keepdims=True), atol=2e-3)
+    assert isinstance(stored.classes, DenseTargets)
+    np.testing.assert_allclose(stored.classes.logits, fresh - fresh.max(1, keepdims=True), atol=2e-3)
     assert len(cache.manifest["shards"]) == 4
 
 

@@ -13,8 +13,9 @@ import edgekd.train
 from edgekd.capture import CaptureKey, TeacherCache, capture
 from edgekd.data import Split, split_from_arrays
 from edgekd.errors import CacheError, NumericalError
+from edgekd.outputs import StudentOutputs, TeacherOutputs
 from edgekd.sources import Teacher, module_fingerprint
-from edgekd.targets import DenseTargets, Targets
+from edgekd.targets import DenseTargets
 from edgekd.train import TrainingPlan, learning_rate_at, train
 
 PLAN = TrainingPlan(epochs=3, batch_size=16, learning_rate=1e-2, weight_decay=1e-4, warmup_share=0.1, seed=3)
@@ -44,10 +45,10 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 2))
 
 
-def objective(student: Tensor, teacher: Targets, labels: Tensor) -> dict[str, Tensor]:
-    assert isinstance(teacher, DenseTargets)
-    fit = nn.functional.mse_loss(student, teacher.logits)
-    return {"labels": nn.functional.cross_entropy(student, labels), "teacher": 0.01 * fit}
+def objective(student: StudentOutputs, teacher: TeacherOutputs, labels: Tensor) -> dict[str, Tensor]:
+    assert isinstance(teacher.classes, DenseTargets)
+    fit = nn.functional.mse_loss(student.logits, teacher.classes.logits)
+    return {"labels": nn.functional.cross_entropy(student.logits, labels), "teacher": 0.01 * fit}
 
 
 @pytest.fixture
@@ -104,8 +105,8 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_knob(
 ) -> None:
     split, cache = material
 
-    def sick(student: Tensor, teacher: Targets, labels: Tensor) -> dict[str, Tensor]:
-        return {"sick": student.sum() * float("nan")}
+    def sick(student: StudentOutputs, teacher: TeacherOutputs, labels: Tensor) -> dict[str, Tensor]:
+        return {"sick": student.logits.sum() * float("nan")}
 
     with pytest.raises(NumericalError, match=r"kd: the loss is nan in epoch 1, step 1; a lower distill\.learning_rate"):
         train(network(), split, cache, None, sick, PLAN, tmp_path / "c.pt", Interrupting(), "kd")
