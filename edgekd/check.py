@@ -39,7 +39,7 @@ def check_workspace(work: Workspace) -> dict[str, str]:
     per_sample_s = (time.monotonic() - began) / len(positions)
     if not np.isfinite(logits).all():
         raise NumericalError("the teacher gives NaN or infinity on the first training samples")
-    student = load_student_module(recipe.student.model, recipe.folder, tuple(splits.train.inputs), 0).eval()
+    student = load_student_module(recipe.student.model, recipe.folder, 0).eval()
     check_outputs(student(*inputs), logits.shape[1], len(splits.labels))
     export_program(student, list(inputs))
     views, plain = len(splits.train) * recipe.data.views, len(splits.validation) + len(splits.test)

@@ -102,7 +102,7 @@ def arm_inputs(recipe: Recipe, splits: Splits, arm: str, seed: int, data: Json) 
 
 def _student_fingerprint(recipe: Recipe, splits: Splits, seed: int) -> str:
     """Of a fresh student: its layers, its first weights, and what it makes of two samples."""
-    module = load_student_module(recipe.student.model, recipe.folder, tuple(splits.train.inputs), seed)
+    module = load_student_module(recipe.student.model, recipe.folder, seed)
     with torch.no_grad():
         outputs = module.eval()(*_example(splits))
     values = outputs.tolist() if isinstance(outputs, Tensor) else None
@@ -173,7 +173,7 @@ def train_arm(
     torch.set_num_threads(threads_of(recipe))
     folder = RunFolder(recipe.run_folder)
     example = _example(splits)
-    module = load_student_module(recipe.student.model, recipe.folder, tuple(splits.train.inputs), seed)
+    module = load_student_module(recipe.student.model, recipe.folder, seed)
     check_outputs(module.eval()(*example), caches["train"].classes, len(splits.labels))
     plan = plan_of(recipe, arm, seed)
     name = f"{arm}, seed {seed}"

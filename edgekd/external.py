@@ -13,12 +13,12 @@ from edgekd.compress import STATIC, compress
 from edgekd.data import load_arrays
 from edgekd.errors import ModelFileError, UsageError
 from edgekd.export import Proof, requests_of, synthetic_samples, write_request
+from edgekd.hugging_face import hugging_face_example, hugging_face_module
 from edgekd.mixed import DEFAULT_MAX_DROP, Budget
 from edgekd.models import bind_inputs, count_macs, count_parameters, export_program, input_specs, output_specs
 from edgekd.parity import LOGITS
 from edgekd.protocols import Arrays, Options, Progress
 from edgekd.regressions import note_regressions
-from edgekd.sources import hugging_face_example, hugging_face_module
 from edgekd.store import fingerprint, hash_path, load_student, read_json
 from edgekd.tune import CANDIDATES, settle
 from edgekd.types import Card, Student

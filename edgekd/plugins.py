@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from edgekd.errors import MissingToolchainError, UsageError
-from edgekd.protocols import Exporter, Kind
+from edgekd.protocols import Exporter, Kind, Origin
 
 __all__ = [
     "exporter_names",
@@ -27,8 +27,12 @@ __all__ = [
     "load_function",
     "load_kind",
     "load_module",
+    "load_origin",
     "missing",
+    "origin_names",
+    "origin_of",
     "require",
+    "require_origin",
 ]
 
 
@@ -58,6 +62,37 @@ def load_kind(name: str) -> Kind:
         UsageError: There is no such kind; the message has those that exist.
     """
     return cast(Kind, _load("edgekd.devices", name, "DEVICE", "kind of device"))
+
+
+def origin_names() -> tuple[str, ...]:
+    """Prefixes of all origins of models."""
+    return tuple(name for name in _names("edgekd.origins") if name != _FUNCTION)
+
+
+def load_origin(name: str) -> Origin:
+    """The origin of that name; its toolchain need not be installed."""
+    return cast(Origin, _load("edgekd.origins", name, "ORIGIN", "origin"))
+
+
+def origin_of(reference: str) -> tuple[str, str]:
+    """Name of a model's origin, and what the reference says to it; without a known prefix it is ``module:function``."""
+    prefix, _, place = reference.partition(":")
+    return (prefix, place) if prefix in origin_names() else (_FUNCTION, reference)
+
+
+def require_origin(reference: str, origin: Origin) -> None:
+    """Check that the toolchain of an origin is installed.
+
+    Raises:
+        MissingToolchainError: With the line that installs it.
+    """
+    absent = missing(origin.requires)
+    if absent:
+        raise MissingToolchainError(repr(reference), ", ".join(absent), origin.extra)
+
+
+_FUNCTION = "function"
+"""The origin of what has no prefix."""
 
 
 def exporter_of(path: Path) -> str:

@@ -15,7 +15,9 @@ from edgekd.measurement import Block, DeviceStatus, Plan, Profile
 from edgekd.types import Artifact, Conversion, Precision, Student, TensorSpec
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    from torch import Generator, Tensor, nn
+
+    from edgekd.sources import Teacher
 
 __all__ = [
     "Arrays",
@@ -24,7 +26,10 @@ __all__ = [
     "Exporter",
     "Kind",
     "Loss",
+    "ModelRequest",
     "Options",
+    "Origin",
+    "OriginOptions",
     "Preparable",
     "Progress",
     "Runner",
@@ -32,7 +37,9 @@ __all__ = [
     "Side",
     "Step",
     "TakingTurns",
+    "Teaching",
     "Tracing",
+    "Trainable",
 ]
 
 Arrays: TypeAlias = Mapping[str, np.ndarray]
@@ -231,6 +238,81 @@ class Preparable(Protocol):
 
         Raises:
             DeviceError: It failed; what was there before still is.
+        """
+
+
+class OriginOptions(BaseModel):
+    """What an origin alone can be told of a model, beside it in ``[teacher]`` or ``[student]``. One with something to
+    set has a subclass."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """A model that a recipe names.
+
+    Attributes:
+        reference: As written: ``keras:teacher.keras``.
+        place: What stands behind the prefix: a path, a name, an address.
+        folder: Of the recipe, which a path is relative to.
+        options: An instance of the origin's ``options``.
+        labels: Class names, in the order of the logits; empty when the recipe names none.
+        taps: Modules or outputs that a teacher returns as features.
+    """
+
+    reference: str
+    place: str
+    folder: Path
+    options: Any
+    labels: tuple[str, ...] = ()
+    taps: tuple[str, ...] = ()
+
+
+class Origin(Protocol):
+    """Where models come from: ``edgekd/origins/<prefix>.py`` with ``ORIGIN``, or an entry point in ``edgekd.origins``.
+
+    It offers ``module`` (:class:`Trainable`), ``teacher`` (:class:`Teaching`), or both; a module serves as a teacher
+    where there is no ``teacher``.
+
+    Attributes:
+        requires: Modules that must be importable.
+        extra: Name of the extra that installs them.
+        options: What can be set.
+    """
+
+    requires: tuple[str, ...]
+    extra: str
+    options: type[OriginOptions]
+
+    def fault(self, place: str, folder: Path) -> str:
+        """Why there can be no model, seen without loading anything; empty when there may be one."""
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """An origin of modules."""
+
+    def module(self, asked: ModelRequest) -> nn.Module:
+        """Fresh, or with the weights that were asked for; takes the data's inputs in order.
+
+        Raises:
+            UsageError, DataError, ModelFileError: There is no such module.
+        """
+
+
+@runtime_checkable
+class Teaching(Protocol):
+    """An origin of models that give outputs and are run by something else than PyTorch's modules."""
+
+    def teacher(self, asked: ModelRequest, example: Arrays) -> Teacher:
+        """Load it.
+
+        Args:
+            example: A few samples as the teacher takes them.
+
+        Raises:
+            UsageError, DataError, ModelFileError: There is no such model, or it would run code when loaded.
         """
 
 

@@ -20,7 +20,7 @@ from edgekd.protocols import Options
 from edgekd.recipe import Export, Recipe
 from edgekd.types import Json
 
-__all__ = ["FILE_NAME", "find_recipe", "known_losses", "load_recipe", "parse_options"]
+__all__ = ["FILE_NAME", "find_recipe", "function_fault", "known_losses", "load_recipe", "parse_options"]
 
 FILE_NAME = "edgekd.toml"
 
@@ -275,32 +275,40 @@ def _source_faults(key: str, reference: str, data: Json, folder: Path) -> list[s
 
 
 def _model_faults(key: str, reference: str, folder: Path) -> list[str]:
-    prefix, _, rest = reference.partition(":")
-    if prefix in ("hf", "onnx", "pt2"):
-        return [] if (folder / rest).exists() else [f"{key}: no {rest!r} beside the recipe"]
     if ":" not in reference:
-        return [f"{key}: {reference!r} is none of module:function, hf:folder, onnx:file, pt2:file"]
-    return _function_faults(key, reference, folder)
+        known = ", ".join(f"{name}:" for name in plugins.origin_names())
+        return [f"{key}: {reference!r} is none of module:function, {known}"]
+    name, place = plugins.origin_of(reference)
+    fault = plugins.load_origin(name).fault(place, folder)
+    return [f"{key}: {fault}"] if fault else []
 
 
 def _function_faults(key: str, reference: str, folder: Path) -> list[str]:
-    """Look at the source only: nothing of the user's is run by a check of the text."""
+    fault = function_fault(reference, folder)
+    return [f"{key}: {fault}"] if fault else []
+
+
+def function_fault(reference: str, folder: Path) -> str:
+    """Why there is no such ``module:function``; empty when there may be one.
+
+    Looks at the source only: nothing of the user's is run by a check of the text.
+    """
     module, _, function = reference.partition(":")
     path = folder.joinpath(*module.split(".")).with_suffix(".py")
     if not function:
-        return [f"{key}: {reference!r} is not module:function"]
+        return f"{reference!r} is not module:function"
     if path.is_file():
         source = path.read_text(encoding="utf-8", errors="replace")
         if (
             not any(f"{keyword} {function}" in source for keyword in ("def", "class", "import"))
             and f"{function} =" not in source
         ):
-            return [f"{key}: {path.name} beside the recipe defines no {function!r}"]
-        return []
+            return f"{path.name} beside the recipe defines no {function!r}"
+        return ""
     import importlib.util
 
     try:
         found = importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         found = False
-    return [] if found else [f"{key}: no {path.name} beside the recipe, and no module {module!r} is installed"]
+    return "" if found else f"no {path.name} beside the recipe, and no module {module!r} is installed"

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ import edgekd.capture
 from edgekd.capture import CaptureKey, capture, open_cache, verify_cache
 from edgekd.data import Split, split_from_arrays
 from edgekd.errors import CacheError, NumericalError
-from edgekd.sources import Teacher
+from edgekd.sources import Answer, Teacher
 from edgekd.store import hash_path
 from edgekd.targets import DenseTargets
 from edgekd.views import view_batch, view_seeds
@@ -45,6 +45,10 @@ def make_split(count: int = 50) -> Split:
     return split_from_arrays({"x": x, "label": (x.sum(1) > 0).astype(int)}, labels=("no", "yes"))
 
 
+def teacher_of(logits: Callable[[Mapping[str, np.ndarray]], np.ndarray]) -> Teacher:
+    return Teacher(lambda arrays: Answer(logits(arrays)), "teacher", 8, None, 32)
+
+
 def make_teacher() -> Teacher:
     torch.manual_seed(0)
     net = nn.Linear(3, 2).eval()
@@ -53,7 +57,7 @@ def make_teacher() -> Teacher:
         with torch.no_grad():
             return net(torch.from_numpy(arrays["x"])).numpy()
 
-    return Teacher(logits, "teacher", 8, None, 32)
+    return teacher_of(logits)
 
 
 KEY = CaptureKey("teacher", "data", "noise", 3, 7)
@@ -103,7 +107,7 @@ def test_a_capture_that_broke_off_goes_on_and_gives_the_same_bytes(tmp_path: Pat
             raise KeyboardInterrupt
         return teacher.logits(arrays)
 
-    broken = dataclasses.replace(teacher, logits=dying)
+    broken = teacher_of(dying)
     with pytest.raises(KeyboardInterrupt):
         capture(tmp_path / "c", split, broken, KEY, noise, Quiet())
     assert not (tmp_path / "c").exists()
@@ -128,8 +132,7 @@ def dying(arrays):
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return teacher.logits(arrays)
-import dataclasses
-teacher_that_dies = dataclasses.replace(teacher, logits=dying)
+teacher_that_dies = t.teacher_of(dying)
 c.capture(pathlib.Path({str(tmp_path / "c")!r}), t.make_split(), teacher_that_dies, t.KEY, t.noise, t.Quiet())
 """
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, env=dict(os.environ))
@@ -147,7 +150,7 @@ c.capture(pathlib.Path({str(tmp_path / "c")!r}), t.make_split(), teacher_that_di
 def test_verification_finds_nothing_with_the_same_teacher_and_something_with_another(tmp_path: Path) -> None:
     split, teacher = make_split(), make_teacher()
     cache = capture(tmp_path / "c", split, teacher, KEY, noise, Quiet())
-    other = dataclasses.replace(teacher, logits=lambda arrays: -teacher.logits(arrays))
+    other = teacher_of(lambda arrays: -teacher.logits(arrays))
 
     assert verify_cache(cache, split, teacher, noise).top1_differs == 0
     assert verify_cache(cache, split, teacher, noise).max_relative < 1e-3
@@ -197,7 +200,7 @@ def test_nan_in_the_teacher_names_the_sample_and_keeps_the_old_cache(tmp_path: P
         capture(
             tmp_path / "c",
             split,
-            dataclasses.replace(teacher, logits=sick),
+            teacher_of(sick),
             dataclasses.replace(KEY, seed=1),
             noise,
             Quiet(),
@@ -217,7 +220,7 @@ def test_every_codec_is_captured_verified_and_found_out(tmp_path: Path, codec: s
     split, teacher, key = make_split(), make_teacher(), dataclasses.replace(KEY, codec=codec)
     cache = capture(tmp_path / "c", split, teacher, key, noise, Quiet())
     good = verify_cache(cache, split, teacher, noise)
-    other = dataclasses.replace(teacher, logits=lambda arrays: teacher.logits(arrays)[:, ::-1])
+    other = teacher_of(lambda arrays: teacher.logits(arrays)[:, ::-1])
     bad = verify_cache(open_cache(tmp_path / "c", key), split, other, noise)
 
     assert good.top1_differs == 0

@@ -79,7 +79,7 @@ def test_every_folder_of_code_is_packaged() -> None:
         if "templates" not in path.parts and "__pycache__" not in path.parts
     }
 
-    assert len(holding) == 5
+    assert len(holding) == 6
     assert holding <= mapped
     assert set(config["packages"]) == set(config["package-dir"])
 

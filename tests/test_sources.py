@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from edgekd.errors import DataError, ModelFileError, UsageError
+from edgekd.hugging_face import hugging_face_example, hugging_face_module
 from edgekd.models import program_bytes
 from edgekd.plugins import load_exporter
-from edgekd.sources import hugging_face_example, hugging_face_module, load_student_module, load_teacher
+from edgekd.sources import load_student_module, load_teacher
 from edgekd.types import Student
 
 
@@ -73,7 +74,7 @@ def test_a_function_is_a_teacher_and_its_weights_are_its_fingerprint(
 
 def test_the_same_seed_starts_the_same_student(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("from torch import nn\ndef student():\n    return nn.Linear(3, 2)\n")
-    weights = [load_student_module("mine:student", tmp_path, ["x"], seed).weight for seed in (0, 0, 1)]
+    weights = [load_student_module("mine:student", tmp_path, seed).weight for seed in (0, 0, 1)]
 
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -81,7 +82,7 @@ def test_the_same_seed_starts_the_same_student(tmp_path: Path) -> None:
 
 def test_an_onnx_file_is_no_student(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be trained"):
-        load_student_module("onnx:x.onnx", tmp_path, ["x"], 0)
+        load_student_module("onnx:x.onnx", tmp_path, 0)
 
 
 def _save_bert(folder: Path, kind: str, safe: bool = True) -> nn.Module:

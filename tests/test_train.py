@@ -14,7 +14,7 @@ from edgekd.capture import CaptureKey, TeacherCache, capture
 from edgekd.data import Split, split_from_arrays
 from edgekd.errors import CacheError, NumericalError
 from edgekd.outputs import StudentOutputs, TeacherOutputs
-from edgekd.sources import Teacher, module_fingerprint
+from edgekd.sources import Answer, Teacher, module_fingerprint
 from edgekd.targets import DenseTargets
 from edgekd.train import TrainingPlan, learning_rate_at, train
 
@@ -55,7 +55,7 @@ def objective(student: StudentOutputs, teacher: TeacherOutputs, labels: Tensor) 
 def material(tmp_path: Path) -> tuple[Split, TeacherCache]:
     x = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
     split = split_from_arrays({"x": x, "label": (x[:, 0] * x[:, 1] > 0).astype(int)}, labels=("no", "yes"))
-    teacher = Teacher(lambda arrays: arrays["x"][:, :2].copy(), "t", 0, None, 0)
+    teacher = Teacher(lambda arrays: Answer(arrays["x"][:, :2].copy()), "t", 0, None, 0)
     return split, capture(tmp_path / "cache", split, teacher, CaptureKey("t", "d", "", 1, 0), None, Interrupting())
 
 

@@ -1,0 +1,83 @@
+"""``onnx:file``, run by ONNX Runtime. Any tensor of the graph can be a feature: it is made one more output."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgekd import plugins
+from edgekd.errors import ModelFileError, UsageError
+from edgekd.protocols import Arrays, ModelRequest, OriginOptions
+
+if TYPE_CHECKING:
+    from edgekd.sources import Answer, Teacher
+
+__all__ = ["ORIGIN"]
+
+
+class _Onnx:
+    requires = ("onnx", "onnxruntime")
+    extra = "onnx"
+    options = OriginOptions
+
+    def fault(self, place: str, folder: Path) -> str:
+        return "" if (folder / place).is_file() else f"no {place!r} beside the recipe"
+
+    def teacher(self, asked: ModelRequest, example: Arrays) -> Teacher:
+        from edgekd.models import bind_inputs
+        from edgekd.sources import Teacher, answer_by_name
+        from edgekd.store import hash_path
+
+        path = asked.folder / asked.place
+        exporter = plugins.load_exporter("onnx")
+        runner = exporter.load(path) if not asked.taps else _with_outputs(exporter, path, asked)
+        batch = runner.inputs[0].shape[0]
+
+        def outputs(arrays: Arrays) -> Answer:
+            bound = bind_inputs(runner.inputs, arrays)
+            if batch == -1:
+                return answer_by_name(asked, runner(bound))
+            count = len(next(iter(bound.values())))
+            steps = [runner({key: a[i : i + batch] for key, a in bound.items()}) for i in range(0, count, batch)]
+            return answer_by_name(asked, {name: np.concatenate([step[name] for step in steps]) for name in steps[0]})
+
+        return Teacher(outputs, hash_path(path)[:16], _parameters(path), None, path.stat().st_size)
+
+
+def _parameters(path: Path) -> int:
+    import onnx
+
+    return sum(int(np.prod(tensor.dims)) for tensor in onnx.load(path).graph.initializer)
+
+
+def _with_outputs(exporter: Any, path: Path, asked: ModelRequest) -> Any:
+    """The file with some of its inner tensors as outputs behind its own."""
+    import onnx
+
+    try:
+        model = onnx.shape_inference.infer_shapes(onnx.load(path))
+    except Exception as error:
+        raise ModelFileError(f"{path} cannot be read as ONNX: {str(error).splitlines()[0]}") from error
+    known = {value.name: value for value in (*model.graph.value_info, *model.graph.output)}
+    own = {value.name for value in model.graph.output}
+    made = {name for node in model.graph.node for name in node.output if name}
+    for tap in asked.taps:
+        if tap not in made:
+            raise UsageError(f"{asked.reference} has no tensor {tap!r} for a feature; its last are {_last(model)}")
+        if tap not in own:
+            unknown = onnx.helper.make_tensor_value_info(tap, onnx.TensorProto.FLOAT, None)
+            model.graph.output.append(known.get(tap, unknown))
+    with tempfile.TemporaryDirectory() as folder:
+        onnx.save(model, Path(folder) / path.name)
+        return exporter.load(Path(folder) / path.name)
+
+
+def _last(model: Any) -> str:
+    names = [name for node in model.graph.node for name in node.output if name]
+    return ", ".join(names[-6:])
+
+
+ORIGIN = _Onnx()
