@@ -1,6 +1,6 @@
 """Windows of tokens in the teacher cache: every position as if it were a sample, and none that does not count."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import edgekd.capture
 from edgekd.capture import CaptureKey, TeacherCache, capture, open_cache, record_bytes, verify_cache
 from edgekd.data import Split, split_from_arrays
 from edgekd.errors import CacheError, DataError, NumericalError
-from edgekd.sources import Teacher
+from edgekd.sources import Answer, Teacher
 from edgekd.targets import TopTargets, codec_of
 from edgekd.windows import counted_positions
 
@@ -39,6 +39,10 @@ def make_split(count: int = 10) -> Split:
     return split_from_arrays({"input_ids": tokens[:, :-1], "attention_mask": mask, "label": labels})
 
 
+def teacher_of(logits: Callable[[Mapping[str, np.ndarray]], np.ndarray]) -> Teacher:
+    return Teacher(lambda arrays: Answer(logits(arrays)), "teacher", None, None, 0)
+
+
 def make_teacher() -> Teacher:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Embedding(WORDS, 8), nn.Linear(8, WORDS)).eval()
@@ -47,7 +51,7 @@ def make_teacher() -> Teacher:
         with torch.no_grad():
             return net(torch.from_numpy(arrays["input_ids"])).numpy() * 3
 
-    return Teacher(logits, "teacher", None, None, 0)
+    return teacher_of(logits)
 
 
 def key(codec: str) -> CaptureKey:
@@ -65,7 +69,8 @@ def test_the_targets_of_a_batch_are_those_of_its_counted_positions_in_a_row(tmp_
     cache = captured(tmp_path / "c", codec, split)
     chosen = np.array([7, 0, 3])
     counted = counted_positions(split.labels[chosen])
-    _, targets = cache.read(cache.rows(split.ids[chosen]), np.zeros(3), counted)
+    _, outputs = cache.read(cache.rows(split.ids[chosen]), np.zeros(3), counted)
+    targets = outputs.classes
     fresh = make_teacher().logits(split.arrays(chosen))[counted]
 
     assert len(targets.top_class()) == counted.sum() == 4 + 2 + 2
@@ -105,7 +110,7 @@ def test_a_capture_of_windows_goes_on_after_a_kill_and_gives_the_same_bytes(
         return make_teacher().logits(arrays)
 
     with pytest.raises(KeyboardInterrupt):
-        capture(tmp_path / "c", split, Teacher(dying, "teacher", None, None, 0), key("sampled50"), None, Quiet())
+        capture(tmp_path / "c", split, teacher_of(dying), key("sampled50"), None, Quiet())
     progress = Quiet()
     capture(tmp_path / "c", split, make_teacher(), key("sampled50"), None, progress)
     shards = sorted(path.name for path in (tmp_path / "whole").glob("shard-*"))
@@ -119,7 +124,7 @@ def test_a_capture_of_windows_goes_on_after_a_kill_and_gives_the_same_bytes(
 def test_verification_draws_again_and_finds_another_teacher(tmp_path: Path, codec: str) -> None:
     split, teacher = make_split(), make_teacher()
     cache = captured(tmp_path / "c", codec, split)
-    other = Teacher(lambda arrays: -teacher.logits(arrays), "other", None, None, 0)
+    other = teacher_of(lambda arrays: -teacher.logits(arrays))
 
     same = verify_cache(cache, split, teacher, None)
     assert (same.records, same.top1_differs) == (10, 0.0)
@@ -136,7 +141,7 @@ def test_what_does_not_count_may_be_nan_and_what_counts_may_not(tmp_path: Path) 
             found[:, position, 0] = np.nan
             return found
 
-        return Teacher(logits, "teacher", None, None, 0)
+        return teacher_of(logits)
 
     cache = capture(tmp_path / "prompt", split, spoilt(1), key("top10"), None, Quiet())
     assert isinstance(cache.codec.decode(cache._shards[0]["positions"][:, 2]), TopTargets)
@@ -145,14 +150,14 @@ def test_what_does_not_count_may_be_nan_and_what_counts_may_not(tmp_path: Path) 
 
 
 def test_a_teacher_of_samples_is_no_teacher_of_windows(tmp_path: Path) -> None:
-    flat = Teacher(lambda arrays: make_teacher().logits(arrays)[:, 0], "teacher", None, None, 0)
+    flat = teacher_of(lambda arrays: make_teacher().logits(arrays)[:, 0])
 
     with pytest.raises(DataError, match=r"\(10, 90\).*\(windows, positions, vocabulary\)"):
         capture(tmp_path / "c", make_split(), flat, key("top10"), None, Quiet())
 
 
 def test_a_token_beyond_the_vocabulary_of_the_teacher_is_said(tmp_path: Path) -> None:
-    small = Teacher(lambda arrays: make_teacher().logits(arrays)[..., :50], "teacher", None, None, 0)
+    small = teacher_of(lambda arrays: make_teacher().logits(arrays)[..., :50])
 
     with pytest.raises(DataError, match="the teacher's vocabulary only 50"):
         capture(tmp_path / "c", make_split(), small, key("top10"), None, Quiet())
