@@ -41,7 +41,9 @@ from edgekd.qat import train_quantized
 from edgekd.sources import load_teacher
 from edgekd.store import write_json
 from edgekd.train import Objective, TrainingPlan, train
+from edgekd.truth import Truth
 from edgekd.types import Card, Json, Student
+from edgekd.views import Views
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "digits"
@@ -80,12 +82,12 @@ class Narrow(nn.Module):
         return self.classifier(self.features(self.stem(image)).mean((2, 3)))
 
 
-def labels_only(student: StudentOutputs, teacher: TeacherOutputs, labels: Tensor) -> dict[str, Tensor]:
-    return {LABELS: nn.functional.cross_entropy(student.logits, labels)}
+def labels_only(student: StudentOutputs, teacher: TeacherOutputs, truth: Truth) -> dict[str, Tensor]:
+    return {LABELS: truth.cross_entropy(student.logits)}
 
 
-def distilled(student: StudentOutputs, teacher: TeacherOutputs, labels: Tensor) -> dict[str, Tensor]:
-    return weighted(student.logits, teacher.classes, labels, [Term("kd", 1.0, LOSSES["kd"])], 6.0, 0.1)
+def distilled(student: StudentOutputs, teacher: TeacherOutputs, truth: Truth) -> dict[str, Tensor]:
+    return weighted(student.logits, teacher.classes, truth, [Term("kd", 1.0, LOSSES["kd"])], 6.0, 0.1)
 
 
 def one_seed(digits: ModuleType, data: tuple[Split, Split], cache: TeacherCache, seed: int, work: Path) -> Json:
@@ -99,7 +101,7 @@ def one_seed(digits: ModuleType, data: tuple[Split, Split], cache: TeacherCache,
             module,
             learned,
             cache,
-            digits.augment,
+            Views(digits.augment),
             objective,
             TrainingPlan(**plan, seed=seed),
             checkpoint,
@@ -161,7 +163,7 @@ def experiment(progress: Progress) -> Json:
     teacher = load_teacher("digits:teacher", EXAMPLE, learned.arrays(np.arange(1)))
     with tempfile.TemporaryDirectory() as folder:
         key = CaptureKey(teacher.fingerprint, learned.fingerprint, "shift", VIEWS, 0)
-        cache = capture(Path(folder) / "cache", learned, teacher, key, digits.augment, progress)
+        cache = capture(Path(folder) / "cache", learned, teacher, key, Views(digits.augment), progress)
         rows = []
         for seed in SEEDS:
             rows.append(one_seed(digits, (learned, tested), cache, seed, Path(folder)))

@@ -1,7 +1,8 @@
 """TeacherCache: the teacher's outputs, paid once, replayed by every student.
 
-Format 2, a folder: ``manifest.json``, ``ids.bin`` (uint64 per sample) and shards of fixed-size records, memory-mapped.
-Record number = view · samples + position, so a look-up is one offset. A record is the view's seed (u32) and what
+Format 3, a folder: ``manifest.json``, ``ids.bin`` (uint64 per sample) and shards of fixed-size records, memory-mapped.
+Record number = position · views + view, so a look-up is one offset, and a sample is decoded once for all its views. A
+record is the view's seed (u32), the position of the sample that was mixed in (u32, where samples are mixed), and what
 :mod:`edgekd.targets` makes of the logits less their largest (shifting changes no softmax); that of a window of tokens
 has such a part for each of its positions (:mod:`edgekd.windows`).
 
@@ -23,17 +24,26 @@ import torch
 from edgekd.data import Split
 from edgekd.errors import CacheError, DataError, ModelFileError, NumericalError
 from edgekd.outputs import TeacherOutputs
-from edgekd.protocols import Augmentation, Progress
+from edgekd.protocols import Progress
 from edgekd.sources import Teacher
 from edgekd.store import atomic_write, hash_path, read_json, write_json
 from edgekd.targets import Codec, DenseTargets, codec_of
 from edgekd.types import Json
-from edgekd.views import view_batch, view_seeds
+from edgekd.views import Views, view_batch, view_partners, view_seeds
 from edgekd.windows import counted_positions, encode_windows, positions_of, window_type
 
-__all__ = ["CaptureKey", "TeacherCache", "Verification", "capture", "open_cache", "record_bytes", "verify_cache"]
+__all__ = [
+    "CaptureKey",
+    "Replay",
+    "TeacherCache",
+    "Verification",
+    "capture",
+    "open_cache",
+    "record_bytes",
+    "verify_cache",
+]
 
-FORMAT = 2
+FORMAT = 3
 RECORDS_PER_SHARD = 16_384
 BATCH = 256
 
@@ -45,10 +55,11 @@ class CaptureKey:
     Attributes:
         teacher: Fingerprint of its weights.
         data: Fingerprint of the split.
-        augmentation: Fingerprint of its source; empty for none.
+        augmentation: Fingerprint of its views; empty for none.
         views: Augmented views of each sample.
         seed: Of all views.
         codec: How records are stored: ``dense-f16``, ``dense-u8``, ``top10`` …
+        mix: Fingerprint of what mixes two samples; empty for nothing.
     """
 
     teacher: str
@@ -57,9 +68,24 @@ class CaptureKey:
     views: int
     seed: int
     codec: str = "dense-f16"
+    mix: str = ""
 
     def to_json(self) -> Json:
         return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What makes some views again, and what the teacher said of them.
+
+    Attributes:
+        seeds: uint32, (records,).
+        partners: Rows of the samples that were mixed in, int64 (records,); None without mixing.
+    """
+
+    seeds: np.ndarray
+    partners: np.ndarray | None
+    outputs: TeacherOutputs
 
 
 @dataclass(frozen=True)
@@ -102,18 +128,32 @@ class TeacherCache:
             )
         return rows
 
-    def read(
-        self, rows: np.ndarray, views: np.ndarray, counted: np.ndarray | None = None
-    ) -> tuple[np.ndarray, TeacherOutputs]:
-        """Seeds, uint32 (records,), and what the teacher said of these views.
+    def places(self, split: Split) -> np.ndarray:
+        """Where each row's sample is in a split, int64 (samples,).
+
+        Raises:
+            CacheError: A sample is not in the split any more.
+        """
+        order = np.argsort(split.ids, kind="stable")
+        places = order[np.minimum(np.searchsorted(split.ids, self.ids, sorter=order), len(order) - 1)]
+        missing = np.flatnonzero(split.ids[places] != self.ids)
+        if len(missing):
+            raise CacheError(
+                f"sample {self.ids[missing[0]]} of the cache is not in the data any more; run: edgekd capture"
+            )
+        return places
+
+    def read(self, rows: np.ndarray, views: np.ndarray, counted: np.ndarray | None = None) -> Replay:
+        """What is stored of these views.
 
         Args:
             counted: Of windows, which positions are wanted, bool (records, positions); the targets are those of all
                 wanted positions in a row.
         """
         records = self._records(rows, views)
+        partners = records["partner"].astype(np.int64) if "partner" in (records.dtype.names or ()) else None
         classes = self.codec.decode(records if counted is None else records["positions"][counted])
-        return records["seed"].copy(), TeacherOutputs(classes)
+        return Replay(records["seed"].copy(), partners, TeacherOutputs(classes))
 
     def label_log_probabilities(self, rows: np.ndarray, views: np.ndarray, counted: np.ndarray) -> np.ndarray:
         """What the teacher gave the next tokens of windows: float32, one for each counted position."""
@@ -138,9 +178,9 @@ class TeacherCache:
         return self.codec.decode(self._records(self.rows(ids), np.full(len(ids), view))).top_class().numpy()
 
     def _records(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
-        numbers = views.astype(np.int64) * len(self.ids) + rows
+        numbers = rows * self.views + views.astype(np.int64)
         shard, offset = np.divmod(numbers, _at_once(RECORDS_PER_SHARD, self.positions))
-        records = np.empty(len(numbers), _record_type(self.codec, self.classes, self.positions))
+        records = np.empty(len(numbers), self._shards[0].dtype)
         for index in np.unique(shard):
             chosen = shard == index
             records[chosen] = self._shards[index][offset[chosen]]
@@ -164,7 +204,7 @@ class Verification:
 
 
 def capture(
-    folder: Path, split: Split, teacher: Teacher, key: CaptureKey, augment: Augmentation | None, progress: Progress
+    folder: Path, split: Split, teacher: Teacher, key: CaptureKey, views: Views, progress: Progress
 ) -> TeacherCache:
     """Run the teacher over every (sample, view) that is not captured yet.
 
@@ -185,13 +225,14 @@ def capture(
         numbers = np.arange(done, min(done + in_shard, total))
         blocks = []
         for start in range(0, len(numbers), in_batch):
-            views, rows = np.divmod(numbers[start : start + in_batch], samples)
-            seeds = view_seeds(split.ids[rows], views, key.seed)
-            inputs = view_batch(split, rows, seeds, augment)
+            rows, turns = np.divmod(numbers[start : start + in_batch], key.views)
+            seeds = view_seeds(split.ids[rows], turns, key.seed)
+            partners = view_partners(seeds, samples) if key.mix else None
+            inputs = view_batch(split, rows, seeds, views, partners).inputs
             logits = teacher.logits(dict(zip(split.inputs, (x.numpy() for x in inputs), strict=True)))
             classes = logits.shape[-1]
             labels = split.labels[rows] if split.labels is not None and positions else None
-            blocks.append(_records(seeds, logits, labels, split.ids[rows], codec))
+            blocks.append(_records(seeds, partners, logits, labels, split.ids[rows], codec))
             progress.advance(len(rows))
         name = f"shard-{len(shards):05d}.bin"
         content = np.concatenate(blocks)
@@ -228,7 +269,7 @@ def open_cache(folder: Path, key: CaptureKey | None = None) -> TeacherCache:
             changed = [name for name, value in key.to_json().items() if manifest["key"].get(name) != value]
             raise CacheError(f"{folder} was captured with another {', '.join(changed)}; run: edgekd capture")
         codec, positions = codec_of(manifest["key"]["codec"]), int(manifest.get("positions", 0))
-        record = _record_type(codec, manifest["classes"], positions)
+        record = _record_type(codec, manifest["classes"], positions, bool(manifest["key"]["mix"]))
         ids = np.fromfile(folder / "ids.bin", "<u8")
         if hash_path(folder / "ids.bin") != manifest["ids_sha256"]:
             raise CacheError(f"{folder / 'ids.bin'} is damaged; remove {folder} and run: edgekd capture")
@@ -248,7 +289,7 @@ def open_cache(folder: Path, key: CaptureKey | None = None) -> TeacherCache:
 
 
 def verify_cache(
-    cache: TeacherCache, split: Split, teacher: Teacher, augment: Augmentation | None, share: float = 0.001
+    cache: TeacherCache, split: Split, teacher: Teacher, views: Views, share: float = 0.001
 ) -> Verification:
     """Run the teacher again on a random share of the records (at least 64) and compare.
 
@@ -257,26 +298,23 @@ def verify_cache(
     total = len(cache) * cache.views
     count = min(total, max(_at_once(64, cache.positions), int(total * share)))
     numbers = np.sort(np.random.default_rng(0).choice(total, count, replace=False))
-    views, rows = np.divmod(numbers, len(cache))
-    position_of = {int(sample): position for position, sample in enumerate(split.ids)}
-    try:
-        positions = np.asarray([position_of[int(sample)] for sample in cache.ids[rows]])
-    except KeyError as error:
-        raise CacheError(f"sample {error} of the cache is not in the data any more; run: edgekd capture") from None
+    rows, turns = np.divmod(numbers, cache.views)
+    places = cache.places(split)
     differs, errors, in_batch = [], [], _at_once(BATCH, cache.positions)
     for start in range(0, count, in_batch):
         chosen = slice(start, start + in_batch)
-        labels = split.labels[positions[chosen]] if split.labels is not None and cache.positions else None
+        where = places[rows[chosen]]
+        labels = split.labels[where] if split.labels is not None and cache.positions else None
         counted = None if labels is None else counted_positions(labels)
-        seeds, outputs = cache.read(rows[chosen], views[chosen], counted)
-        stored = outputs.classes
-        inputs = view_batch(split, positions[chosen], seeds, augment)
+        stored = cache.read(rows[chosen], turns[chosen], counted)
+        partners = None if stored.partners is None else places[stored.partners]
+        inputs = view_batch(split, where, stored.seeds, views, partners).inputs
         logits = teacher.logits(dict(zip(split.inputs, (x.numpy() for x in inputs), strict=True)))
-        again = _records(seeds, logits, labels, cache.ids[rows[chosen]], cache.codec)  # draws are those of the seed
+        again = _records(stored.seeds, partners, logits, labels, cache.ids[rows[chosen]], cache.codec)
         top_class = cache.codec.decode(again if counted is None else again["positions"][counted]).top_class()
         shown = logits if counted is None else logits[counted]
-        differs.append((top_class != stored.top_class()).float())
-        errors.append(stored.errors(torch.from_numpy(shown - shown.max(axis=1, keepdims=True))).max())
+        differs.append((top_class != stored.outputs.classes.top_class()).float())
+        errors.append(stored.outputs.classes.errors(torch.from_numpy(shown - shown.max(axis=1, keepdims=True))).max())
     return Verification(count, float(torch.cat(differs).mean()), float(torch.stack(errors).max()))
 
 
@@ -312,19 +350,25 @@ def _at_once(records: int, positions: int) -> int:
     return max(1, records // max(1, positions))
 
 
-def record_bytes(codec: Codec, classes: int, positions: int = 0) -> int:
-    """Of one view on disk, its seed included."""
-    return _record_type(codec, classes, positions).itemsize
+def record_bytes(codec: Codec, classes: int, positions: int = 0, mixed: bool = False) -> int:
+    """Of one view on disk, with its seed and, where samples are mixed, its partner."""
+    return _record_type(codec, classes, positions, mixed).itemsize
 
 
-def _record_type(codec: Codec, classes: int, positions: int) -> np.dtype[np.void]:
+def _record_type(codec: Codec, classes: int, positions: int, mixed: bool) -> np.dtype[np.void]:
+    head = [("seed", "<u4"), *([("partner", "<u4")] if mixed else [])]
     if positions:
-        return np.dtype([("seed", "<u4"), ("positions", window_type(codec, classes, positions))])
-    return np.dtype([("seed", "<u4"), *codec.fields(classes)])
+        return np.dtype([*head, ("positions", window_type(codec, classes, positions))])
+    return np.dtype([*head, *codec.fields(classes)])
 
 
 def _records(
-    seeds: np.ndarray, logits: np.ndarray, labels: np.ndarray | None, ids: np.ndarray, codec: Codec
+    seeds: np.ndarray,
+    partners: np.ndarray | None,
+    logits: np.ndarray,
+    labels: np.ndarray | None,
+    ids: np.ndarray,
+    codec: Codec,
 ) -> np.ndarray:
     """Records of some views; labels are those of windows, None where a sample has one label."""
     if logits.ndim != (2 if labels is None else 3):
@@ -336,8 +380,11 @@ def _records(
     bad = np.flatnonzero(~finite)
     if len(bad):
         raise NumericalError(f"the teacher gives NaN or infinity for {len(bad)} samples, first id {ids[bad[0]]}")
-    records = np.empty(len(seeds), _record_type(codec, logits.shape[-1], 0 if labels is None else labels.shape[1]))
+    positions = 0 if labels is None else labels.shape[1]
+    records = np.empty(len(seeds), _record_type(codec, logits.shape[-1], positions, partners is not None))
     records["seed"] = seeds
+    if partners is not None:
+        records["partner"] = partners
     if labels is None:
         codec.encode(logits - logits.max(axis=1, keepdims=True), records)
     else:

@@ -14,7 +14,7 @@ from edgekd.models import count_parameters, export_program
 from edgekd.plugins import load_exporter, require
 from edgekd.sources import load_student_module
 from edgekd.targets import PLAIN_CODEC, codec_of
-from edgekd.views import view_batch, view_seeds
+from edgekd.views import view_batch, view_partners, view_seeds
 from edgekd.workspace import Workspace
 
 __all__ = ["check_workspace"]
@@ -31,7 +31,8 @@ def check_workspace(work: Workspace) -> dict[str, str]:
         require(target, load_exporter(target))
     positions = np.arange(min(32, len(splits.train)))
     seeds = view_seeds(splits.train.ids[positions], np.zeros(len(positions)), recipe.distill.seeds[0])
-    inputs = view_batch(splits.train, positions, seeds, work.augment)
+    partners = view_partners(seeds, len(splits.train))
+    inputs = view_batch(splits.train, positions, seeds, work.views_of("train"), partners).inputs
     batch = dict(zip(splits.train.inputs, (x.numpy() for x in inputs), strict=True))
     work.teacher.logits(batch)  # the first call pays for set-up
     began = time.monotonic()
@@ -44,7 +45,8 @@ def check_workspace(work: Workspace) -> dict[str, str]:
     export_program(student, list(inputs))
     views, plain = len(splits.train) * recipe.data.views, len(splits.validation) + len(splits.test)
     passes, codec = views + plain, codec_of(recipe.codec(logits.shape[1]))
-    size = views * record_bytes(codec, logits.shape[1]) + plain * record_bytes(codec_of(PLAIN_CODEC), logits.shape[1])
+    record = record_bytes(codec, logits.shape[1], mixed=recipe.data.mix is not None)
+    size = views * record + plain * record_bytes(codec_of(PLAIN_CODEC), logits.shape[1])
     facts = {
         "recipe": f"{recipe.name} ({recipe.folder})",
         "samples": f"train {len(splits.train)}, validation {len(splits.validation)}, test {len(splits.test)}",
@@ -52,7 +54,8 @@ def check_workspace(work: Workspace) -> dict[str, str]:
             f"{name} {tuple(x.shape[1:])}" for name, x in zip(splits.train.inputs, inputs, strict=True)
         ),
         "classes": f"{len(splits.labels)}",
-        "teacher cache": f"{size / 1e6:.1f} MB ({codec.name}), about {passes * per_sample_s:.0f} s of the teacher",
+        "teacher cache": f"{size / 1e6:.1f} MB ({codec.name}, {record} bytes a view), "
+        f"about {passes * per_sample_s:.0f} s of the teacher",
         "students": f"{len(arms_of(recipe)) * len(recipe.distill.seeds)} to train: "
         f"{', '.join(arms_of(recipe))}; {len(recipe.distill.seeds)} seeds",
         "student parameters": f"{count_parameters(student):,}",

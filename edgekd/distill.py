@@ -28,12 +28,14 @@ from edgekd.models import (
 from edgekd.outputs import StudentOutputs, TeacherOutputs
 from edgekd.parity import LOGITS
 from edgekd.plugins import load_function
-from edgekd.protocols import Augmentation, Loss, Progress
+from edgekd.protocols import Loss, Progress
 from edgekd.recipe import Mix, Recipe
 from edgekd.sources import load_student_module, module_fingerprint
 from edgekd.store import RunFolder, fingerprint, read_json, save_student
 from edgekd.train import Objective, TrainingPlan, train
+from edgekd.truth import Truth
 from edgekd.types import Card, Json, Student
+from edgekd.views import Views
 
 __all__ = [
     "CONTROL",
@@ -95,6 +97,7 @@ def arm_inputs(recipe: Recipe, splits: Splits, arm: str, seed: int, data: Json) 
         "learning_rate": distill.learning_rate,
         "weight_decay": distill.weight_decay,
         "warmup_share": distill.warmup_share,
+        "views_per_decode": recipe.data.views_per_decode,
         "threads": threads_of(recipe),
         "torch": torch.__version__,
     }
@@ -146,6 +149,8 @@ def plan_of(recipe: Recipe, arm: str, seed: int) -> TrainingPlan:
         weight_decay=distill.weight_decay,
         warmup_share=distill.warmup_share,
         seed=seed,
+        views_per_decode=recipe.data.views_per_decode,
+        labelled_only=arm == CONTROL,
     )
 
 
@@ -153,7 +158,7 @@ def train_arm(
     recipe: Recipe,
     splits: Splits,
     caches: Mapping[str, TeacherCache],
-    augment: Augmentation | None,
+    views: Views,
     arm: str,
     seed: int,
     inputs: Json,
@@ -163,6 +168,7 @@ def train_arm(
 
     Args:
         caches: Of ``train``, ``validation`` and ``test``.
+        views: How those of ``train`` are made.
         inputs: From ``arm_inputs``; a checkpoint of other inputs is not continued.
 
     Raises:
@@ -179,7 +185,7 @@ def train_arm(
     name = f"{arm}, seed {seed}"
     checkpoint = folder.checkpoint(f"{arm}-{fingerprint(inputs)}", seed)
     objective = objective_of(recipe, arm)
-    history = train(module, splits.train, caches["train"], augment, objective, plan, checkpoint, progress, name)
+    history = train(module, splits.train, caches["train"], views, objective, plan, checkpoint, progress, name)
     module.eval().requires_grad_(False)
     program = rename_outputs(export_program(module, example), ["logits"])
     keys = caches["train"].manifest["key"]
@@ -266,8 +272,8 @@ def objective_of(recipe: Recipe, arm: str) -> Objective:
     mix = recipe.distill.mix(arm)
     terms = _terms(recipe, mix)
 
-    def objective(student: StudentOutputs, teacher: TeacherOutputs, labels: Tensor) -> dict[str, Tensor]:
+    def objective(student: StudentOutputs, teacher: TeacherOutputs, truth: Truth) -> dict[str, Tensor]:
         own, said = student.logits, teacher.classes
-        return weighted(own, said, labels, terms, mix.temperature, mix.label_weight, mix.standardize)
+        return weighted(own, said, truth, terms, mix.temperature, mix.label_weight, mix.standardize)
 
     return objective

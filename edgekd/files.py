@@ -111,7 +111,10 @@ def _tokenize(texts: list[Any], spec: TextData, folder: Path) -> dict[str, Colum
 
 
 class ImageFiles:
-    """A column of encoded images, decoded when indexed; float32 (samples, channels, size, size)."""
+    """A column of encoded images, decoded when indexed; float32 (samples, channels, size, size).
+
+    An image that is asked for several times at once, for several of its views, is decoded once.
+    """
 
     def __init__(self, files: list[Any], spec: ImageData) -> None:
         self._files, self._spec = files, spec
@@ -127,8 +130,10 @@ class ImageFiles:
 
     def __getitem__(self, index: Any) -> np.ndarray:
         positions = np.arange(len(self))[index]
-        images = [self._decode(self._files[i]) for i in np.atleast_1d(positions)]
-        return images[0] if positions.ndim == 0 else np.stack(images)
+        if positions.ndim == 0:
+            return self._decode(self._files[positions])
+        different, places = np.unique(positions, return_inverse=True)
+        return np.stack([self._decode(self._files[i]) for i in different])[places]
 
     def take(self, indices: np.ndarray) -> ImageFiles:
         return ImageFiles([self._files[i] for i in indices], self._spec)

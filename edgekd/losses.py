@@ -16,6 +16,7 @@ from torch import Tensor
 
 from edgekd.protocols import Loss
 from edgekd.targets import Targets
+from edgekd.truth import NO_LABEL, Truth
 
 __all__ = [
     "LABELS",
@@ -79,8 +80,10 @@ def jensen_shannon(student: Tensor, teacher: Tensor, labels: Tensor, temperature
 def target_kl(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """Divergence over two classes, the labelled one and all others (TCKD of Zhao et al. 2022, arXiv:2203.08679).
 
-    Arguments, result and errors as of :func:`soft_target_kl`, but the labels are looked at.
+    Arguments, result and errors as of :func:`soft_target_kl`, but the labels are looked at: the mean is over samples
+    that have one, and zero when none has.
     """
+    student, teacher, labels = _labelled(student, teacher, labels)
     log_student, log_teacher = _softened(student, teacher, temperature)
     return _kl(_target_or_not(log_teacher, labels), _target_or_not(log_student, labels)) * temperature**2
 
@@ -88,9 +91,10 @@ def target_kl(student: Tensor, teacher: Tensor, labels: Tensor, temperature: flo
 def non_target_kl(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """Divergence over all classes but the labelled one (NCKD of Zhao et al. 2022, arXiv:2203.08679).
 
-    Arguments, result and errors as of :func:`soft_target_kl`, but the labels are looked at.
+    Arguments, result and errors as of :func:`target_kl`.
     """
     _check(student, teacher, temperature)
+    student, teacher, labels = _labelled(student, teacher, labels)
     labelled = F.one_hot(labels, student.shape[1]).bool()
     others = (len(student), student.shape[1] - 1)
     log_student, log_teacher = _softened(student[~labelled].view(others), teacher[~labelled].view(others), temperature)
@@ -172,7 +176,7 @@ class Term:
 def weighted(
     student: Tensor,
     teacher: Targets,
-    labels: Tensor,
+    truth: Truth,
     terms: Sequence[Term],
     temperature: float,
     label_weight: float,
@@ -182,18 +186,18 @@ def weighted(
 
     Args:
         student: Logits, (batch, classes).
+        truth: What is known of the samples besides.
         teacher: As the cache has it; losses see both over the same classes (:meth:`edgekd.targets.Targets.paired`).
-        labels: Classes, int64 (batch,).
         label_weight: 0 (teacher only) to 1 (labels only).
         standardize: Compare z-scores of the logits (:func:`standardized`); the cross-entropy sees them as they are.
 
     Returns:
         The weighted parts by name, ground truth first; their sum is to be minimised.
     """
-    parts = {LABELS: label_weight * F.cross_entropy(student, labels)}
+    parts = {LABELS: label_weight * truth.cross_entropy(student)}
     if not terms:
         return parts
-    own, wanted, classes = teacher.paired(student, labels, temperature)
+    own, wanted, classes = teacher.paired(student, truth.single(), temperature)
     if standardize:
         own, wanted = standardized(own), standardized(wanted)
     for term in terms:
@@ -227,8 +231,14 @@ def _softened(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Ten
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) from log-probabilities, mean over the batch."""
-    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    """KL(p ‖ q) from log-probabilities, mean over the batch; zero of an empty one."""
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / max(1, len(log_p))
+
+
+def _labelled(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The samples that have a label."""
+    known = labels != NO_LABEL
+    return (student, teacher, labels) if bool(known.all()) else (student[known], teacher[known], labels[known])
 
 
 def _target_or_not(log_probabilities: Tensor, labels: Tensor) -> Tensor:

@@ -60,8 +60,7 @@ def capture_stage(work: Workspace, progress: Progress, force: bool = False) -> N
         key, folder = keys[name], work.folder.cache(name)
 
         def make(name: str = name, folder: Path = folder) -> list[Path]:
-            split, augment = work.split(name), work.augment_for(name)
-            capture(folder, split, work.teacher, keys[name], augment, progress)
+            capture(folder, work.split(name), work.teacher, keys[name], work.views_of(name), progress)
             return [folder]
 
         _once(work, f"capture-{name}", key.to_json(), make, progress, force)
@@ -82,7 +81,7 @@ def distill_stage(work: Workspace, progress: Progress, force: bool = False) -> l
             inputs = arm_inputs(recipe, work.splits, arm, seed, data)
 
             def make(arm: str = arm, seed: int = seed, inputs: Json = inputs) -> list[Path]:
-                train_arm(recipe, work.splits, caches, work.augment, arm, seed, inputs, progress)
+                train_arm(recipe, work.splits, caches, work.views_of("train"), arm, seed, inputs, progress)
                 return [work.folder.arm(arm, seed)]
 
             _once(work, f"distill-{work.folder.arm(arm, seed).name}", inputs, make, progress, force)

@@ -26,6 +26,7 @@ __all__ = [
     "Exporter",
     "Kind",
     "Loss",
+    "Mixing",
     "ModelRequest",
     "Options",
     "Origin",
@@ -322,7 +323,7 @@ class Loss(Protocol):
     def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
         """Logits of both, (batch, classes), and the true classes, int64 (batch,); returns a scalar.
 
-        No gradient flows into the teacher.
+        No gradient flows into the teacher. A class is -1 where a sample has none, or is mixed of two.
         """
 
 
@@ -336,6 +337,17 @@ class Augmentation(Protocol):
     """One sample to one view of it. All randomness comes from ``generator``: a view is replayed from its seed."""
 
     def __call__(self, sample: Mapping[str, Tensor], generator: Generator) -> Mapping[str, Tensor]: ...
+
+
+class Mixing(Protocol):
+    """Two samples to one view, and the share of it that is the first one's, 0 to 1: its labels are mixed so.
+
+    All randomness comes from ``generator``; ``alpha`` is what the recipe says in ``data.mix_alpha``.
+    """
+
+    def __call__(
+        self, sample: Mapping[str, Tensor], partner: Mapping[str, Tensor], generator: Generator, alpha: float, /
+    ) -> tuple[Mapping[str, Tensor], float]: ...
 
 
 class Progress(Protocol):

@@ -57,7 +57,7 @@ def load_recipe(path: Path) -> Recipe:
     except ValidationError as error:
         raise RecipeError([*_faults(error), *_cross_faults(table, path.parent)]) from None
     recipe._folder = path.parent.resolve()
-    faults = [*_cross_faults(table, path.parent), *_codec_faults(recipe)]
+    faults = [*_cross_faults(table, path.parent), *_codec_faults(recipe), *_mixed_label_faults(recipe)]
     if faults:
         raise RecipeError(faults)
     return recipe
@@ -140,12 +140,7 @@ def _cross_faults(table: Json, folder: Path) -> list[str]:
     for key in ("train", "test", "validation"):
         if isinstance(data.get(key), str):
             faults += _source_faults(f"data.{key}", data[key], data, folder)
-    if isinstance(data.get("augment"), str):
-        faults += _function_faults("data.augment", data["augment"], folder)
-    if data.get("views", 1) != 1 and not data.get("augment"):
-        faults.append(
-            f"data.views: {data['views']!r} views without an augmentation would all be the same; set data.augment"
-        )
+    faults += _view_faults(data, folder)
     text = data.get("text")
     if isinstance(text, dict) and isinstance(text.get("tokenizer"), str) and not (folder / text["tokenizer"]).is_file():
         faults.append(
@@ -184,6 +179,43 @@ def _codec_faults(recipe: Recipe) -> list[str]:
     if codec is None or not codec.startswith("top") or not reason:
         return []
     return [f"teacher.codec: {codec!r} keeps the top classes alone, and {reason}; take 'dense-f16'"]
+
+
+def _view_faults(data: Json, folder: Path) -> list[str]:
+    """Augmentation, mixing, and how many views there are."""
+    faults = []
+    augment, mix, views, beside = (data.get(key) for key in ("augment", "mix", "views", "views_per_decode"))
+    if isinstance(augment, str):
+        faults += _function_faults("data.augment", augment, folder)
+    if isinstance(mix, str) and mix not in MIXINGS:
+        faults += (
+            _function_faults("data.mix", mix, folder)
+            if ":" in mix
+            else [f"data.mix: {mix!r} is not known; there are {', '.join(MIXINGS)}, and module:function"]
+        )
+    if "mix_alpha" in data and not mix:
+        faults.append("data.mix_alpha: nothing is mixed; set data.mix")
+    if (views or 1) != 1 and not augment and not mix:
+        faults.append(
+            f"data.views: {views!r} views without an augmentation would all be the same; set data.augment or data.mix"
+        )
+    if isinstance(beside, int) and beside > 0 and (not isinstance(views or 1, int) or (views or 1) % beside):
+        faults.append(
+            f"data.views_per_decode: {beside} does not divide the {views or 1} views, so some would come more often"
+        )
+    return faults
+
+
+def _mixed_label_faults(recipe: Recipe) -> list[str]:
+    """A loss that looks at the one label of a sample has nothing to look at when samples are mixed."""
+    if recipe.data.mix is None:
+        return []
+    looking = [(arm, loss) for arm in recipe.distill.arms for loss in recipe.distill.mix(arm).losses]
+    return [
+        f"distill: {arm}: {loss} looks at the one label of a sample, and data.mix makes it two; kd, dist … do not"
+        for arm, loss in looking
+        if loss in LABEL_LOSSES
+    ]
 
 
 def _export_faults(table: Json, targets: list[str], precisions: list[str]) -> list[str]:
@@ -235,6 +267,14 @@ def _option_faults(target: str, values: Json) -> list[str]:
             faults.append(f"export.{target}.{where}: {text}")
         return faults
     return []
+
+
+MIXINGS = ("mixup", "cutmix")
+"""Names in ``edgekd.mixing.MIXINGS``, and of the losses below; not read from there: that imports torch. Tests hold them
+equal."""
+
+LABEL_LOSSES = ("dkd", "tckd", "nckd")
+"""Those that compare classes by which of them is the label."""
 
 
 def known_losses() -> tuple[str, ...]:

@@ -52,6 +52,9 @@ class Data(_Table):
     validation_share: Share = 0.1
     augment: str | None = None
     views: Count = 1
+    views_per_decode: Count = 1
+    mix: str | None = None
+    mix_alpha: Annotated[float, Field(gt=0)] = 1.0
     image: ImageData | None = None
     text: TextData | None = None
     preprocessing: Json = Field(default_factory=dict)

@@ -237,7 +237,7 @@ def _fit_of(
     Returns:
         The training, and its checkpoint, to be removed when its result is saved.
     """
-    distill, cache = work.recipe.distill.for_arm(arm), work.cache("train")
+    distill, cache, views = work.recipe.distill.for_arm(arm), work.cache("train"), work.views_of("train")
     plan = TrainingPlan(
         schedule.epochs,
         distill.batch_size,
@@ -245,6 +245,8 @@ def _fit_of(
         distill.weight_decay,
         distill.warmup_share,
         seed,
+        work.recipe.data.views_per_decode,
+        labelled_only=arm == CONTROL,
     )
     key = fingerprint([inputs, vars(plan), training_inputs(work, arm, seed)])
     checkpoint = work.folder.checkpoint(f"{schedule.name.replace(' ', '-').replace(':', '.')}-{arm}-{key}", seed)
@@ -253,7 +255,7 @@ def _fit_of(
         torch.set_num_threads(threads_of(work.recipe))  # another number adds up in another order
         objective = objective_of(work.recipe, arm)
         name = f"{schedule.name} {arm}, seed {seed}"
-        train(module, work.splits.train, cache, work.augment, objective, plan, checkpoint, progress, name)
+        train(module, work.splits.train, cache, views, objective, plan, checkpoint, progress, name)
         module.eval()
 
     return fit, checkpoint

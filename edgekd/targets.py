@@ -49,7 +49,7 @@ class Targets(Protocol):
 
         Args:
             student: Logits, (batch, classes).
-            labels: int64, (batch,).
+            labels: int64, (batch,); -1 for none stays so.
             temperature: That the loss will soften with.
 
         Raises:
@@ -132,6 +132,7 @@ class TopTargets:
         )
         among = self.classes == labels[:, None]
         place = torch.where(among.any(1), among.int().argmax(1), self.classes.shape[1])
+        place = torch.where(labels < 0, labels, place)
         return pairs[0] * temperature, pairs[1] * temperature, place
 
     def top_class(self) -> Tensor:

@@ -22,10 +22,12 @@ from edgekd.capture import TeacherCache
 from edgekd.data import Split
 from edgekd.errors import CacheError, NumericalError
 from edgekd.losses import gradient_shares
+from edgekd.order import Order
 from edgekd.outputs import StudentOutputs, TeacherOutputs, student_outputs
-from edgekd.protocols import Augmentation, Progress
+from edgekd.protocols import Progress
 from edgekd.store import atomic_write
-from edgekd.views import view_batch
+from edgekd.truth import NO_LABEL, Truth
+from edgekd.views import Views, view_batch
 
 __all__ = ["Objective", "OnEpoch", "TrainingPlan", "learning_rate_at", "train"]
 
@@ -34,8 +36,8 @@ CHECKPOINT_EVERY_S = 20.0
 SHARES_EVERY = 25
 """Steps between two looks at how much each part of the loss pulls."""
 
-Objective = Callable[[StudentOutputs, TeacherOutputs, Tensor], dict[str, Tensor]]
-"""(the student's outputs, the teacher's, labels) to the parts, by name, whose sum is minimised."""
+Objective = Callable[[StudentOutputs, TeacherOutputs, Truth], dict[str, Tensor]]
+"""(the student's outputs, the teacher's, ground truth) to the parts, by name, whose sum is minimised."""
 
 OnEpoch = Callable[[int, Mapping[str, float]], None]
 """(epochs that are done, means of the last) after each epoch; what it raises ends the training."""
@@ -46,9 +48,12 @@ class TrainingPlan:
     """How long and how fast.
 
     Attributes:
-        epochs: Each shows every sample once, in one of its views.
+        epochs: Each shows as many views as there are samples, and every sample once in as many epochs as it shows
+            views of each side by side.
         learning_rate: The peak; linear warm-up over ``warmup_share`` of the steps, then a cosine to zero.
         seed: Of the order of samples and of dropout.
+        views_per_decode: Views of a sample side by side; see :class:`edgekd.order.Order`.
+        labelled_only: Show only samples with a label, the more often, so that the steps are as many.
     """
 
     epochs: int
@@ -57,13 +62,15 @@ class TrainingPlan:
     weight_decay: float
     warmup_share: float
     seed: int
+    views_per_decode: int = 1
+    labelled_only: bool = False
 
 
 def train(
     student: nn.Module,
     split: Split,
     cache: TeacherCache,
-    augment: Augmentation | None,
+    views: Views,
     objective: Objective,
     plan: TrainingPlan,
     checkpoint: Path,
@@ -76,8 +83,9 @@ def train(
     Args:
         student: Freshly initialised; takes the split's inputs in order and returns logits (batch, classes), or
             :class:`edgekd.outputs.StudentOutputs`.
-        split: Labelled samples.
-        cache: The teacher's outputs and the seeds of the views, for the same samples.
+        split: Samples, labelled or not.
+        cache: The teacher's outputs and what replays the views, for the same samples.
+        views: How they are made.
         objective: What is minimised.
         checkpoint: Where the state is kept until training is done; only read if it is of the same work.
         name: For the progress.
@@ -92,7 +100,9 @@ def train(
 
     accelerator = Accelerator()
     assert split.labels is not None
-    rows, labels = cache.rows(split.ids), torch.from_numpy(split.labels)
+    rows, places, labels = cache.rows(split.ids), cache.places(split), torch.from_numpy(split.labels)
+    pool = np.flatnonzero(split.labels != NO_LABEL) if plan.labelled_only else np.arange(len(split))
+    order = Order(pool, split.ids[pool], cache.views, plan.views_per_decode, plan.seed)
     optimizer = torch.optim.AdamW(student.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
     student, optimizer = accelerator.prepare(student, optimizer)
     steps = math.ceil(len(split) / plan.batch_size)
@@ -101,21 +111,23 @@ def train(
     progress.start(name, plan.epochs * steps, state.step)
     saved_at = time.monotonic()
     student.train()
-    order = _order(plan.seed, state.step // steps, len(split))
     while state.step < plan.epochs * steps:
         epoch, step = divmod(state.step, steps)
-        if step == 0:
-            order = _order(plan.seed, epoch, len(split))
-        batch = order[step * plan.batch_size : (step + 1) * plan.batch_size]
-        batch = batch[accelerator.process_index :: accelerator.num_processes]
-        views = (epoch + split.ids[batch] % np.uint64(cache.views)).astype(np.int64) % cache.views
-        seeds, teacher = cache.read(rows[batch], views)
-        inputs = [x.to(accelerator.device) for x in view_batch(split, batch, seeds, augment)]
+        begin = epoch * len(split) + step * plan.batch_size
+        batch, turns = order.draws(begin, min(begin + plan.batch_size, (epoch + 1) * len(split)))
+        own = slice(accelerator.process_index, None, accelerator.num_processes)
+        batch, turns = batch[own], turns[own]
+        stored = cache.read(rows[batch], turns)
+        partners = None if stored.partners is None else places[stored.partners]
+        shown = view_batch(split, batch, stored.seeds, views, partners)
+        mixed_in = None if partners is None else labels[partners]
+        inputs = [x.to(accelerator.device) for x in shown.inputs]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(state.step, plan.epochs * steps, plan)
         outputs = student_outputs(student(*inputs))
         device = outputs.logits.device
-        parts = objective(outputs, teacher.to(device), labels[batch].to(device))
+        truth = Truth(labels[batch], mixed_in, shown.shares)
+        parts = objective(outputs, stored.outputs.to(device), truth.to(device))
         loss = sum(parts.values(), start=torch.zeros((), device=device))
         if not math.isfinite(float(loss.detach())):
             raise NumericalError(
@@ -146,11 +158,6 @@ def learning_rate_at(step: int, total: int, plan: TrainingPlan) -> float:
     if step < warmup:
         return plan.learning_rate * (step + 1) / warmup
     return plan.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-def _order(seed: int, epoch: int, samples: int) -> np.ndarray:
-    """Positions of an epoch's samples, in the order in which they are shown."""
-    return np.random.default_rng((seed & 0xFFFFFFFF, epoch)).permutation(samples)
 
 
 @dataclass

@@ -21,7 +21,7 @@ def verify_caches(work: Workspace, progress: Progress) -> None:
         CacheError: A top class differs, or a logit by more than the rounding explains.
     """
     for name in SPLITS:
-        found = verify_cache(work.cache(name), work.split(name), work.teacher, work.augment_for(name))
+        found = verify_cache(work.cache(name), work.split(name), work.teacher, work.views_of(name))
         line = (
             f"cache {name}: {found.records} records run again, top class differs in {found.top1_differs:.2%}, "
             f"largest relative error {found.max_relative:.2g}"

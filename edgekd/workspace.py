@@ -12,8 +12,8 @@ from edgekd.store import RunFolder
 if TYPE_CHECKING:
     from edgekd.capture import CaptureKey, TeacherCache
     from edgekd.data import Split, Splits
-    from edgekd.protocols import Augmentation
     from edgekd.sources import Teacher
+    from edgekd.views import Views
 
 __all__ = ["SPLITS", "Workspace"]
 
@@ -50,35 +50,40 @@ class Workspace:
         return load_teacher(self.recipe.teacher.model, self.recipe.folder, example)
 
     @cached_property
-    def augment(self) -> Augmentation | None:
+    def _training_views(self) -> Views:
+        from edgekd.mixing import MIXINGS
         from edgekd.plugins import load_function
+        from edgekd.views import Views
 
-        reference = self.recipe.data.augment
-        augment: Augmentation | None = None if reference is None else load_function(reference, self.recipe.folder)
-        return augment
+        data, folder = self.recipe.data, self.recipe.folder
+        augment = None if data.augment is None else load_function(data.augment, folder)
+        mix = None if data.mix is None else MIXINGS.get(data.mix) or load_function(data.mix, folder)
+        return Views(augment, mix, data.mix_alpha)
 
     def split(self, name: str) -> Split:
         split: Split = getattr(self.splits, name)
         return split
 
-    def augment_for(self, split: str) -> Augmentation | None:
-        """Only training samples are augmented."""
-        return self.augment if split == "train" else None
+    def views_of(self, split: str) -> Views:
+        """Only training samples are augmented or mixed."""
+        from edgekd.views import Views
+
+        return self._training_views if split == "train" else Views()
 
     def capture_key(self, split: str) -> CaptureKey:
         """What the cache of a split depends on."""
         from edgekd.capture import CaptureKey
         from edgekd.targets import PLAIN_CODEC
-        from edgekd.views import augmentation_fingerprint
 
-        train = split == "train"
+        train, views = split == "train", self.views_of(split)
         return CaptureKey(
             teacher=self.teacher.fingerprint,
             data=self.split(split).fingerprint,
-            augmentation=augmentation_fingerprint(self.splits.train, self.augment) if train and self.augment else "",
+            augmentation=views.augmentation_fingerprint(self.splits.train),
             views=self.recipe.data.views if train else 1,
             seed=self.recipe.distill.seeds[0],
             codec=self.recipe.codec(len(self.splits.labels)) if train else PLAIN_CODEC,
+            mix=views.mix_fingerprint(self.splits.train),
         )
 
     def cache(self, split: str) -> TeacherCache:

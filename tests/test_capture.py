@@ -21,7 +21,7 @@ from edgekd.errors import CacheError, NumericalError
 from edgekd.sources import Answer, Teacher
 from edgekd.store import hash_path
 from edgekd.targets import DenseTargets
-from edgekd.views import view_batch, view_seeds
+from edgekd.views import Views, view_batch, view_seeds
 
 
 class Quiet:
@@ -71,15 +71,16 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_shards")
 def test_a_replayed_view_is_the_view_that_the_teacher_saw(tmp_path: Path) -> None:
     split, teacher = make_split(), make_teacher()
-    cache = capture(tmp_path / "c", split, teacher, KEY, noise, Quiet())
+    cache = capture(tmp_path / "c", split, teacher, KEY, Views(noise), Quiet())
     positions = np.array([3, 44, 0, 17])
     views = np.array([0, 2, 1, 2])
-    seeds, stored = cache.read(cache.rows(split.ids[positions]), views)
-    inputs = view_batch(split, positions, seeds, noise)
-    fresh = teacher.logits({"x": inputs[0].numpy()})
+    stored = cache.read(cache.rows(split.ids[positions]), views)
+    shown = view_batch(split, positions, stored.seeds, Views(noise))
+    fresh = teacher.logits({"x": shown.inputs[0].numpy()})
 
-    assert isinstance(stored.classes, DenseTargets)
-    np.testing.assert_allclose(stored.classes.logits, fresh - fresh.max(1, keepdims=True), atol=2e-3)
+    assert stored.partners is None
+    assert isinstance(stored.outputs.classes, DenseTargets)
+    np.testing.assert_allclose(stored.outputs.classes.logits, fresh - fresh.max(1, keepdims=True), atol=2e-3)
     assert len(cache.manifest["shards"]) == 4
 
 
@@ -97,7 +98,7 @@ def test_views_of_a_sample_differ_and_do_not_depend_on_its_place() -> None:
 @pytest.mark.usefixtures("small_shards")
 def test_a_capture_that_broke_off_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
     split, teacher = make_split(), make_teacher()
-    capture(tmp_path / "whole", split, teacher, KEY, noise, Quiet())
+    capture(tmp_path / "whole", split, teacher, KEY, Views(noise), Quiet())
     calls = 0
 
     def dying(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -109,10 +110,10 @@ def test_a_capture_that_broke_off_goes_on_and_gives_the_same_bytes(tmp_path: Pat
 
     broken = teacher_of(dying)
     with pytest.raises(KeyboardInterrupt):
-        capture(tmp_path / "c", split, broken, KEY, noise, Quiet())
+        capture(tmp_path / "c", split, broken, KEY, Views(noise), Quiet())
     assert not (tmp_path / "c").exists()
     progress = Quiet()
-    capture(tmp_path / "c", split, teacher, KEY, noise, progress)
+    capture(tmp_path / "c", split, teacher, KEY, Views(noise), progress)
 
     assert progress.done_before == 80
     assert hash_path(tmp_path / "c") == hash_path(tmp_path / "whole")
@@ -133,15 +134,15 @@ def dying(arrays):
         os.kill(os.getpid(), signal.SIGKILL)
     return teacher.logits(arrays)
 teacher_that_dies = t.teacher_of(dying)
-c.capture(pathlib.Path({str(tmp_path / "c")!r}), t.make_split(), teacher_that_dies, t.KEY, t.noise, t.Quiet())
+c.capture(pathlib.Path({str(tmp_path / "c")!r}), t.make_split(), teacher_that_dies, t.KEY, t.Views(t.noise), t.Quiet())
 """
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, env=dict(os.environ))
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-500:]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(edgekd.capture, "RECORDS_PER_SHARD", 40)
         progress = Quiet()
-        capture(tmp_path / "c", make_split(), make_teacher(), KEY, noise, progress)
-        capture(tmp_path / "whole", make_split(), make_teacher(), KEY, noise, Quiet())
+        capture(tmp_path / "c", make_split(), make_teacher(), KEY, Views(noise), progress)
+        capture(tmp_path / "whole", make_split(), make_teacher(), KEY, Views(noise), Quiet())
 
     assert progress.done_before == 80
     assert hash_path(tmp_path / "c") == hash_path(tmp_path / "whole")
@@ -149,17 +150,17 @@ c.capture(pathlib.Path({str(tmp_path / "c")!r}), t.make_split(), teacher_that_di
 
 def test_verification_finds_nothing_with_the_same_teacher_and_something_with_another(tmp_path: Path) -> None:
     split, teacher = make_split(), make_teacher()
-    cache = capture(tmp_path / "c", split, teacher, KEY, noise, Quiet())
+    cache = capture(tmp_path / "c", split, teacher, KEY, Views(noise), Quiet())
     other = teacher_of(lambda arrays: -teacher.logits(arrays))
 
-    assert verify_cache(cache, split, teacher, noise).top1_differs == 0
-    assert verify_cache(cache, split, teacher, noise).max_relative < 1e-3
-    assert verify_cache(cache, split, other, noise).top1_differs > 0.5
+    assert verify_cache(cache, split, teacher, Views(noise)).top1_differs == 0
+    assert verify_cache(cache, split, teacher, Views(noise)).max_relative < 1e-3
+    assert verify_cache(cache, split, other, Views(noise)).top1_differs > 0.5
 
 
 @pytest.mark.parametrize("victim", ["shard-00000.bin", "ids.bin"])
 def test_a_flipped_bit_is_found(tmp_path: Path, victim: str) -> None:
-    capture(tmp_path / "c", make_split(), make_teacher(), KEY, noise, Quiet())
+    capture(tmp_path / "c", make_split(), make_teacher(), KEY, Views(noise), Quiet())
     path = tmp_path / "c" / victim
     content = bytearray(path.read_bytes())
     content[5] ^= 1
@@ -171,7 +172,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path, victim: str) -> None:
 
 
 def test_a_cache_of_another_teacher_is_refused(tmp_path: Path) -> None:
-    capture(tmp_path / "c", make_split(), make_teacher(), KEY, noise, Quiet())
+    capture(tmp_path / "c", make_split(), make_teacher(), KEY, Views(noise), Quiet())
 
     with pytest.raises(CacheError, match="another teacher"):
         open_cache(tmp_path / "c", dataclasses.replace(KEY, teacher="else"))
@@ -180,7 +181,7 @@ def test_a_cache_of_another_teacher_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_manifest_and_a_missing_cache_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="run: edgekd capture"):
         open_cache(tmp_path / "c")
-    capture(tmp_path / "c", make_split(), make_teacher(), KEY, noise, Quiet())
+    capture(tmp_path / "c", make_split(), make_teacher(), KEY, Views(noise), Quiet())
     (tmp_path / "c" / "manifest.json").write_text(json.dumps({"format": edgekd.capture.FORMAT}))
     with pytest.raises(CacheError, match=r"manifest\.json is damaged"):
         open_cache(tmp_path / "c")
@@ -188,12 +189,12 @@ def test_a_damaged_manifest_and_a_missing_cache_are_one_line(tmp_path: Path) -> 
 
 def test_nan_in_the_teacher_names_the_sample_and_keeps_the_old_cache(tmp_path: Path) -> None:
     split, teacher = make_split(), make_teacher()
-    capture(tmp_path / "c", split, teacher, KEY, noise, Quiet())
+    capture(tmp_path / "c", split, teacher, KEY, Views(noise), Quiet())
     before = hash_path(tmp_path / "c")
 
     def sick(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         logits = teacher.logits(arrays)
-        logits[1, 0] = np.nan
+        logits[4, 0] = np.nan  # three views of each sample: the second sample
         return logits
 
     with pytest.raises(NumericalError, match=f"first id {split.ids[1]}"):
@@ -202,14 +203,14 @@ def test_nan_in_the_teacher_names_the_sample_and_keeps_the_old_cache(tmp_path: P
             split,
             teacher_of(sick),
             dataclasses.replace(KEY, seed=1),
-            noise,
+            Views(noise),
             Quiet(),
         )
     assert hash_path(tmp_path / "c") == before
 
 
 def test_samples_that_were_never_captured_are_named(tmp_path: Path) -> None:
-    cache = capture(tmp_path / "c", make_split(), make_teacher(), KEY, noise, Quiet())
+    cache = capture(tmp_path / "c", make_split(), make_teacher(), KEY, Views(noise), Quiet())
 
     with pytest.raises(CacheError, match="1 samples are not in the cache, first id 5"):
         cache.logits(np.array([5], np.uint64))
@@ -218,10 +219,10 @@ def test_samples_that_were_never_captured_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("codec", ["dense-f16", "dense-u8", "top1"])
 def test_every_codec_is_captured_verified_and_found_out(tmp_path: Path, codec: str) -> None:
     split, teacher, key = make_split(), make_teacher(), dataclasses.replace(KEY, codec=codec)
-    cache = capture(tmp_path / "c", split, teacher, key, noise, Quiet())
-    good = verify_cache(cache, split, teacher, noise)
+    cache = capture(tmp_path / "c", split, teacher, key, Views(noise), Quiet())
+    good = verify_cache(cache, split, teacher, Views(noise))
     other = teacher_of(lambda arrays: teacher.logits(arrays)[:, ::-1])
-    bad = verify_cache(open_cache(tmp_path / "c", key), split, other, noise)
+    bad = verify_cache(open_cache(tmp_path / "c", key), split, other, Views(noise))
 
     assert good.top1_differs == 0
     assert good.max_relative < 2e-3
@@ -230,7 +231,7 @@ def test_every_codec_is_captured_verified_and_found_out(tmp_path: Path, codec: s
 
 def test_a_cache_of_the_top_classes_has_no_logits_of_all(tmp_path: Path) -> None:
     cache = capture(
-        tmp_path / "c", make_split(), make_teacher(), dataclasses.replace(KEY, codec="top1"), noise, Quiet()
+        tmp_path / "c", make_split(), make_teacher(), dataclasses.replace(KEY, codec="top1"), Views(noise), Quiet()
     )
 
     with pytest.raises(CacheError, match="top1 and does not hold the logits of all classes"):

@@ -1,5 +1,6 @@
 """Data: every source, ids that follow the content, and what does not fit."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 
 from edgekd.data import load_arrays, load_splits, split_from_arrays
 from edgekd.errors import DataError, NumericalError
+from edgekd.files import ImageFiles
 from edgekd.reading import load_recipe
-from edgekd.recipe import Recipe
+from edgekd.recipe import ImageData, Recipe
 
 
 def _arrays(count: int = 40, seed: int = 0) -> dict[str, np.ndarray]:
@@ -90,6 +92,23 @@ def test_images_of_a_folder_become_arrays(tmp_path: Path) -> None:
     np.testing.assert_allclose(means, np.where(splits.test.labels == 1, 1.0, -1.0), atol=0.05)
     assert splits.preprocessing["size"] == [8, 8]
     assert len(splits.train) + len(splits.validation) == 12
+
+
+def test_an_image_that_is_asked_for_several_times_at_once_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = pytest.importorskip("PIL.Image")
+    files = []
+    for grey in (10, 20, 30):
+        buffer = io.BytesIO()
+        image.fromarray(np.full((9, 9), grey, np.uint8)).save(buffer, "PNG")
+        files.append({"bytes": buffer.getvalue(), "path": None})
+    opened = []
+    column, plain = ImageFiles(files, ImageData(size=4, channels=1)), image.open
+    monkeypatch.setattr(image, "open", lambda source: opened.append(source) or plain(source))
+    pixels = column[np.array([2, 0, 2, 2, 0])]
+
+    assert len(opened) == 2
+    np.testing.assert_allclose(pixels[:, 0, 0, 0] * 255, [30, 10, 30, 30, 10], atol=1e-4)
+    np.testing.assert_allclose(column[1][0, 0, 0] * 255, 20, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])

@@ -19,8 +19,9 @@ from edgekd.losses import (
     target_kl,
     weighted,
 )
-from edgekd.reading import known_losses
+from edgekd.reading import LABEL_LOSSES, known_losses
 from edgekd.targets import DenseTargets
+from edgekd.truth import Truth
 
 
 def _logits(seed: int, batch: int = 6, classes: int = 4) -> torch.Tensor:
@@ -169,7 +170,7 @@ def test_hard_labels_are_the_teachers_top_classes() -> None:
 def test_a_mix_weighs_labels_and_every_loss() -> None:
     student, teacher = _logits(0), _logits(1)
     terms = [Term("kd", 1.0, soft_target_kl), Term("dist", 2.0, dist)]
-    parts = weighted(student, DenseTargets(teacher), LABELS, terms, 2.0, 0.25)
+    parts = weighted(student, DenseTargets(teacher), Truth(LABELS), terms, 2.0, 0.25)
 
     assert list(parts) == ["labels", "kd", "dist"]
     assert float(parts["labels"]) == pytest.approx(0.25 * float(torch.nn.functional.cross_entropy(student, LABELS)))
@@ -180,8 +181,8 @@ def test_a_mix_weighs_labels_and_every_loss() -> None:
 def test_standardized_logits_forgive_scale_and_shift_and_the_labels_do_not() -> None:
     student, teacher = _logits(0), _logits(1)
     terms = [Term("kd", 1.0, soft_target_kl)]
-    plain = weighted(student, DenseTargets(teacher), LABELS, terms, 2.0, 0.5, standardize=True)
-    moved = weighted(3 * student - 1, DenseTargets(5 * teacher + 2), LABELS, terms, 2.0, 0.5, standardize=True)
+    plain = weighted(student, DenseTargets(teacher), Truth(LABELS), terms, 2.0, 0.5, standardize=True)
+    moved = weighted(3 * student - 1, DenseTargets(5 * teacher + 2), Truth(LABELS), terms, 2.0, 0.5, standardize=True)
 
     assert standardized(student).std(1) == pytest.approx(torch.ones(6))
     assert float(moved["kd"]) == pytest.approx(float(plain["kd"]), rel=1e-4)
@@ -200,3 +201,19 @@ def test_gradient_shares_tell_who_pulls() -> None:
 
 def test_the_recipe_knows_the_losses_without_importing_torch() -> None:
     assert known_losses() == tuple(LOSSES)
+
+
+def test_losses_that_look_at_labels_are_means_over_the_labelled_samples_and_known_to_the_recipe() -> None:
+    student, teacher = _logits(0), _logits(1)
+    some, none = LABELS.clone(), torch.full_like(LABELS, -1)
+    some[[1, 4]] = -1
+    kept = some != -1
+    looking = []
+    for name, loss in LOSSES.items():
+        value = float(loss(student, teacher, some, 2.0))
+        if value != pytest.approx(float(loss(student, teacher, LABELS, 2.0)), rel=1e-6):
+            looking.append(name)
+            assert value == pytest.approx(float(loss(student[kept], teacher[kept], LABELS[kept], 2.0)), rel=1e-6)
+            assert float(loss(student, teacher, none, 2.0)) == 0
+
+    assert tuple(looking) == LABEL_LOSSES

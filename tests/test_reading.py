@@ -146,6 +146,28 @@ def test_views_without_an_augmentation_are_a_fault(tmp_path: Path) -> None:
         load_recipe(_write(tmp_path, GOOD.replace("[teacher]", "views = 4\n[teacher]")))
 
 
+@pytest.mark.parametrize(
+    ("lines", "fault"),
+    [
+        ('mix = "mixdown"', r"data\.mix: 'mixdown' is not known; there are mixup, cutmix, and module:function"),
+        ("mix_alpha = 0.2", r"data\.mix_alpha: nothing is mixed; set data\.mix"),
+        ('mix = "mixup"\nviews = 4\nviews_per_decode = 3', r"views_per_decode: 3 does not divide the 4 views"),
+        ("views_per_decode = 2", r"views_per_decode: 2 does not divide the 1 views"),
+    ],
+)
+def test_mixing_and_views_that_do_not_fit_are_faults(tmp_path: Path, lines: str, fault: str) -> None:
+    with pytest.raises(RecipeError, match=fault):
+        load_recipe(_write(tmp_path, GOOD.replace("[teacher]", f"{lines}\n[teacher]")))
+
+
+def test_losses_that_look_at_the_one_label_refuse_mixed_samples(tmp_path: Path) -> None:
+    mixed = GOOD.replace("[teacher]", 'mix = "mixup"\nviews = 4\n[teacher]')
+
+    assert load_recipe(_write(tmp_path, mixed)).data.mix == "mixup"
+    with pytest.raises(RecipeError, match=r"distill: dkd: dkd looks at the one label of a sample, and data\.mix"):
+        load_recipe(_write(tmp_path, mixed + '[distill]\narms = ["dkd"]\n'))
+
+
 def test_what_is_not_toml_says_so(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="not TOML"):
         load_recipe(_write(tmp_path, "name = "))

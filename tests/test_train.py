@@ -17,6 +17,8 @@ from edgekd.outputs import StudentOutputs, TeacherOutputs
 from edgekd.sources import Answer, Teacher, module_fingerprint
 from edgekd.targets import DenseTargets
 from edgekd.train import TrainingPlan, learning_rate_at, train
+from edgekd.truth import Truth
+from edgekd.views import Views
 
 PLAN = TrainingPlan(epochs=3, batch_size=16, learning_rate=1e-2, weight_decay=1e-4, warmup_share=0.1, seed=3)
 
@@ -45,10 +47,10 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 2))
 
 
-def objective(student: StudentOutputs, teacher: TeacherOutputs, labels: Tensor) -> dict[str, Tensor]:
+def objective(student: StudentOutputs, teacher: TeacherOutputs, truth: Truth) -> dict[str, Tensor]:
     assert isinstance(teacher.classes, DenseTargets)
     fit = nn.functional.mse_loss(student.logits, teacher.classes.logits)
-    return {"labels": nn.functional.cross_entropy(student.logits, labels), "teacher": 0.01 * fit}
+    return {"labels": nn.functional.cross_entropy(student.logits, truth.classes), "teacher": 0.01 * fit}
 
 
 @pytest.fixture
@@ -56,13 +58,13 @@ def material(tmp_path: Path) -> tuple[Split, TeacherCache]:
     x = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
     split = split_from_arrays({"x": x, "label": (x[:, 0] * x[:, 1] > 0).astype(int)}, labels=("no", "yes"))
     teacher = Teacher(lambda arrays: Answer(arrays["x"][:, :2].copy()), "t", 0, None, 0)
-    return split, capture(tmp_path / "cache", split, teacher, CaptureKey("t", "d", "", 1, 0), None, Interrupting())
+    return split, capture(tmp_path / "cache", split, teacher, CaptureKey("t", "d", "", 1, 0), Views(), Interrupting())
 
 
 def test_training_learns(tmp_path: Path, material: tuple[Split, TeacherCache]) -> None:
     split, cache = material
     plan = dataclasses.replace(PLAN, epochs=30)
-    history = train(network(), split, cache, None, objective, plan, tmp_path / "c.pt", Interrupting(), "x")
+    history = train(network(), split, cache, Views(), objective, plan, tmp_path / "c.pt", Interrupting(), "x")
 
     assert len(history) == 30
     assert history[0]["loss"] == pytest.approx(history[0]["labels"] + history[0]["teacher"], rel=1e-5)
@@ -80,12 +82,12 @@ def test_a_broken_off_training_resumes_bit_for_bit(
     monkeypatch.setattr(edgekd.train, "CHECKPOINT_EVERY_S", 0.0)
     split, cache = material
     whole = network()
-    history = train(whole, split, cache, None, objective, PLAN, tmp_path / "whole.pt", Interrupting(), "x")
+    history = train(whole, split, cache, Views(), objective, PLAN, tmp_path / "whole.pt", Interrupting(), "x")
     with pytest.raises(KeyboardInterrupt):
-        train(network(), split, cache, None, objective, PLAN, tmp_path / "c.pt", Interrupting(after), "x")
+        train(network(), split, cache, Views(), objective, PLAN, tmp_path / "c.pt", Interrupting(after), "x")
     torch.rand(7)  # another process would have another generator
     resumed, progress = network(), Interrupting()
-    again = train(resumed, split, cache, None, objective, PLAN, tmp_path / "c.pt", progress, "x")
+    again = train(resumed, split, cache, Views(), objective, PLAN, tmp_path / "c.pt", progress, "x")
 
     assert progress.done_before == after - 1  # the step that was cut off is done again
     assert again == history
@@ -97,7 +99,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, material: tuple[Split,
     (tmp_path / "c.pt").write_bytes(b"PK\x03\x04")
 
     with pytest.raises(CacheError, match=r"c\.pt is damaged; remove it"):
-        train(network(), split, cache, None, objective, PLAN, tmp_path / "c.pt", Interrupting(), "x")
+        train(network(), split, cache, Views(), objective, PLAN, tmp_path / "c.pt", Interrupting(), "x")
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_the_knob(
@@ -105,11 +107,11 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_knob(
 ) -> None:
     split, cache = material
 
-    def sick(student: StudentOutputs, teacher: TeacherOutputs, labels: Tensor) -> dict[str, Tensor]:
+    def sick(student: StudentOutputs, teacher: TeacherOutputs, truth: Truth) -> dict[str, Tensor]:
         return {"sick": student.logits.sum() * float("nan")}
 
     with pytest.raises(NumericalError, match=r"kd: the loss is nan in epoch 1, step 1; a lower distill\.learning_rate"):
-        train(network(), split, cache, None, sick, PLAN, tmp_path / "c.pt", Interrupting(), "kd")
+        train(network(), split, cache, Views(), sick, PLAN, tmp_path / "c.pt", Interrupting(), "kd")
 
 
 def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
@@ -132,7 +134,7 @@ def test_each_epoch_is_told_and_what_hears_of_it_may_end_the_training(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(network(), split, cache, None, objective, PLAN, tmp_path / "c.pt", Interrupting(), "x", listen)
-    history = train(network(), split, cache, None, objective, PLAN, tmp_path / "d.pt", Interrupting(), "x")
+        train(network(), split, cache, Views(), objective, PLAN, tmp_path / "c.pt", Interrupting(), "x", listen)
+    history = train(network(), split, cache, Views(), objective, PLAN, tmp_path / "d.pt", Interrupting(), "x")
 
     assert told == [(1, history[0]["loss"]), (2, history[1]["loss"])]

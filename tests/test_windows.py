@@ -14,6 +14,7 @@ from edgekd.data import Split, split_from_arrays
 from edgekd.errors import CacheError, DataError, NumericalError
 from edgekd.sources import Answer, Teacher
 from edgekd.targets import TopTargets, codec_of
+from edgekd.views import Views
 from edgekd.windows import counted_positions
 
 WORDS, LENGTH = 90, 6
@@ -59,7 +60,7 @@ def key(codec: str) -> CaptureKey:
 
 
 def captured(folder: Path, codec: str, split: Split) -> TeacherCache:
-    return capture(folder, split, make_teacher(), key(codec), None, Quiet())
+    return capture(folder, split, make_teacher(), key(codec), Views(), Quiet())
 
 
 @pytest.mark.parametrize("codec", ["dense-f16", "top10", "sampled50"])
@@ -69,7 +70,7 @@ def test_the_targets_of_a_batch_are_those_of_its_counted_positions_in_a_row(tmp_
     cache = captured(tmp_path / "c", codec, split)
     chosen = np.array([7, 0, 3])
     counted = counted_positions(split.labels[chosen])
-    _, outputs = cache.read(cache.rows(split.ids[chosen]), np.zeros(3), counted)
+    outputs = cache.read(cache.rows(split.ids[chosen]), np.zeros(3), counted).outputs
     targets = outputs.classes
     fresh = make_teacher().logits(split.arrays(chosen))[counted]
 
@@ -110,9 +111,9 @@ def test_a_capture_of_windows_goes_on_after_a_kill_and_gives_the_same_bytes(
         return make_teacher().logits(arrays)
 
     with pytest.raises(KeyboardInterrupt):
-        capture(tmp_path / "c", split, teacher_of(dying), key("sampled50"), None, Quiet())
+        capture(tmp_path / "c", split, teacher_of(dying), key("sampled50"), Views(), Quiet())
     progress = Quiet()
-    capture(tmp_path / "c", split, make_teacher(), key("sampled50"), None, progress)
+    capture(tmp_path / "c", split, make_teacher(), key("sampled50"), Views(), progress)
     shards = sorted(path.name for path in (tmp_path / "whole").glob("shard-*"))
 
     assert progress.done_before == 6
@@ -126,10 +127,10 @@ def test_verification_draws_again_and_finds_another_teacher(tmp_path: Path, code
     cache = captured(tmp_path / "c", codec, split)
     other = teacher_of(lambda arrays: -teacher.logits(arrays))
 
-    same = verify_cache(cache, split, teacher, None)
+    same = verify_cache(cache, split, teacher, Views())
     assert (same.records, same.top1_differs) == (10, 0.0)
     assert same.max_relative < 2e-3
-    assert verify_cache(cache, split, other, None).top1_differs > 0.5
+    assert verify_cache(cache, split, other, Views()).top1_differs > 0.5
 
 
 def test_what_does_not_count_may_be_nan_and_what_counts_may_not(tmp_path: Path) -> None:
@@ -143,24 +144,24 @@ def test_what_does_not_count_may_be_nan_and_what_counts_may_not(tmp_path: Path) 
 
         return teacher_of(logits)
 
-    cache = capture(tmp_path / "prompt", split, spoilt(1), key("top10"), None, Quiet())
+    cache = capture(tmp_path / "prompt", split, spoilt(1), key("top10"), Views(), Quiet())
     assert isinstance(cache.codec.decode(cache._shards[0]["positions"][:, 2]), TopTargets)
     with pytest.raises(NumericalError, match="for 10 samples"):
-        capture(tmp_path / "text", split, spoilt(3), key("top10"), None, Quiet())
+        capture(tmp_path / "text", split, spoilt(3), key("top10"), Views(), Quiet())
 
 
 def test_a_teacher_of_samples_is_no_teacher_of_windows(tmp_path: Path) -> None:
     flat = teacher_of(lambda arrays: make_teacher().logits(arrays)[:, 0])
 
     with pytest.raises(DataError, match=r"\(10, 90\).*\(windows, positions, vocabulary\)"):
-        capture(tmp_path / "c", make_split(), flat, key("top10"), None, Quiet())
+        capture(tmp_path / "c", make_split(), flat, key("top10"), Views(), Quiet())
 
 
 def test_a_token_beyond_the_vocabulary_of_the_teacher_is_said(tmp_path: Path) -> None:
     small = teacher_of(lambda arrays: make_teacher().logits(arrays)[..., :50])
 
     with pytest.raises(DataError, match="the teacher's vocabulary only 50"):
-        capture(tmp_path / "c", make_split(), small, key("top10"), None, Quiet())
+        capture(tmp_path / "c", make_split(), small, key("top10"), Views(), Quiet())
 
 
 def test_logits_of_all_positions_are_not_handed_out(tmp_path: Path) -> None:
