@@ -101,9 +101,14 @@ def test_an_image_that_is_asked_for_several_times_at_once_is_decoded_once(monkey
         buffer = io.BytesIO()
         image.fromarray(np.full((9, 9), grey, np.uint8)).save(buffer, "PNG")
         files.append({"bytes": buffer.getvalue(), "path": None})
-    opened = []
+    opened: list[object] = []
     column, plain = ImageFiles(files, ImageData(size=4, channels=1)), image.open
-    monkeypatch.setattr(image, "open", lambda source: opened.append(source) or plain(source))
+
+    def counting(source: object) -> object:
+        opened.append(source)
+        return plain(source)
+
+    monkeypatch.setattr(image, "open", counting)
     pixels = column[np.array([2, 0, 2, 2, 0])]
 
     assert len(opened) == 2
