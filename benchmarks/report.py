@@ -15,6 +15,7 @@ from edgekd.ledger import (
     format_count,
     format_latency,
     format_number,
+    format_perplexity,
     format_share,
     label,
 )
@@ -135,6 +136,7 @@ def _rows(ledger: Ledger) -> str:
         return ""
     body = []
     header, kinds = file_column(ledger.rows)
+    language = any(row.perplexity is not None for row in ledger.rows)
     for row, file in zip(ledger.rows, kinds, strict=True):
         note = f"<small>{_text(row.note)}</small>" if row.note else ""
         status = (
@@ -148,6 +150,7 @@ def _rows(ledger: Ledger) -> str:
                 file,
                 format_share(row.accuracy),
                 format_share(row.teacher_agreement),
+                *([format_perplexity(row.perplexity)] if language else []),
                 format_number(row.kl),
                 format_number(row.ece),
                 format_bytes(row.size_bytes),
@@ -157,10 +160,11 @@ def _rows(ledger: Ledger) -> str:
                 status,
             ]
         )
-    headers = ["", header, "accuracy %", "agreement %", "KL", "ECE", "size", "parameters", "MACs", "p50 ms", "parity"]
+    headers = ["", header, "accuracy %", "agreement %", *(["perplexity"] if language else []), "KL", "ECE"]
+    headers += ["size", "parameters", "MACs", "p50 ms", "parity"]
     return _section(
         "From the teacher to the device",
-        _table(headers, body, numeric=range(2, 10)),
+        _table(headers, body, numeric=range(2, len(headers) - 1)),
         "Agreement: share of samples with the teacher's top class. KL: divergence from the teacher, nats. "
         "ECE: expected calibration error. A dash is a value that was not measured.",
     )

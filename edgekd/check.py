@@ -13,8 +13,9 @@ from edgekd.errors import NumericalError
 from edgekd.models import count_parameters, export_program
 from edgekd.plugins import load_exporter, require
 from edgekd.sources import load_student_module
-from edgekd.targets import PLAIN_CODEC, codec_of
+from edgekd.targets import codec_of
 from edgekd.views import view_batch, view_partners, view_seeds
+from edgekd.windows import counted_positions, plain_codec, positions_of
 from edgekd.workspace import Workspace
 
 __all__ = ["check_workspace"]
@@ -29,31 +30,33 @@ def check_workspace(work: Workspace) -> dict[str, str]:
     recipe, splits = work.recipe, work.splits
     for target in recipe.export.targets:
         require(target, load_exporter(target))
-    positions = np.arange(min(32, len(splits.train)))
-    seeds = view_seeds(splits.train.ids[positions], np.zeros(len(positions)), recipe.distill.seeds[0])
+    positions = positions_of(splits.train.labels)
+    rows = np.arange(min(max(2, 256 // positions) if positions else 32, len(splits.train)))
+    seeds = view_seeds(splits.train.ids[rows], np.zeros(len(rows)), recipe.distill.seeds[0])
     partners = view_partners(seeds, len(splits.train))
-    inputs = view_batch(splits.train, positions, seeds, work.views_of("train"), partners).inputs
+    inputs = view_batch(splits.train, rows, seeds, work.views_of("train"), partners).inputs
     batch = dict(zip(splits.train.inputs, (x.numpy() for x in inputs), strict=True))
     work.teacher.logits(batch)  # the first call pays for set-up
     began = time.monotonic()
     logits = work.teacher.logits(batch)
-    per_sample_s = (time.monotonic() - began) / len(positions)
+    per_sample_s = (time.monotonic() - began) / len(rows)
     if not np.isfinite(logits).all():
         raise NumericalError("the teacher gives NaN or infinity on the first training samples")
     student = load_student_module(recipe.student.model, recipe.folder, 0).eval()
-    check_outputs(student(*inputs), logits.shape[1], len(splits.labels))
+    classes = logits.shape[-1]
+    check_outputs(student(*inputs), classes, len(splits.labels), positions)
     export_program(student, list(inputs))
     views, plain = len(splits.train) * recipe.data.views, len(splits.validation) + len(splits.test)
-    passes, codec = views + plain, codec_of(recipe.codec(logits.shape[1]))
-    record = record_bytes(codec, logits.shape[1], mixed=recipe.data.mix is not None)
-    size = views * record + plain * record_bytes(codec_of(PLAIN_CODEC), logits.shape[1])
+    passes, codec = views + plain, codec_of(recipe.codec(classes, positions))
+    record = record_bytes(codec, classes, positions, mixed=recipe.data.mix is not None)
+    size = views * record + plain * record_bytes(codec_of(plain_codec(classes, positions)), classes, positions)
     facts = {
         "recipe": f"{recipe.name} ({recipe.folder})",
         "samples": f"train {len(splits.train)}, validation {len(splits.validation)}, test {len(splits.test)}",
         "inputs": ", ".join(
             f"{name} {tuple(x.shape[1:])}" for name, x in zip(splits.train.inputs, inputs, strict=True)
         ),
-        "classes": f"{len(splits.labels)}",
+        "classes": f"{classes}",
         "teacher cache": f"{size / 1e6:.1f} MB ({codec.name}, {record} bytes a view), "
         f"about {passes * per_sample_s:.0f} s of the teacher",
         "students": f"{len(arms_of(recipe)) * len(recipe.distill.seeds)} to train: "
@@ -61,6 +64,10 @@ def check_workspace(work: Workspace) -> dict[str, str]:
         "student parameters": f"{count_parameters(student):,}",
         "torch": torch.__version__,
     }
+    if positions:
+        labels = [split.labels for split in (splits.train, splits.validation, splits.test)]
+        counts = [0 if label is None else int(counted_positions(label).sum()) for label in labels]
+        facts["tokens that count"] = "train {}, validation {}, test {}".format(*counts)
     if work.teacher.parameters:
         share = count_parameters(student) / work.teacher.parameters
         facts["student parameters"] += f", {share:.1%} of the teacher's (10 to 20 % is a sane start)"

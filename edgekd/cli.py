@@ -119,9 +119,11 @@ def distill(recipe: RecipeOption = None, force: ForceOption = False) -> None:
     with work.folder.locked():
         results = distill_stage(work, progress_bar(), force)
     for result in results:
+        perplexity = "" if result.test.perplexity is None else f"perplexity {result.test.perplexity:.1f}  "
         show(
             f"{result.arm:<12} seed {result.seed}  validation {result.validation.accuracy:.2%}  "
-            f"test {result.test.accuracy:.2%}  agrees with the teacher {result.test.teacher_agreement:.2%}"
+            f"test {result.test.accuracy:.2%}  {perplexity}"
+            f"agrees with the teacher {result.test.teacher_agreement:.2%}"
         )
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from edgekd import plugins
 from edgekd.errors import DataError, NumericalError
 from edgekd.files import Column, ImageFiles, read_files, unique_ids
+from edgekd.tokens import read_tokens
 from edgekd.types import Json
 from edgekd.windows import counted_positions
 
@@ -170,6 +171,9 @@ _Raw = tuple[dict[str, Column], "np.ndarray | None", "np.ndarray | None"]
 
 def _read(reference: str, data: Data, folder: Path) -> _Raw:
     prefix, _, rest = reference.partition(":")
+    if data.tokens is not None and prefix in ("text", "jsonl"):
+        ids, mask, labels = read_tokens(prefix, folder / rest, data.tokens, folder)
+        return {"input_ids": ids, "attention_mask": mask}, labels, None
     if prefix in ("imagefolder", "csv", "jsonl", "parquet"):
         return read_files(prefix, folder / rest, data, folder)
     if reference.endswith(".npz"):
@@ -298,11 +302,15 @@ def _preprocessing(data: Data) -> Json:
     if data.text is not None:
         tokenizer = Path(data.text.tokenizer).name
         return {"kind": "text", "tokenizer": tokenizer, "max_length": data.text.max_length, **data.preprocessing}
+    if data.tokens is not None:
+        told = {"tokenizer": Path(data.tokens.tokenizer).name, "length": data.tokens.length, "end": data.tokens.end}
+        return {"kind": "tokens", **told, **data.preprocessing}
     return dict(data.preprocessing)
 
 
 def _assets(data: Data, folder: Path) -> dict[str, bytes]:
-    if data.text is None:
+    spec = data.text or data.tokens
+    if spec is None:
         return {}
-    path = folder / data.text.tokenizer
+    path = folder / spec.tokenizer
     return {path.name: path.read_bytes()}

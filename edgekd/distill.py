@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import statistics
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from edgekd.models import (
 )
 from edgekd.outputs import StudentOutputs, TeacherOutputs
 from edgekd.parity import LOGITS
+from edgekd.perplexity import judge_student
 from edgekd.plugins import load_function
 from edgekd.protocols import Loss, Progress
 from edgekd.recipe import Mix, Recipe
@@ -108,8 +110,8 @@ def _student_fingerprint(recipe: Recipe, splits: Splits, seed: int) -> str:
     module = load_student_module(recipe.student.model, recipe.folder, seed)
     with torch.no_grad():
         outputs = module.eval()(*_example(splits))
-    values = outputs.tolist() if isinstance(outputs, Tensor) else None
-    return fingerprint([repr(module), module_fingerprint(module), values])
+    values = outputs.numpy().tobytes() if isinstance(outputs, Tensor) else b""
+    return fingerprint([repr(module), module_fingerprint(module), hashlib.sha256(values).hexdigest()])
 
 
 def _loss_fingerprint(loss: Loss) -> str:
@@ -180,7 +182,7 @@ def train_arm(
     folder = RunFolder(recipe.run_folder)
     example = _example(splits)
     module = load_student_module(recipe.student.model, recipe.folder, seed)
-    check_outputs(module.eval()(*example), caches["train"].classes, len(splits.labels))
+    check_outputs(module.eval()(*example), caches["train"].classes, len(splits.labels), caches["train"].positions)
     plan = plan_of(recipe, arm, seed)
     name = f"{arm}, seed {seed}"
     checkpoint = folder.checkpoint(f"{arm}-{fingerprint(inputs)}", seed)
@@ -221,6 +223,8 @@ def train_arm(
 
 def evaluate(student: Student, split: Split, cache: TeacherCache) -> Quality:
     """A program on labelled samples, beside the teacher."""
+    if cache.positions:
+        return judge_student(student, split, cache)
     assert split.labels is not None
     outputs = run_program(student.program, split.arrays())
     return quality(next(iter(outputs.values())), split.labels, cache.logits(split.ids))
@@ -246,17 +250,28 @@ def choose_arm(results: list[ArmResult], ship: str = "best") -> ArmResult:
     arms = {r.arm for r in results if r.arm != CONTROL} or {CONTROL}
     if ship != "best":
         arms = {ship}
-    mean = {arm: statistics.fmean(r.validation.accuracy for r in results if r.arm == arm) for arm in sorted(arms)}
+    mean = {arm: statistics.fmean(r.validation.score for r in results if r.arm == arm) for arm in sorted(arms)}
     best = max(mean, key=lambda arm: mean[arm])
-    return max((r for r in results if r.arm == best), key=lambda r: (r.validation.accuracy, -r.seed))
+    return max((r for r in results if r.arm == best), key=lambda r: (r.validation.score, -r.seed))
 
 
-def check_outputs(output: object, teacher_classes: int, labels: int) -> None:
+def check_outputs(output: object, teacher_classes: int, labels: int, positions: int = 0) -> None:
     """Whether student, teacher and labels speak of the same classes.
 
+    Args:
+        positions: Of a window of tokens; 0 where a sample has one label.
+
     Raises:
-        DataError: They do not; the message has all three numbers.
+        DataError: They do not; the message has all the numbers.
     """
+    if positions:
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        if not isinstance(output, Tensor) or output.shape[1:] != (positions, teacher_classes):
+            raise DataError(
+                f"the student returns {found}; logits of the next token at each position, "
+                f"(batch, {positions}, {teacher_classes}) as the teacher's, are needed"
+            )
+        return
     if not isinstance(output, Tensor) or output.ndim != 2:
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise DataError(f"the student returns {found}; logits of shape (batch, classes) are needed")

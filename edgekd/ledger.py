@@ -24,6 +24,7 @@ __all__ = [
     "format_count",
     "format_latency",
     "format_number",
+    "format_perplexity",
     "format_share",
     "label",
     "table",
@@ -57,6 +58,7 @@ class Row(JsonMixin):
         note: What a reader should know.
         proof: The whole comparison behind ``parity``, for the report.
         is_shipped: Of a student: whether the files were made from it.
+        perplexity: Of a language model, on the tokens of the test split.
     """
 
     stage: Stage
@@ -76,6 +78,7 @@ class Row(JsonMixin):
     note: str = ""
     proof: Parity | None = None
     is_shipped: bool = False
+    perplexity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,11 @@ def format_number(number: float | None) -> str:
     return UNKNOWN if number is None else f"{number:.3f}"
 
 
+def format_perplexity(perplexity: float | None) -> str:
+    """123.456 as ``123.5``."""
+    return UNKNOWN if perplexity is None else f"{perplexity:.1f}"
+
+
 def format_bytes(size: int | None) -> str:
     """1234567 as ``1.23 MB``, decimal like file managers and app stores."""
     return _scaled(size, ((1_000_000_000, "GB"), (1_000_000, "MB"), (1_000, "kB")), "B")
@@ -176,6 +184,7 @@ def table(ledger: Ledger) -> Table:
         file_header: list(file_cells),
         "acc %": [format_share(row.accuracy) for row in rows],
         "agree %": [format_share(row.teacher_agreement) for row in rows],
+        "ppl": [format_perplexity(row.perplexity) for row in rows],
         "KL": [format_number(row.kl) for row in rows],
         "ECE": [format_number(row.ece) for row in rows],
         "size": [format_bytes(row.size_bytes) for row in rows],

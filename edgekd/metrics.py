@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ __all__ = [
     "Quality",
     "accuracy",
     "agreement",
+    "calibration_gap",
     "expected_calibration_error",
     "mean_kl",
     "quality",
@@ -33,12 +35,14 @@ class Quality(JsonMixin):
     """A model on one split.
 
     Attributes:
-        samples: How many.
+        samples: How many; of windows, how many tokens count.
         accuracy: Share of right top classes.
         teacher_agreement: Share of samples with the teacher's top class.
         kl: Mean divergence from the teacher's distribution, in nats, at T = 1.
         ece: Expected calibration error, 15 bins.
-        classes: Class by class, in the order of the labels.
+        classes: Class by class, in the order of the labels; none of tokens.
+        perplexity: Of tokens: exponential of the mean negative log-likelihood of the next one.
+        window_losses: Of each window, the sum of those, nats: two models are compared window by window.
     """
 
     samples: int
@@ -47,6 +51,13 @@ class Quality(JsonMixin):
     kl: float
     ece: float
     classes: tuple[ClassCount, ...]
+    perplexity: float | None = None
+    window_losses: tuple[float, ...] = ()
+
+    @property
+    def score(self) -> float:
+        """What choices are made by, the larger the better: accuracy, or how likely the next tokens are."""
+        return self.accuracy if self.perplexity is None else -math.log(self.perplexity)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -76,8 +87,11 @@ def mean_kl(teacher: np.ndarray, student: np.ndarray) -> float:
 def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
     """Mean gap between confidence and accuracy over equal-width bins (Guo et al. 2017, arXiv:1706.04599), 0 to 1."""
     probabilities = softmax(logits)
-    confidence = probabilities.max(axis=1)
-    right = probabilities.argmax(axis=1) == labels
+    return calibration_gap(probabilities.max(axis=1), probabilities.argmax(axis=1) == labels, bins)
+
+
+def calibration_gap(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
+    """See :func:`expected_calibration_error`; both (samples,)."""
     index = np.minimum((confidence * bins).astype(int), bins - 1)
     gaps = [
         abs(right[index == b].mean() - confidence[index == b].mean()) * (index == b).mean()

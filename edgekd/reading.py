@@ -141,11 +141,10 @@ def _cross_faults(table: Json, folder: Path) -> list[str]:
         if isinstance(data.get(key), str):
             faults += _source_faults(f"data.{key}", data[key], data, folder)
     faults += _view_faults(data, folder)
-    text = data.get("text")
-    if isinstance(text, dict) and isinstance(text.get("tokenizer"), str) and not (folder / text["tokenizer"]).is_file():
-        faults.append(
-            f"data.text.tokenizer: no file {text['tokenizer']!r} beside the recipe; a tokenizer.json is expected"
-        )
+    for key in ("text", "tokens"):
+        named = data[key].get("tokenizer") if isinstance(data.get(key), dict) else None
+        if isinstance(named, str) and not (folder / named).is_file():
+            faults.append(f"data.{key}.tokenizer: no file {named!r} beside the recipe; a tokenizer.json is expected")
     for name in ("teacher", "student"):
         reference = section(name).get("model")
         if isinstance(reference, str):
@@ -174,11 +173,13 @@ def _cross_faults(table: Json, folder: Path) -> list[str]:
 
 
 def _codec_faults(recipe: Recipe) -> list[str]:
-    """A cache of the top classes does not serve every loss."""
-    codec, reason = recipe.teacher.codec, recipe.distill.needs_all_classes()
-    if codec is None or not codec.startswith("top") or not reason:
-        return []
-    return [f"teacher.codec: {codec!r} keeps the top classes alone, and {reason}; take 'dense-f16'"]
+    """A cache of the top classes, or of draws, does not serve every loss."""
+    codec = recipe.teacher.codec or ""
+    if codec.startswith("top") and (reason := recipe.distill.needs_all_classes()):
+        return [f"teacher.codec: {codec!r} keeps the top classes alone, and {reason}; take 'dense-f16'"]
+    if codec.startswith("sampled") and (reason := recipe.distill.not_served_by_draws()):
+        return [f"teacher.codec: {codec!r} keeps draws alone, and {reason}; take 'top50', or 'kd' with temperature = 1"]
+    return []
 
 
 def _view_faults(data: Json, folder: Path) -> list[str]:
@@ -302,15 +303,22 @@ def _loss_faults(key: str, name: str, folder: Path) -> list[str]:
 
 def _source_faults(key: str, reference: str, data: Json, folder: Path) -> list[str]:
     prefix, _, rest = reference.partition(":")
-    if prefix in ("imagefolder", "csv", "jsonl", "parquet"):
+    if prefix in ("imagefolder", "csv", "jsonl", "parquet", "text"):
         faults = [] if (folder / rest).exists() else [f"{key}: no {rest!r} beside the recipe"]
-        if not data.get("image") and not data.get("text"):
-            faults.append(f"{key}: {prefix} needs [data.image] with a size, or [data.text] with a tokenizer")
+        if data.get("tokens") and prefix not in ("jsonl", "text"):
+            faults.append(f"{key}: {prefix} holds no text for [data.tokens]; text: and jsonl: do")
+        elif prefix == "text" and not data.get("tokens"):
+            faults.append(f"{key}: text needs [data.tokens] with a tokenizer and a length")
+        elif not data.get("tokens") and not data.get("image") and not data.get("text"):
+            faults.append(
+                f"{key}: {prefix} needs [data.image] with a size, or [data.text] or [data.tokens] with a tokenizer"
+            )
         return faults
     if reference.endswith(".npz"):
         return [] if (folder / reference).is_file() else [f"{key}: no file {reference!r} beside the recipe"]
     if ":" not in reference:
-        return [f"{key}: {reference!r} is none of module:function, file.npz, imagefolder:, csv:, jsonl:, parquet:"]
+        known = "module:function, file.npz, imagefolder:, csv:, jsonl:, parquet:, text:"
+        return [f"{key}: {reference!r} is none of {known}"]
     return _function_faults(key, reference, folder)
 
 

@@ -43,8 +43,23 @@ class TextData(_Table):
     max_length: Count
 
 
+class TokenData(_Table):
+    """How text becomes windows of tokens for a causal language model (:mod:`edgekd.tokens`).
+
+    Rows of a jsonl have ``column``, a document; or a prompt, which is read but does not count, and its completion.
+    ``end`` is a token of the tokenizer that ends each document and each completion.
+    """
+
+    tokenizer: str
+    length: Count
+    column: str = "text"
+    prompt_column: str = "prompt"
+    completion_column: str = "completion"
+    end: str = ""
+
+
 class Data(_Table):
-    """Where samples come from: ``module:function``, ``file.npz``, or ``imagefolder|csv|jsonl|parquet:path``."""
+    """Where samples come from: ``module:function``, ``file.npz``, or ``imagefolder|csv|jsonl|parquet|text:path``."""
 
     train: str
     test: str
@@ -57,6 +72,7 @@ class Data(_Table):
     mix_alpha: Annotated[float, Field(gt=0)] = 1.0
     image: ImageData | None = None
     text: TextData | None = None
+    tokens: TokenData | None = None
     preprocessing: Json = Field(default_factory=dict)
 
 
@@ -67,12 +83,13 @@ class Model(_Table):
 
 
 class Teacher(Model):
-    """As of Model, and how its outputs are kept: ``dense-f16``, ``dense-u8`` or ``top10`` (or another number).
+    """As of Model, and how its outputs are kept: ``dense-f16``, ``dense-u8``, ``top10`` or ``sampled50`` (any number).
 
-    Left out: dense where there are at most 256 classes or an arm needs all of them, else ``top10``.
+    Left out: dense where there are at most 256 classes or an arm needs all of them, else ``top10``; for windows of
+    tokens ``sampled50`` where it serves every arm, else ``top50``.
     """
 
-    codec: Annotated[str, Field(pattern=r"^(dense-f16|dense-u8|top[1-9]\d*)$")] | None = None
+    codec: Annotated[str, Field(pattern=r"^(dense-f16|dense-u8|(top|sampled)[1-9]\d*)$")] | None = None
 
 
 class ArmOptions(_Table):
@@ -149,6 +166,19 @@ class Distill(_Table):
         own = self.overrides.get(arm, ArmOptions())
         said = {key: getattr(own, key) for key in ArmOptions.model_fields if key in _TRAINING}
         return self.model_copy(update={key: value for key, value in said.items() if value is not None})
+
+    def not_served_by_draws(self) -> str:
+        """Why a cache of sampled logits would not do for these arms; empty when it does.
+
+        Draws estimate probabilities without bias, and of the known losses only ``kd`` is linear in them.
+        """
+        for arm, mix in ((arm, self.mix(arm)) for arm in self.arms):
+            if mix.losses and (mix.temperature != 1 or mix.standardize):
+                return f"{arm}: draws are those at T = 1, of logits as they are"
+            other = [name for name in mix.losses if name != "kd" and ":" not in name]
+            if other:
+                return f"{arm}: {other[0]} is not linear in the probabilities, so draws would bias it"
+        return ""
 
     def needs_all_classes(self) -> str:
         """Why a cache of the top classes would not do for these arms; empty when it does."""
@@ -262,13 +292,22 @@ class Recipe(_Table):
         """The folder of the recipe: what its paths are relative to."""
         return self._folder
 
-    def codec(self, classes: int) -> str:
+    def codec(self, classes: int, positions: int = 0) -> str:
         """How the teacher's outputs for the training views are kept.
 
-        Dense up to 256 classes; the 10 largest above (Faghri et al. 2023, arXiv:2303.08983: 5 to 10 are enough).
+        Dense up to 256 classes; the 10 largest above (Faghri et al. 2023, arXiv:2303.08983: 5 to 10 are enough). For
+        windows of tokens 50 draws (Anshumann et al. 2025, arXiv:2503.16870), or the 50 largest where those won't do.
+
+        Args:
+            positions: Of a window; 0 for samples with one label.
         """
         if self.teacher.codec is not None:
             return self.teacher.codec
+        if positions and classes > DENSE_CLASSES:
+            if not self.distill.not_served_by_draws():
+                return "sampled50"
+            if not self.distill.needs_all_classes():
+                return "top50"
         return "dense-f16" if classes <= DENSE_CLASSES or self.distill.needs_all_classes() else "top10"
 
     @property

@@ -17,6 +17,7 @@ from edgekd.keeping import measurements_of
 from edgekd.ledger import ClassRow, Gain, Ledger, Row
 from edgekd.measurement import Measurement
 from edgekd.metrics import ClassCount, Quality, quality
+from edgekd.perplexity import judge_teacher, perplexity_sentence
 from edgekd.pipeline import results_of, shipped
 from edgekd.store import load_artifact, load_student, read_json, size_of, write_json
 from edgekd.types import Artifact, Json, Student
@@ -111,8 +112,10 @@ def _measurement_summary(measurement: Measurement) -> Json:
 
 def _teacher_quality(work: Workspace) -> Quality:
     """The teacher's captured outputs are enough: it is not run again."""
-    test = work.splits.test
-    logits = work.cache("test").logits(test.ids)
+    test, cache = work.splits.test, work.cache("test")
+    if cache.positions:
+        return judge_teacher(test, cache)
+    logits = cache.logits(test.ids)
     assert test.labels is not None
     return quality(logits, test.labels, logits)
 
@@ -122,6 +125,7 @@ def _teacher_row(work: Workspace, teacher: Quality) -> Row:
         stage="teacher",
         name=work.recipe.teacher.model,
         accuracy=teacher.accuracy,
+        perplexity=teacher.perplexity,
         ece=teacher.ece,
         size_bytes=work.teacher.size_bytes,
         parameters=work.teacher.parameters,
@@ -137,6 +141,7 @@ def _student_row(stage: str, result: ArmResult, folder: Path, is_shipped: bool =
         precision=student.card.precision,
         accuracy=result.test.accuracy,
         teacher_agreement=result.test.teacher_agreement,
+        perplexity=result.test.perplexity,
         kl=result.test.kl,
         ece=result.test.ece,
         size_bytes=(folder / "student.pt2").stat().st_size,
@@ -163,6 +168,7 @@ def _compressed_rows(work: Workspace) -> list[Row]:
                 precision=student.card.precision,
                 accuracy=test.accuracy,
                 teacher_agreement=test.teacher_agreement,
+                perplexity=test.perplexity,
                 kl=test.kl,
                 ece=test.ece,
                 size_bytes=size_of(folder / "student.pt2"),
@@ -241,15 +247,19 @@ def _distillation_sentences(
     size = ""
     if teacher_parameters:
         size = f" with {student.card.parameters / teacher_parameters:.1%} of its parameters"
+    unit = "test samples" if teacher.perplexity is None else "next tokens of the test split"
     lines = [
         f"The student ({chosen.arm}) keeps {kept:.1%} of the teacher's accuracy{size}: "
-        f"{_spread(own)} against {teacher.accuracy:.2%} on {teacher.samples} test samples."
+        f"{_spread(own)} against {teacher.accuracy:.2%} on {teacher.samples} {unit}."
     ]
     if chosen.arm == CONTROL:
         return [*lines, "It was trained without the teacher: no distilled arm was trained or chosen."]
     gain = _gain(results, chosen)
     assert gain is not None
     told = abs(gain.points) > 2 * gain.standard_error
+    if teacher.perplexity is not None:
+        pair = [[r.test for r in results if r.arm == arm] for arm in (chosen.arm, CONTROL)]
+        return [*lines, perplexity_sentence(pair[0], pair[1], teacher)]
     words = ("helped" if gain.points > 0 else "hurt") if told else "made no difference that can be told"
     how = f"{len(own)} seeds each" if len(own) > 1 else "one seed each, so only the test set's own error is known"
     lines.append(
@@ -281,6 +291,8 @@ def _spread(values: Sequence[float]) -> str:
 
 def _view_sentences(work: Workspace) -> list[str]:
     """A warning where the augmentation makes views that the teacher itself cannot read."""
+    if not work.splits.labels:
+        return []  # windows of tokens are not augmented
     on_views = _teacher_accuracy(work, "train")
     plain = _teacher_accuracy(work, "validation")
     if plain - on_views <= UNREADABLE_VIEWS_MARGIN:
@@ -300,6 +312,8 @@ def _teacher_accuracy(work: Workspace, split: str) -> float:
 
 
 def _weakness_sentences(classes: Sequence[ClassRow]) -> list[str]:
+    if not classes:
+        return []
     weak = [row for row in classes if row.teacher_is_weak]
     if not weak:
         return [f"The teacher is weak in no class (none is {WEAK_CLASS_MARGIN:.0%} under its average)."]

@@ -10,7 +10,7 @@ import io
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from edgekd.protocols import Progress
 from edgekd.store import atomic_write
 from edgekd.truth import NO_LABEL, Truth
 from edgekd.views import Views, view_batch
+from edgekd.windows import counted_positions
 
 __all__ = ["Objective", "OnEpoch", "TrainingPlan", "learning_rate_at", "train"]
 
@@ -82,7 +83,7 @@ def train(
 
     Args:
         student: Freshly initialised; takes the split's inputs in order and returns logits (batch, classes), or
-            :class:`edgekd.outputs.StudentOutputs`.
+            (batch, positions, vocabulary) for windows of tokens, or :class:`edgekd.outputs.StudentOutputs`.
         split: Samples, labelled or not.
         cache: The teacher's outputs and what replays the views, for the same samples.
         views: How they are made.
@@ -101,7 +102,8 @@ def train(
     accelerator = Accelerator()
     assert split.labels is not None
     rows, places, labels = cache.rows(split.ids), cache.places(split), torch.from_numpy(split.labels)
-    pool = np.flatnonzero(split.labels != NO_LABEL) if plan.labelled_only else np.arange(len(split))
+    known = (split.labels != NO_LABEL).reshape(len(split), -1).any(axis=1)
+    pool = np.flatnonzero(known) if plan.labelled_only else np.arange(len(split))
     order = Order(pool, split.ids[pool], cache.views, plan.views_per_decode, plan.seed)
     optimizer = torch.optim.AdamW(student.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
     student, optimizer = accelerator.prepare(student, optimizer)
@@ -117,7 +119,9 @@ def train(
         batch, turns = order.draws(begin, min(begin + plan.batch_size, (epoch + 1) * len(split)))
         own = slice(accelerator.process_index, None, accelerator.num_processes)
         batch, turns = batch[own], turns[own]
-        stored = cache.read(rows[batch], turns)
+        wanted = labels[batch]
+        counted = counted_positions(wanted.numpy()) if cache.positions else None
+        stored = cache.read(rows[batch], turns, counted)
         partners = None if stored.partners is None else places[stored.partners]
         shown = view_batch(split, batch, stored.seeds, views, partners)
         mixed_in = None if partners is None else labels[partners]
@@ -126,7 +130,10 @@ def train(
             group["lr"] = learning_rate_at(state.step, plan.epochs * steps, plan)
         outputs = student_outputs(student(*inputs))
         device = outputs.logits.device
-        truth = Truth(labels[batch], mixed_in, shown.shares)
+        if counted is not None:  # the positions that count, as if each were a sample: (tokens, vocabulary)
+            chosen = torch.from_numpy(counted)
+            outputs, wanted = replace(outputs, logits=outputs.logits[chosen.to(device)]), wanted[chosen]
+        truth = Truth(wanted, mixed_in, shown.shares)
         parts = objective(outputs, stored.outputs.to(device), truth.to(device))
         loss = sum(parts.values(), start=torch.zeros((), device=device))
         if not math.isfinite(float(loss.detach())):

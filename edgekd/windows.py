@@ -17,12 +17,18 @@ from __future__ import annotations
 import numpy as np
 
 from edgekd.errors import DataError
-from edgekd.targets import Codec
+from edgekd.recipe import DENSE_CLASSES
+from edgekd.targets import PLAIN_CODEC, Codec
 
-__all__ = ["PLAIN_WINDOW_CODEC", "counted_positions", "encode_windows", "positions_of", "window_type"]
+__all__ = ["counted_positions", "encode_windows", "plain_codec", "positions_of", "window_type"]
 
-PLAIN_WINDOW_CODEC = "top50"
-"""For windows that are only judged: agreement is exact, a divergence is over the 50 largest and the rest."""
+
+def plain_codec(classes: int, positions: int) -> str:
+    """For samples that are only judged: dense, and of windows the 50 largest where all of them would be too many.
+
+    With these, agreement is exact, and a divergence is over the 50 largest and the rest.
+    """
+    return "top50" if positions and classes > DENSE_CLASSES else PLAIN_CODEC
 
 
 def positions_of(labels: np.ndarray | None) -> int:

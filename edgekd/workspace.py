@@ -70,19 +70,29 @@ class Workspace:
 
         return self._training_views if split == "train" else Views()
 
+    @cached_property
+    def classes(self) -> int:
+        """How many; a language model's are its vocabulary, which the teacher tells by its outputs."""
+        import numpy as np
+
+        if self.splits.labels:
+            return len(self.splits.labels)
+        return int(self.teacher.logits(self.splits.validation.arrays(np.arange(1))).shape[-1])
+
     def capture_key(self, split: str) -> CaptureKey:
         """What the cache of a split depends on."""
         from edgekd.capture import CaptureKey
-        from edgekd.targets import PLAIN_CODEC
+        from edgekd.windows import plain_codec, positions_of
 
         train, views = split == "train", self.views_of(split)
+        positions = positions_of(self.splits.train.labels)
         return CaptureKey(
             teacher=self.teacher.fingerprint,
             data=self.split(split).fingerprint,
             augmentation=views.augmentation_fingerprint(self.splits.train),
             views=self.recipe.data.views if train else 1,
             seed=self.recipe.distill.seeds[0],
-            codec=self.recipe.codec(len(self.splits.labels)) if train else PLAIN_CODEC,
+            codec=self.recipe.codec(self.classes, positions) if train else plain_codec(self.classes, positions),
             mix=views.mix_fingerprint(self.splits.train),
         )
 

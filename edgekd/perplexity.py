@@ -1,0 +1,144 @@
+"""How good a language model is: token by token over the counted positions of windows, beside its teacher."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from edgekd.capture import TeacherCache
+from edgekd.data import Split
+from edgekd.errors import CacheError
+from edgekd.metrics import Quality, calibration_gap
+from edgekd.models import run_program
+from edgekd.targets import DenseTargets, Targets, TopTargets
+from edgekd.types import Student
+from edgekd.windows import counted_positions
+
+__all__ = ["Tokens", "judge_student", "judge_teacher", "perplexity_sentence", "quality_of_tokens", "tokens_of"]
+
+POSITIONS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a model made of some tokens, one value for each.
+
+    Attributes:
+        right: Whether its likeliest token is the next one.
+        agrees: Whether it is the teacher's likeliest.
+        confidence: What it gave its likeliest, 0 to 1.
+        loss: Negative log-likelihood of the next token, nats.
+        kl: Divergence from the teacher's distribution, nats; over the classes that the cache knows, the rest as one.
+    """
+
+    right: np.ndarray
+    agrees: np.ndarray
+    confidence: np.ndarray
+    loss: np.ndarray
+    kl: np.ndarray
+
+
+def tokens_of(logits: torch.Tensor, labels: torch.Tensor, teacher: Targets) -> Tokens:
+    """From a student's logits, (tokens, vocabulary), the next tokens, (tokens,), and the teacher's word on them."""
+    log_p = F.log_softmax(logits, dim=1)
+    best = log_p.max(dim=1)
+    own, wanted, _ = teacher.paired(logits, labels, 1.0)
+    kl = F.kl_div(F.log_softmax(own, 1), F.log_softmax(wanted, 1), reduction="none", log_target=True).sum(1)
+    return Tokens(
+        (best.indices == labels).numpy(),
+        (best.indices == teacher.top_class()).numpy(),
+        best.values.exp().numpy(),
+        -log_p.gather(1, labels[:, None])[:, 0].numpy(),
+        kl.numpy(),
+    )
+
+
+def quality_of_tokens(tokens: Tokens, in_window: np.ndarray) -> Quality:
+    """All of it as numbers.
+
+    Args:
+        in_window: How many of the tokens each window holds, in their order.
+    """
+    ends = np.cumsum(in_window)[:-1]
+    return Quality(
+        samples=len(tokens.right),
+        accuracy=float(tokens.right.mean()),
+        teacher_agreement=float(tokens.agrees.mean()),
+        kl=float(tokens.kl.mean(dtype=np.float64)),
+        ece=calibration_gap(tokens.confidence, tokens.right),
+        classes=(),
+        perplexity=math.exp(float(tokens.loss.mean(dtype=np.float64))),
+        window_losses=tuple(round(float(part.sum(dtype=np.float64)), 3) for part in np.split(tokens.loss, ends)),
+    )
+
+
+def judge_student(student: Student, split: Split, cache: TeacherCache) -> Quality:
+    """A program on windows, some at a time: the logits of all would not fit."""
+    assert split.labels is not None
+    parts = []
+    step = max(1, POSITIONS_AT_ONCE // cache.positions)
+    for start in range(0, len(split), step):
+        rows = np.arange(start, min(start + step, len(split)))
+        counted = counted_positions(split.labels[rows])
+        logits = next(iter(run_program(student.program, split.arrays(rows)).values()))[counted]
+        teacher = cache.read(cache.rows(split.ids[rows]), np.zeros(len(rows), np.int64), counted).outputs.classes
+        parts.append(tokens_of(torch.from_numpy(logits), torch.from_numpy(split.labels[rows][counted]), teacher))
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Tokens.__annotations__}
+    return quality_of_tokens(Tokens(**columns), counted_positions(split.labels).sum(axis=1))
+
+
+def judge_teacher(split: Split, cache: TeacherCache) -> Quality:
+    """The teacher on the windows that it was captured on; it is not run again."""
+    assert split.labels is not None
+    counted = counted_positions(split.labels)
+    rows, views = cache.rows(split.ids), np.zeros(len(split), np.int64)
+    targets = cache.read(rows, views, counted).outputs.classes
+    top = targets.top_class().numpy()
+    right = top == split.labels[counted]
+    if isinstance(targets, TopTargets):
+        confidence = (targets.logits[:, 0] - targets.log_sums[1.0]).exp().numpy()
+    elif isinstance(targets, DenseTargets):
+        confidence = F.softmax(targets.logits, dim=1).amax(1).numpy()
+    else:
+        raise CacheError(f"a cache of {cache.codec.name} does not tell how sure the teacher was; judge by top50")
+    loss = -cache.label_log_probabilities(rows, views, counted)
+    return quality_of_tokens(
+        Tokens(right, np.ones(len(top), bool), confidence, loss, np.zeros(len(top), np.float32)), counted.sum(axis=1)
+    )
+
+
+def perplexity_sentence(own: Sequence[Quality], control: Sequence[Quality], teacher: Quality) -> str:
+    """What distillation did to perplexity, and whether that can be told: over paired seeds, else over paired windows.
+
+    Args:
+        own, control: Of the shipped arm and of the control on the test split, seed by seed.
+    """
+
+    def log_of(quality: Quality) -> float:
+        assert quality.perplexity is not None
+        return math.log(quality.perplexity)
+
+    gains = [log_of(a) - log_of(b) for a, b in zip(own, control, strict=True)]
+    gain = statistics.fmean(gains)
+    if len(gains) > 1:
+        error, over = statistics.stdev(gains) / len(gains) ** 0.5, f"over {len(gains)} seeds"
+    else:
+        apart = [a - b for a, b in zip(own[0].window_losses, control[0].window_losses, strict=True)]
+        error = statistics.stdev(apart) * len(apart) ** 0.5 / own[0].samples if len(apart) > 1 else math.inf
+        over = f"over {len(apart)} windows, one seed each"
+    words = ("helped" if gain < 0 else "hurt") if abs(gain) > 2 * error else "made no difference that can be told"
+    means = [math.exp(statistics.fmean(map(log_of, some))) for some in (own, control)]
+    agree = [statistics.fmean(q.teacher_agreement for q in some) for some in (own, control)]
+    low, high = math.exp(gain - 2 * error), math.exp(min(gain + 2 * error, 700))
+    return (
+        f"Distillation {words}: perplexity {means[0]:.1f} against {means[1]:.1f} of the same student without a teacher "
+        f"({teacher.perplexity:.1f} of the teacher) on {teacher.samples} test tokens, {math.exp(gain):.3f}×, "
+        f"two standard errors {low:.3f} to {high:.3f} ({over}); its next token is the teacher's at {agree[0]:.1%} of "
+        f"them, without a teacher {agree[1]:.1%}."
+    )
