@@ -71,4 +71,6 @@ def check_workspace(work: Workspace) -> dict[str, str]:
     if work.teacher.parameters:
         share = count_parameters(student) / work.teacher.parameters
         facts["student parameters"] += f", {share:.1%} of the teacher's (10 to 20 % is a sane start)"
+    if splits.joined is not None:
+        facts["unlabeled"] = splits.joined.sentence()
     return facts

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,8 +24,9 @@ from edgekd.windows import counted_positions
 
 if TYPE_CHECKING:
     from edgekd.recipe import Data, Recipe
+    from edgekd.unlabeled import Joined
 
-__all__ = ["Split", "Splits", "load_arrays", "load_splits", "split_from_arrays"]
+__all__ = ["Split", "Splits", "load_arrays", "load_splits", "load_unlabeled", "split_from_arrays"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Split:
 
     Attributes:
         inputs: Columns by input name, in the order of the model's ``forward``; samples on the first axis.
-        labels: Class of each sample, int64 (samples,); of windows (:mod:`edgekd.windows`) that of each position,
-            (samples, positions), -1 where a position does not count. None when unlabeled.
+        labels: Class of each sample, -1 for none, int64 (samples,); of windows (:mod:`edgekd.windows`) that of each
+            position, (samples, positions), -1 where a position does not count. None when unlabeled.
         ids: One per sample, uint64, unique.
         fingerprint: Of contents, labels and order.
     """
@@ -73,6 +74,7 @@ class Splits:
         labels: Class names.
         preprocessing: What an app does before the model, as plain data.
         assets: Files that belong beside the model, by name (a tokenizer).
+        joined: How many samples of ``train`` have no label, and why others were left out; None when none were given.
     """
 
     train: Split
@@ -81,6 +83,7 @@ class Splits:
     preprocessing: Json
     assets: Mapping[str, bytes]
     load_test: Callable[[], Split]
+    joined: Joined | None = None
 
     @cached_property
     def test(self) -> Split:
@@ -93,7 +96,7 @@ class Splits:
 
 
 def load_splits(recipe: Recipe) -> Splits:
-    """Load everything that a recipe names, the test split when it is asked for.
+    """Load everything that a recipe names, the test split when it is asked for or unlabeled samples may be in it.
 
     Raises:
         DataError: Shapes, labels or splits that do not fit; the message names the split.
@@ -105,11 +108,11 @@ def load_splits(recipe: Recipe) -> Splits:
     if data.validation is not None:
         raw["validation"] = _read(data.validation, data, folder)
     names = recipe.labels or _label_names(raw)
-    splits = {key: _split(inputs, label, ids, key, names) for key, (inputs, label, ids) in raw.items()}
-    train = splits["train"]
+    read = {key: _split(inputs, label, ids, key, names) for key, (inputs, label, ids) in raw.items()}
+    train = read["train"]
     _need_labels("train", train)
-    if "validation" in splits:
-        validation = splits["validation"]
+    if "validation" in read:
+        validation = read["validation"]
     else:
         train, validation = _hold_out(train, data.validation_share)
 
@@ -122,7 +125,25 @@ def load_splits(recipe: Recipe) -> Splits:
             raise DataError("all test samples are in train; hold some out")
         return test
 
-    return Splits(train, validation, names, _preprocessing(data), _assets(data, folder), load_test)
+    splits = Splits(train, validation, names, _preprocessing(data), _assets(data, folder), load_test)
+    if data.unlabeled is None:
+        return splits
+    from edgekd.unlabeled import join_unlabeled
+
+    extra = load_unlabeled(recipe, data.unlabeled, "unlabeled")
+    together, joined = join_unlabeled(train, extra, {"test": splits.test, "validation": validation})
+    return replace(splits, train=together, load_test=lambda: splits.test, joined=joined)
+
+
+def load_unlabeled(recipe: Recipe, reference: str, name: str) -> Split:
+    """Samples whose labels, if they have any, are not looked at; see :func:`load_splits` for what is raised.
+
+    Args:
+        reference: As of ``data.train``.
+        name: What errors call them.
+    """
+    inputs, _, ids = _read(reference, recipe.data, recipe.folder, labelled=False)
+    return _split(inputs, None, ids, name, ())
 
 
 def _need_labels(name: str, split: Split) -> None:
@@ -169,13 +190,13 @@ def split_from_arrays(arrays: Mapping[str, np.ndarray], name: str = "data", labe
 _Raw = tuple[dict[str, Column], "np.ndarray | None", "np.ndarray | None"]
 
 
-def _read(reference: str, data: Data, folder: Path) -> _Raw:
+def _read(reference: str, data: Data, folder: Path, labelled: bool = True) -> _Raw:
     prefix, _, rest = reference.partition(":")
     if data.tokens is not None and prefix in ("text", "jsonl"):
         ids, mask, labels = read_tokens(prefix, folder / rest, data.tokens, folder)
         return {"input_ids": ids, "attention_mask": mask}, labels, None
     if prefix in ("imagefolder", "csv", "jsonl", "parquet"):
-        return read_files(prefix, folder / rest, data, folder)
+        return read_files(prefix, folder / rest, data, folder, labelled)
     if reference.endswith(".npz"):
         return _parts(load_arrays(folder / reference))
     arrays = plugins.load_function(reference, folder)()

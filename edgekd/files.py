@@ -47,11 +47,11 @@ def unique_ids(contents: Sequence[bytes]) -> np.ndarray:
     return ids
 
 
-Columns = tuple[dict[str, "Column"], np.ndarray, np.ndarray | None]
-"""Inputs by name, labels (names or numbers), and ids where the files give them."""
+Columns = tuple[dict[str, "Column"], np.ndarray | None, np.ndarray | None]
+"""Inputs by name, labels (names or numbers) where they were asked for, and ids where the files give them."""
 
 
-def read_files(kind: str, path: Path, data: Data, folder: Path) -> Columns:
+def read_files(kind: str, path: Path, data: Data, folder: Path, labelled: bool = True) -> Columns:
     """Read one split; nothing is fetched.
 
     Args:
@@ -59,6 +59,7 @@ def read_files(kind: str, path: Path, data: Data, folder: Path) -> Columns:
         path: Of the file, or of the folder with one folder for each class.
         data: How columns become arrays: its ``text`` or ``image`` table.
         folder: Of the recipe, where the tokenizer is.
+        labelled: Whether labels are read; without, the files need none, and an image folder no folders in it.
 
     Raises:
         MissingToolchainError: ``datasets`` or ``tokenizers`` is not installed.
@@ -79,19 +80,20 @@ def read_files(kind: str, path: Path, data: Data, folder: Path) -> Columns:
         raise DataError(f"{kind}:{path.name} cannot be read: {str(error).splitlines()[0]}") from error
     spec = data.text or data.image
     assert spec is not None  # the recipe's check
-    for column in (spec.column, spec.label_column):
+    for column in (spec.column, spec.label_column) if labelled else (spec.column,):
         if column not in table.column_names:
             raise DataError(f"{kind}:{path.name} has no column {column!r}; there are {', '.join(table.column_names)}")
-    labels = table[spec.label_column]
-    feature = table.features[spec.label_column]
-    if isinstance(feature, datasets.ClassLabel):
-        labels = [feature.names[index] for index in labels]
+    labels = None
+    if labelled:
+        feature, found = table.features[spec.label_column], list(table[spec.label_column])
+        is_class = isinstance(feature, datasets.ClassLabel)
+        labels = np.asarray([feature.names[index] for index in found] if is_class else found)
     if data.text is not None:
-        return _tokenize(list(table[spec.column]), data.text, folder), np.asarray(list(labels)), None
+        return _tokenize(list(table[spec.column]), data.text, folder), labels, None
     assert data.image is not None
     column_data = table.cast_column(spec.column, datasets.Image(decode=False)).with_format(None)[spec.column]
     images = ImageFiles(list(column_data), data.image)
-    return {spec.column: images}, np.asarray(list(labels)), images.ids()
+    return {spec.column: images}, labels, images.ids()
 
 
 def _tokenize(texts: list[Any], spec: TextData, folder: Path) -> dict[str, Column]:
@@ -138,6 +140,19 @@ class ImageFiles:
     def take(self, indices: np.ndarray) -> ImageFiles:
         return ImageFiles([self._files[i] for i in indices], self._spec)
 
+    def joined(self, other: ImageFiles) -> ImageFiles:
+        """These, then those."""
+        return ImageFiles([*self._files, *other._files], self._spec)
+
+    def found_in(self, other: ImageFiles) -> np.ndarray:
+        """Which of these are in the other by content, whatever their names: bool (samples,).
+
+        Only files of a size that both have are read.
+        """
+        sizes = {_file_size(file) for file in other._files} & {_file_size(file) for file in self._files}
+        known = {_file_hash(file) for file in other._files if _file_size(file) in sizes}
+        return np.asarray([_file_size(file) in sizes and _file_hash(file) in known for file in self._files], bool)
+
     def ids(self) -> np.ndarray:
         """By content where the bytes are at hand, else by folder, name and size."""
         return unique_ids([self._identity(file) for file in self._files])
@@ -162,3 +177,12 @@ class ImageFiles:
             raise DataError(f"{file['path'] or 'an image'} cannot be decoded: {error}") from None
         pixels = np.asarray(fitted, np.float32).reshape(size, size, -1).transpose(2, 0, 1) / 255.0
         return ((pixels - self._mean) / self._std).astype(np.float32)
+
+
+def _file_size(file: Any) -> int:
+    return len(file["bytes"]) if file["bytes"] is not None else Path(file["path"]).stat().st_size
+
+
+def _file_hash(file: Any) -> bytes:
+    content = file["bytes"] if file["bytes"] is not None else Path(file["path"]).read_bytes()
+    return hashlib.blake2b(content, digest_size=16).digest()

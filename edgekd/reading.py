@@ -137,7 +137,7 @@ def _cross_faults(table: Json, folder: Path) -> list[str]:
         return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
     data, distill = section("data"), section("distill")
-    for key in ("train", "test", "validation"):
+    for key in ("train", "test", "validation", "unlabeled"):
         if isinstance(data.get(key), str):
             faults += _source_faults(f"data.{key}", data[key], data, folder)
     faults += _view_faults(data, folder)

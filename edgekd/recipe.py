@@ -65,6 +65,7 @@ class Data(_Table):
     test: str
     validation: str | None = None
     validation_share: Share = 0.1
+    unlabeled: str | None = None
     augment: str | None = None
     views: Count = 1
     views_per_decode: Count = 1

@@ -9,6 +9,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 import edgekd
 from edgekd import plugins
 from edgekd.compress import PORTABLE, notes_of
@@ -20,6 +22,7 @@ from edgekd.metrics import ClassCount, Quality, quality
 from edgekd.perplexity import judge_teacher, perplexity_sentence
 from edgekd.pipeline import results_of, shipped
 from edgekd.store import load_artifact, load_student, read_json, size_of, write_json
+from edgekd.truth import NO_LABEL
 from edgekd.types import Artifact, Json, Student
 from edgekd.workspace import Workspace
 
@@ -59,6 +62,7 @@ def collect(work: Workspace) -> tuple[Ledger, list[Measurement]]:
     classes = _class_rows(work.splits.labels, teacher, control.test, chosen.test)
     sentences = (
         *_distillation_sentences(results, chosen, teacher, student, work.teacher.parameters),
+        *([] if work.splits.joined is None else [work.splits.joined.sentence()]),
         *_view_sentences(work),
         *_weakness_sentences(classes),
         *_artifact_sentences([artifact for artifact, _ in artifacts], chosen, measurements),
@@ -293,6 +297,8 @@ def _view_sentences(work: Workspace) -> list[str]:
     """A warning where the augmentation makes views that the teacher itself cannot read."""
     if not work.splits.labels:
         return []  # windows of tokens are not augmented
+    if work.recipe.data.mix is not None:
+        return []  # a mix of two samples has no one class that the teacher could be right about
     on_views = _teacher_accuracy(work, "train")
     plain = _teacher_accuracy(work, "validation")
     if plain - on_views <= UNREADABLE_VIEWS_MARGIN:
@@ -307,7 +313,9 @@ def _teacher_accuracy(work: Workspace, split: str) -> float:
     """Over all captured views of a split."""
     cache, samples = work.cache(split), work.split(split)
     assert samples.labels is not None
-    right = [cache.top_class(samples.ids, view) == samples.labels for view in range(cache.views)]
+    labelled = np.flatnonzero(samples.labels != NO_LABEL)
+    ids, labels = samples.ids[labelled], samples.labels[labelled]
+    right = [cache.top_class(ids, view) == labels for view in range(cache.views)]
     return statistics.fmean(float(view.mean()) for view in right)
 
 
