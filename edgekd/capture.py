@@ -23,6 +23,7 @@ import torch
 
 from edgekd.data import Split
 from edgekd.errors import CacheError, DataError, ModelFileError, NumericalError
+from edgekd.feature_records import Layout, feature_fields, layout_of, put_features, read_features
 from edgekd.outputs import TeacherOutputs
 from edgekd.protocols import Progress
 from edgekd.sources import Teacher
@@ -60,6 +61,7 @@ class CaptureKey:
         seed: Of all views.
         codec: How records are stored: ``dense-f16``, ``dense-u8``, ``top10`` …
         mix: Fingerprint of what mixes two samples; empty for nothing.
+        features: Names of what is kept beside the logits.
     """
 
     teacher: str
@@ -69,9 +71,10 @@ class CaptureKey:
     seed: int
     codec: str = "dense-f16"
     mix: str = ""
+    features: tuple[str, ...] = ()
 
     def to_json(self) -> Json:
-        return dict(vars(self))
+        return {name: list(value) if name == "features" else value for name, value in vars(self).items() if value != ()}
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class TeacherCache:
         views, classes: As captured.
         manifest: As on disk.
         positions: Of a window; 0 where a sample has one label.
+        features: Layout of what is kept beside the logits.
     """
 
     ids: np.ndarray
@@ -105,6 +109,7 @@ class TeacherCache:
     codec: Codec
     manifest: Json
     positions: int
+    features: Layout
     _shards: tuple[np.ndarray, ...]
     _order: np.ndarray
 
@@ -153,7 +158,7 @@ class TeacherCache:
         records = self._records(rows, views)
         partners = records["partner"].astype(np.int64) if "partner" in (records.dtype.names or ()) else None
         classes = self.codec.decode(records if counted is None else records["positions"][counted])
-        return Replay(records["seed"].copy(), partners, TeacherOutputs(classes))
+        return Replay(records["seed"].copy(), partners, TeacherOutputs(classes, read_features(records, self.features)))
 
     def label_log_probabilities(self, rows: np.ndarray, views: np.ndarray, counted: np.ndarray) -> np.ndarray:
         """What the teacher gave the next tokens of windows: float32, one for each counted position."""
@@ -172,6 +177,18 @@ class TeacherCache:
         if not isinstance(targets, DenseTargets):
             raise CacheError(f"this cache is {self.codec.name} and does not hold the logits of all classes")
         return targets.logits.numpy()
+
+    def feature(self, ids: np.ndarray, name: str, view: int = 0) -> np.ndarray:
+        """A feature of samples in one view, samples first.
+
+        Raises:
+            CacheError: It was not captured.
+        """
+        if name not in self.features:
+            kept = ", ".join(self.features) or "none"
+            raise CacheError(f"this cache has no feature {name!r}; it has {kept}; run: edgekd capture")
+        records = self._records(self.rows(ids), np.full(len(ids), view))
+        return read_features(records, {name: self.features[name]})[name].numpy()
 
     def top_class(self, ids: np.ndarray, view: int = 0) -> np.ndarray:
         """The teacher's top class of samples in one view, int64 (samples,); every codec knows it."""
@@ -219,7 +236,7 @@ def capture(
     samples, total = len(split), len(split) * key.views
     shards = manifest["shards"]
     done = min(len(shards) * in_shard, total)
-    classes = int(manifest.get("classes", 0))
+    classes, layout = int(manifest.get("classes", 0)), manifest.get("features", {})
     progress.start(f"capture {folder.name}", total, done)
     while done < total:
         numbers = np.arange(done, min(done + in_shard, total))
@@ -229,21 +246,28 @@ def capture(
             seeds = view_seeds(split.ids[rows], turns, key.seed)
             partners = view_partners(seeds, samples) if key.mix else None
             inputs = view_batch(split, rows, seeds, views, partners).inputs
-            logits = teacher.logits(dict(zip(split.inputs, (x.numpy() for x in inputs), strict=True)))
-            classes = logits.shape[-1]
+            answer = teacher.outputs(dict(zip(split.inputs, (x.numpy() for x in inputs), strict=True)))
+            classes, features = answer.logits.shape[-1], {name: answer.features[name] for name in key.features}
+            layout = layout or layout_of(features)
             labels = split.labels[rows] if split.labels is not None and positions else None
-            blocks.append(_records(seeds, partners, logits, labels, split.ids[rows], codec))
+            blocks.append(_records(seeds, partners, answer.logits, labels, split.ids[rows], codec, layout))
+            put_features(blocks[-1], features)
             progress.advance(len(rows))
         name = f"shard-{len(shards):05d}.bin"
         content = np.concatenate(blocks)
         atomic_write(part / name, content.tobytes())
         shards.append({"file": name, "records": len(content), "sha256": hashlib.sha256(content.tobytes()).hexdigest()})
-        manifest |= {"classes": classes, "positions": positions}
+        manifest |= {"classes": classes, "positions": positions, "features": layout}
         write_json(part / "manifest.json", manifest)
         done += len(numbers)
     progress.finish()
     atomic_write(part / "ids.bin", split.ids.astype("<u8").tobytes())
-    manifest |= {"samples": samples, "ids_sha256": hash_path(part / "ids.bin"), "complete": True}
+    manifest |= {
+        "teacher": list(teacher.lineage),
+        "samples": samples,
+        "ids_sha256": hash_path(part / "ids.bin"),
+        "complete": True,
+    }
     write_json(part / "manifest.json", manifest)
     if folder.exists():
         shutil.rmtree(folder)
@@ -269,7 +293,8 @@ def open_cache(folder: Path, key: CaptureKey | None = None) -> TeacherCache:
             changed = [name for name, value in key.to_json().items() if manifest["key"].get(name) != value]
             raise CacheError(f"{folder} was captured with another {', '.join(changed)}; run: edgekd capture")
         codec, positions = codec_of(manifest["key"]["codec"]), int(manifest.get("positions", 0))
-        record = _record_type(codec, manifest["classes"], positions, bool(manifest["key"]["mix"]))
+        features: Layout = manifest.get("features", {})
+        record = _record_type(codec, manifest["classes"], positions, bool(manifest["key"]["mix"]), features)
         ids = np.fromfile(folder / "ids.bin", "<u8")
         if hash_path(folder / "ids.bin") != manifest["ids_sha256"]:
             raise CacheError(f"{folder / 'ids.bin'} is damaged; remove {folder} and run: edgekd capture")
@@ -285,7 +310,7 @@ def open_cache(folder: Path, key: CaptureKey | None = None) -> TeacherCache:
             f"{folder / 'manifest.json'} is damaged ({error}); remove {folder} and run: edgekd capture"
         ) from None
     order = np.argsort(ids, kind="stable")
-    return TeacherCache(ids, views, manifest["classes"], codec, manifest, positions, tuple(shards), order)
+    return TeacherCache(ids, views, manifest["classes"], codec, manifest, positions, features, tuple(shards), order)
 
 
 def verify_cache(
@@ -310,7 +335,7 @@ def verify_cache(
         partners = None if stored.partners is None else places[stored.partners]
         inputs = view_batch(split, where, stored.seeds, views, partners).inputs
         logits = teacher.logits(dict(zip(split.inputs, (x.numpy() for x in inputs), strict=True)))
-        again = _records(stored.seeds, partners, logits, labels, cache.ids[rows[chosen]], cache.codec)
+        again = _records(stored.seeds, partners, logits, labels, cache.ids[rows[chosen]], cache.codec, {})
         top_class = cache.codec.decode(again if counted is None else again["positions"][counted]).top_class()
         shown = logits if counted is None else logits[counted]
         differs.append((top_class != stored.outputs.classes.top_class()).float())
@@ -350,16 +375,19 @@ def _at_once(records: int, positions: int) -> int:
     return max(1, records // max(1, positions))
 
 
-def record_bytes(codec: Codec, classes: int, positions: int = 0, mixed: bool = False) -> int:
-    """Of one view on disk, with its seed and, where samples are mixed, its partner."""
-    return _record_type(codec, classes, positions, mixed).itemsize
+def record_bytes(
+    codec: Codec, classes: int, positions: int = 0, mixed: bool = False, features: Layout | None = None
+) -> int:
+    """Of one view on disk, with its seed, its partner where samples are mixed, and what is kept beside the logits."""
+    return _record_type(codec, classes, positions, mixed, features or {}).itemsize
 
 
-def _record_type(codec: Codec, classes: int, positions: int, mixed: bool) -> np.dtype[np.void]:
+def _record_type(codec: Codec, classes: int, positions: int, mixed: bool, features: Layout) -> np.dtype[np.void]:
     head = [("seed", "<u4"), *([("partner", "<u4")] if mixed else [])]
+    beside = feature_fields(features)
     if positions:
-        return np.dtype([*head, ("positions", window_type(codec, classes, positions))])
-    return np.dtype([*head, *codec.fields(classes)])
+        return np.dtype([*head, ("positions", window_type(codec, classes, positions)), *beside])
+    return np.dtype([*head, *codec.fields(classes), *beside])
 
 
 def _records(
@@ -369,8 +397,11 @@ def _records(
     labels: np.ndarray | None,
     ids: np.ndarray,
     codec: Codec,
+    features: Layout,
 ) -> np.ndarray:
-    """Records of some views; labels are those of windows, None where a sample has one label."""
+    """Records of some views, their features still to be put; labels are those of windows, None where a sample has one
+    label.
+    """
     if logits.ndim != (2 if labels is None else 3):
         wanted = "(samples, classes)" if labels is None else "(windows, positions, vocabulary)"
         raise DataError(f"the teacher gives {logits.shape}, and the labels are those of {wanted}")
@@ -381,7 +412,7 @@ def _records(
     if len(bad):
         raise NumericalError(f"the teacher gives NaN or infinity for {len(bad)} samples, first id {ids[bad[0]]}")
     positions = 0 if labels is None else labels.shape[1]
-    records = np.empty(len(seeds), _record_type(codec, logits.shape[-1], positions, partners is not None))
+    records = np.empty(len(seeds), _record_type(codec, logits.shape[-1], positions, partners is not None, features))
     records["seed"] = seeds
     if partners is not None:
         records["partner"] = partners

@@ -9,7 +9,10 @@ import torch
 
 from edgekd.capture import record_bytes
 from edgekd.distill import arms_of, check_outputs
+from edgekd.ensemble import teacher_accuracy
 from edgekd.errors import NumericalError
+from edgekd.feature_records import layout_of
+from edgekd.features import with_features
 from edgekd.models import count_parameters, export_program
 from edgekd.plugins import load_exporter, require
 from edgekd.sources import load_student_module
@@ -38,17 +41,22 @@ def check_workspace(work: Workspace) -> dict[str, str]:
     batch = dict(zip(splits.train.inputs, (x.numpy() for x in inputs), strict=True))
     work.teacher.logits(batch)  # the first call pays for set-up
     began = time.monotonic()
-    logits = work.teacher.logits(batch)
+    answer = work.teacher.outputs(batch)
+    logits, layout = answer.logits, layout_of(answer.features)
     per_sample_s = (time.monotonic() - began) / len(rows)
     if not np.isfinite(logits).all():
         raise NumericalError("the teacher gives NaN or infinity on the first training samples")
-    student = load_student_module(recipe.student.model, recipe.folder, 0).eval()
+    student = load_student_module(recipe.student.model, recipe.folder, 0, recipe.student.told, recipe.labels).eval()
     classes = logits.shape[-1]
     check_outputs(student(*inputs), classes, len(splits.labels), positions)
+    for arm in arms_of(recipe):
+        shapes = {name: shape for name, (_, shape) in layout.items()}
+        with_features(student, recipe.distill.features_of(arm), shapes, dict(zip(batch, inputs, strict=True)), 0)
     export_program(student, list(inputs))
     views, plain = len(splits.train) * recipe.data.views, len(splits.validation) + len(splits.test)
     passes, codec = views + plain, codec_of(recipe.codec(classes, positions))
-    record = record_bytes(codec, classes, positions, mixed=recipe.data.mix is not None)
+    kept = {name: layout[name] for name in work.capture_key("train").features}
+    record = record_bytes(codec, classes, positions, recipe.data.mix is not None, kept)
     size = views * record + plain * record_bytes(codec_of(plain_codec(classes, positions)), classes, positions)
     facts = {
         "recipe": f"{recipe.name} ({recipe.folder})",
@@ -57,6 +65,7 @@ def check_workspace(work: Workspace) -> dict[str, str]:
             f"{name} {tuple(x.shape[1:])}" for name, x in zip(splits.train.inputs, inputs, strict=True)
         ),
         "classes": f"{classes}",
+        "teacher": teacher_accuracy(work),
         "teacher cache": f"{size / 1e6:.1f} MB ({codec.name}, {record} bytes a view), "
         f"about {passes * per_sample_s:.0f} s of the teacher",
         "students": f"{len(arms_of(recipe)) * len(recipe.distill.seeds)} to train: "

@@ -15,6 +15,8 @@ from torch import Tensor
 from edgekd.capture import TeacherCache
 from edgekd.data import Split, Splits
 from edgekd.errors import DataError
+from edgekd.feature_losses import FEATURE_LOSSES, FeatureLoss
+from edgekd.features import with_features
 from edgekd.losses import LOSSES, Term, weighted
 from edgekd.metrics import Quality, quality
 from edgekd.models import (
@@ -85,7 +87,12 @@ def arm_inputs(recipe: Recipe, splits: Splits, arm: str, seed: int, data: Json) 
         data: Keys of the caches it learns from and is judged on.
     """
     distill, mix = recipe.distill.for_arm(arm), recipe.distill.mix(arm)
+    features = {
+        match.name: [match.weight, recipe.distill.features[match.name].student, _feature_loss_fingerprint(match.loss)]
+        for match in _matches(recipe, arm)
+    }
     return {
+        **({"features": features} if features else {}),
         "arm": arm,
         "seed": seed,
         "student": _student_fingerprint(recipe, splits, seed),
@@ -107,7 +114,7 @@ def arm_inputs(recipe: Recipe, splits: Splits, arm: str, seed: int, data: Json) 
 
 def _student_fingerprint(recipe: Recipe, splits: Splits, seed: int) -> str:
     """Of a fresh student: its layers, its first weights, and what it makes of two samples."""
-    module = load_student_module(recipe.student.model, recipe.folder, seed)
+    module = load_student_module(recipe.student.model, recipe.folder, seed, recipe.student.told, recipe.labels)
     with torch.no_grad():
         outputs = module.eval()(*_example(splits))
     values = outputs.numpy().tobytes() if isinstance(outputs, Tensor) else b""
@@ -122,6 +129,12 @@ def _loss_fingerprint(loss: Loss) -> str:
     return fingerprint([float(loss(student, teacher, labels, temperature)) for temperature in (1.0, 4.0)])
 
 
+def _feature_loss_fingerprint(loss: FeatureLoss) -> str:
+    """The same, on fixed features."""
+    student, teacher = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    return fingerprint(float(loss(student, teacher)))
+
+
 def _example(splits: Splits) -> list[Tensor]:
     """Two samples, or the only one."""
     arrays = splits.train.arrays(np.arange(min(2, len(splits.train))))
@@ -129,10 +142,11 @@ def _example(splits: Splits) -> list[Tensor]:
 
 
 def _terms(recipe: Recipe, mix: Mix) -> list[Term]:
-    """The losses of a mix, loaded."""
+    """The losses of a mix over classes, loaded."""
     return [
         Term(name, weight, LOSSES[name] if name in LOSSES else load_function(name, recipe.folder))
         for name, weight in mix.losses.items()
+        if name not in recipe.distill.features
     ]
 
 
@@ -181,16 +195,20 @@ def train_arm(
     torch.set_num_threads(threads_of(recipe))
     folder = RunFolder(recipe.run_folder)
     example = _example(splits)
-    module = load_student_module(recipe.student.model, recipe.folder, seed)
+    module = load_student_module(recipe.student.model, recipe.folder, seed, recipe.student.told, recipe.labels)
     check_outputs(module.eval()(*example), caches["train"].classes, len(splits.labels), caches["train"].positions)
+    shapes = {name: shape for name, (_, shape) in caches["train"].features.items()}
+    inputs_by_name = dict(zip(splits.train.inputs, example, strict=True))
+    learner = with_features(module, recipe.distill.features_of(arm), shapes, inputs_by_name, seed)
     plan = plan_of(recipe, arm, seed)
     name = f"{arm}, seed {seed}"
     checkpoint = folder.checkpoint(f"{arm}-{fingerprint(inputs)}", seed)
     objective = objective_of(recipe, arm)
-    history = train(module, splits.train, caches["train"], views, objective, plan, checkpoint, progress, name)
+    history = train(learner, splits.train, caches["train"], views, objective, plan, checkpoint, progress, name)
     module.eval().requires_grad_(False)
     program = rename_outputs(export_program(module, example), ["logits"])
-    keys = caches["train"].manifest["key"]
+    manifest = caches["train"].manifest
+    keys = manifest["key"]
     card = Card(
         name=recipe.name,
         inputs=input_specs(program),
@@ -199,7 +217,11 @@ def train_arm(
         preprocessing=splits.preprocessing,
         parameters=count_parameters(module),
         macs=count_macs(program),
-        lineage=(f"teacher: {keys['teacher']}", f"data: {keys['data']}", f"distill {name}: {fingerprint(inputs)}"),
+        lineage=(
+            *(manifest.get("teacher") or [f"teacher: {keys['teacher']}"]),
+            f"data: {keys['data']}",
+            f"distill {name}: {fingerprint(inputs)}",
+        ),
         assets=tuple(splits.assets),
     )
     student = Student(program, card)
@@ -282,13 +304,46 @@ def check_outputs(output: object, teacher_classes: int, labels: int, positions: 
         )
 
 
-def objective_of(recipe: Recipe, arm: str) -> Objective:
-    """What an arm minimises; the control sees labels only."""
+@dataclass(frozen=True)
+class _Match:
+    """One feature in a mix: its name, that of the teacher's in the cache, its weight and its loss."""
+
+    name: str
+    stored: str
+    weight: float
+    loss: FeatureLoss
+
+
+def _matches(recipe: Recipe, arm: str) -> list[_Match]:
+    """The features of an arm, their losses loaded."""
+    weights = recipe.distill.mix(arm).losses
+    return [
+        _Match(
+            name,
+            spec.stored,
+            weights[name],
+            FEATURE_LOSSES[spec.loss] if spec.loss in FEATURE_LOSSES else load_function(spec.loss, recipe.folder),
+        )
+        for name, spec in recipe.distill.features_of(arm).items()
+    ]
+
+
+def objective_of(recipe: Recipe, arm: str, features: bool = True) -> Objective:
+    """What an arm minimises; the control sees labels only.
+
+    Args:
+        features: Whether the student gives the arm's features; what compression made has no modules left to listen to.
+    """
     mix = recipe.distill.mix(arm)
     terms = _terms(recipe, mix)
+    matches = _matches(recipe, arm) if features else []
 
     def objective(student: StudentOutputs, teacher: TeacherOutputs, truth: Truth) -> dict[str, Tensor]:
         own, said = student.logits, teacher.classes
-        return weighted(own, said, truth, terms, mix.temperature, mix.label_weight, mix.standardize)
+        parts = weighted(own, said, truth, terms, mix.temperature, mix.label_weight, mix.standardize)
+        for match in matches:
+            apart = match.loss(student.features[match.name], teacher.features[match.stored])
+            parts[match.name] = (1 - mix.label_weight) * match.weight * apart
+        return parts
 
     return objective

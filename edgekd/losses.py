@@ -211,15 +211,20 @@ def standardized(logits: Tensor, epsilon: float = 1e-7) -> Tensor:
     return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + epsilon)
 
 
-def gradient_shares(parts: Mapping[str, Tensor], logits: Tensor) -> dict[str, float]:
-    """How much each part pulls: the norm of its gradient by the logits, as a share of the sum of all norms.
+def gradient_shares(parts: Mapping[str, Tensor], pulled: Sequence[Tensor]) -> dict[str, float]:
+    """How much each part pulls: the norm of its gradient, as a share of the sum of all norms.
 
     Equal weights of two losses say little about that. The graph is kept for the step that follows.
+
+    Args:
+        pulled: By what the gradient is taken: the logits where all parts look at these, else the student's weights.
     """
     norms = {}
     for name, part in parts.items():
-        (gradient,) = torch.autograd.grad(part, logits, retain_graph=True, allow_unused=True)
-        norms[name] = 0.0 if gradient is None else float(gradient.norm())
+        gradients = torch.autograd.grad(part, list(pulled), retain_graph=True, allow_unused=True)
+        norms[name] = (
+            float(sum(float(gradient.square().sum()) for gradient in gradients if gradient is not None)) ** 0.5
+        )
     total = sum(norms.values()) or 1.0
     return {name: norm / total for name, norm in norms.items()}
 

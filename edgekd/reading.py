@@ -18,6 +18,7 @@ from edgekd.errors import RecipeError, UsageError
 from edgekd.profiles import load_profile
 from edgekd.protocols import Options
 from edgekd.recipe import Export, Recipe
+from edgekd.recipe_models import Member, Teacher
 from edgekd.types import Json
 
 __all__ = ["FILE_NAME", "find_recipe", "function_fault", "known_losses", "load_recipe", "parse_options"]
@@ -58,6 +59,7 @@ def load_recipe(path: Path) -> Recipe:
         raise RecipeError([*_faults(error), *_cross_faults(table, path.parent)]) from None
     recipe._folder = path.parent.resolve()
     faults = [*_cross_faults(table, path.parent), *_codec_faults(recipe), *_mixed_label_faults(recipe)]
+    faults += _feature_faults(recipe)
     if faults:
         raise RecipeError(faults)
     return recipe
@@ -145,17 +147,26 @@ def _cross_faults(table: Json, folder: Path) -> list[str]:
         named = data[key].get("tokenizer") if isinstance(data.get(key), dict) else None
         if isinstance(named, str) and not (folder / named).is_file():
             faults.append(f"data.{key}.tokenizer: no file {named!r} beside the recipe; a tokenizer.json is expected")
-    for name in ("teacher", "student"):
-        reference = section(name).get("model")
-        if isinstance(reference, str):
-            faults += _model_faults(f"{name}.model", reference, folder)
+    faults += _models_faults(section("teacher"), section("student"), folder)
+    features = distill.get("features", {})
+    features = features if isinstance(features, dict) else {}
+    for name, spec in features.items():
+        if name in known_losses() or ":" in name:
+            faults.append(f"distill.features.{name}: a loss has this name; an arm would not know which is meant")
+        loss = spec.get("loss") if isinstance(spec, dict) else None
+        if isinstance(loss, str) and ":" in loss:
+            faults += _function_faults(f"distill.features.{name}.loss", loss, folder)
+        elif isinstance(loss, str) and loss not in ("mse", "cosine"):
+            faults.append(
+                f"distill.features.{name}.loss: {loss!r} is not known; there are mse, cosine, module:function"
+            )
     known = ("control", *known_losses())
     mixes = _mixes(distill)
     for index, arm in enumerate(each("distill", "arms")):
-        if arm not in mixes and arm != "control":
+        if arm not in mixes and arm not in features and arm != "control":
             faults += _loss_faults(f"distill.arms.{index}", arm, folder)
     for arm, losses in mixes.items():
-        for name in losses:
+        for name in losses.keys() - features:
             faults += _loss_faults(f"distill.overrides.{arm}.losses", name, folder)
     ship = distill.get("ship", "best")
     if ship not in ("best", "control", *(each("distill", "arms") or known)):
@@ -170,6 +181,58 @@ def _cross_faults(table: Json, folder: Path) -> list[str]:
     if isinstance(labels, list) and len({str(label) for label in labels}) != len(labels):
         faults.append("labels: a name stands twice; every class needs its own")
     return faults
+
+
+def _models_faults(teacher: Json, student: Json, folder: Path) -> list[str]:
+    """Models that cannot be there, code that is not, and what no origin can be told."""
+    several = teacher.get("models")
+    tables: list[tuple[str, Json]] = [("teacher", teacher), ("student", student)]
+    if isinstance(several, list):
+        members = [entry if isinstance(entry, dict) else {"model": entry} for entry in several]
+        tables = [*((f"teacher.models.{index}", member) for index, member in enumerate(members)), *tables[1:]]
+    faults = []
+    for key, table in tables:
+        reference, preprocessing = table.get("model"), table.get("preprocessing")
+        if isinstance(reference, str):
+            faults += _model_faults(f"{key}.model", reference, folder)
+            faults += _told_faults(key, reference, table)
+        if isinstance(preprocessing, str):
+            faults += _function_faults(f"{key}.preprocessing", preprocessing, folder)
+    return faults
+
+
+def _told_faults(key: str, reference: str, table: Json) -> list[str]:
+    """What is wrong with what an origin alone is told of a model."""
+    shared = {"teacher": Teacher, "student": Recipe.model_fields["student"].annotation}.get(key, Member)
+    known = set(getattr(shared, "model_fields", {})) - {"models"}
+    options = plugins.load_origin(plugins.origin_of(reference)[0]).options
+    try:
+        options.model_validate({name: value for name, value in table.items() if name not in known})
+    except ValidationError as error:
+        faults = []
+        for item in error.errors():
+            name = ".".join(str(part) for part in item["loc"])
+            if item["type"] == "extra_forbidden":
+                every = sorted(known | set(options.model_fields))
+                near = difflib.get_close_matches(name, every, n=1)
+                text = f"no such key; {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(every)}"
+            elif item["type"] == "missing":
+                text = f"missing; {reference} needs it"
+            else:
+                text = f"{item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}"
+            faults.append(f"{key}.{name}: {text}")
+        return faults
+    return []
+
+
+def _feature_faults(recipe: Recipe) -> list[str]:
+    """Features of a teacher that there is not."""
+    count = len(recipe.teacher.members)
+    return [
+        f"distill.features.{name}.member: {spec.member} is no teacher; they are numbered 0 to {count - 1}"
+        for name, spec in recipe.distill.features.items()
+        if spec.member >= count
+    ]
 
 
 def _codec_faults(recipe: Recipe) -> list[str]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PrivateAttr
 
 from edgekd import plugins
 from edgekd.protocols import Options
+from edgekd.recipe_models import Feature, Model, Table, Teacher
 from edgekd.types import Json, Precision
 
 __all__ = ["Recipe", "json_schema", "parse_drop"]
@@ -19,11 +20,7 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ImageData(_Table):
+class ImageData(Table):
     """How image files become arrays: shorter side resized, centre cropped, scaled to 0…1, then (x − mean) / std."""
 
     column: str = "image"
@@ -34,7 +31,7 @@ class ImageData(_Table):
     std: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
 
 
-class TextData(_Table):
+class TextData(Table):
     """How text becomes ``input_ids`` and ``attention_mask``: a Hugging Face tokenizer.json, padded to one length."""
 
     column: str = "text"
@@ -43,7 +40,7 @@ class TextData(_Table):
     max_length: Count
 
 
-class TokenData(_Table):
+class TokenData(Table):
     """How text becomes windows of tokens for a causal language model (:mod:`edgekd.tokens`).
 
     Rows of a jsonl have ``column``, a document; or a prompt, which is read but does not count, and its completion.
@@ -58,7 +55,7 @@ class TokenData(_Table):
     end: str = ""
 
 
-class Data(_Table):
+class Data(Table):
     """Where samples come from: ``module:function``, ``file.npz``, or ``imagefolder|csv|jsonl|parquet|text:path``."""
 
     train: str
@@ -77,23 +74,7 @@ class Data(_Table):
     preprocessing: Json = Field(default_factory=dict)
 
 
-class Model(_Table):
-    """``module:function``, ``hf:folder``, ``onnx:file`` or ``pt2:file``."""
-
-    model: str
-
-
-class Teacher(Model):
-    """As of Model, and how its outputs are kept: ``dense-f16``, ``dense-u8``, ``top10`` or ``sampled50`` (any number).
-
-    Left out: dense where there are at most 256 classes or an arm needs all of them, else ``top10``; for windows of
-    tokens ``sampled50`` where it serves every arm, else ``top50``.
-    """
-
-    codec: Annotated[str, Field(pattern=r"^(dense-f16|dense-u8|(top|sampled)[1-9]\d*)$")] | None = None
-
-
-class ArmOptions(_Table):
+class ArmOptions(Table):
     """What one arm says of its own mix and training; without ``losses``, its name is its only loss."""
 
     temperature: Annotated[float, Field(gt=0)] | None = None
@@ -132,7 +113,7 @@ _TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay", "warmup_sh
 """What holds for all arms unless an arm's own table says otherwise; temperature and weights are its mix."""
 
 
-class Distill(_Table):
+class Distill(Table):
     """How students are trained. The control arm (no teacher) is trained always."""
 
     arms: tuple[str, ...] = ("control", "kd", "dist")
@@ -145,6 +126,7 @@ class Distill(_Table):
     temperature: Annotated[float, Field(gt=0)] = 2.0
     label_weight: Annotated[float, Field(ge=0, le=1)] = 0.3
     overrides: dict[str, ArmOptions] = Field(default_factory=dict)
+    features: dict[str, Feature] = Field(default_factory=dict)
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     threads: Count | None = None
 
@@ -161,6 +143,15 @@ class Distill(_Table):
             next(weight for weight in weights if weight is not None),
             own.standardize,
         )
+
+    def features_of(self, arm: str) -> dict[str, Feature]:
+        """Features among the losses of an arm, by name."""
+        return {name: self.features[name] for name in self.mix(arm).losses if name in self.features}
+
+    def wanted_features(self) -> list[Feature]:
+        """What the teacher has to give beside logits for the arms of the recipe; each once."""
+        wanted = {spec.stored: spec for arm in self.arms for spec in self.features_of(arm).values()}
+        return list(wanted.values())
 
     def for_arm(self, arm: str) -> Distill:
         """The table as it holds for one arm: how it is trained where its own table says so."""
@@ -184,6 +175,8 @@ class Distill(_Table):
     def needs_all_classes(self) -> str:
         """Why a cache of the top classes would not do for these arms; empty when it does."""
         for arm, mix in ((arm, self.mix(arm)) for arm in self.arms):
+            if not mix.losses.keys() - self.features:
+                continue
             if "dist" in mix.losses:
                 return f"{arm}: dist compares classes over the batch"
             if mix.standardize:
@@ -217,7 +210,7 @@ def _checked_pruning(word: str | None) -> str | None:
     return word
 
 
-class Compress(_Table):
+class Compress(Table):
     """How a student is made smaller: scales of static int8, and what wins back the accuracy that it loses."""
 
     samples: Count = 256
@@ -230,7 +223,7 @@ class Compress(_Table):
     qat_learning_rate: Annotated[float, Field(gt=0)] | None = None
 
 
-class Export(_Table):
+class Export(Table):
     """What is written, and how many held-out samples prove it; ``[export.<target>]`` is for one target alone.
 
     The table of a target holds its own ``precisions``, which replace the general ones, and what its exporter can be
@@ -257,7 +250,7 @@ class Export(_Table):
         return (self.__pydantic_extra__ or {}).get(target, {})
 
 
-class Bench(_Table):
+class Bench(Table):
     """Where and how it is measured."""
 
     devices: tuple[str, ...] = ("host",)
@@ -272,7 +265,7 @@ DENSE_CLASSES = 256
 """Up to so many classes a teacher cache is dense unless told otherwise."""
 
 
-class Recipe(_Table):
+class Recipe(Table):
     """All of edgekd.toml, checked."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -325,4 +318,9 @@ def json_schema() -> Json:
         own.setdefault("properties", {})["precisions"] = export["properties"]["precisions"]
         export["properties"][target] = own
     export["additionalProperties"] = False
+    for origin in (plugins.load_origin(name) for name in plugins.origin_names()):
+        own = origin.options.model_json_schema()
+        for table in ("Model", "Member", "Teacher"):
+            schema["$defs"][table]["properties"] |= own.get("properties", {})
+            schema["$defs"][table]["additionalProperties"] = False
     return schema

@@ -253,8 +253,10 @@ def _fit_of(
 
     def fit(module: nn.Module) -> None:
         torch.set_num_threads(threads_of(work.recipe))  # another number adds up in another order
-        objective = objective_of(work.recipe, arm)
+        objective = objective_of(work.recipe, arm, features=False)
         name = f"{schedule.name} {arm}, seed {seed}"
+        if features := distill.features_of(arm):
+            progress.say(f"{name}: without {', '.join(features)}; what compression made has no modules to listen to")
         train(module, work.splits.train, cache, views, objective, plan, checkpoint, progress, name)
         module.eval()
 

@@ -61,6 +61,7 @@ class Teacher:
         parameters: None when they cannot be counted.
         macs: For one sample; None when they cannot be counted.
         size_bytes: Of its weights, as stored.
+        lineage: Lines about what it is made of, for the card; none where the fingerprint says it all.
     """
 
     outputs: Callable[[Arrays], Answer]
@@ -68,6 +69,7 @@ class Teacher:
     parameters: int | None
     macs: int | None
     size_bytes: int
+    lineage: tuple[str, ...] = ()
 
     def logits(self, arrays: Arrays) -> np.ndarray:
         """See :attr:`Answer.logits`."""

@@ -15,6 +15,7 @@ import edgekd
 from edgekd import plugins
 from edgekd.compress import PORTABLE, notes_of
 from edgekd.distill import CONTROL, ArmResult
+from edgekd.ensemble import teacher_sentences
 from edgekd.keeping import measurements_of
 from edgekd.ledger import ClassRow, Gain, Ledger, Row
 from edgekd.measurement import Measurement
@@ -63,6 +64,7 @@ def collect(work: Workspace) -> tuple[Ledger, list[Measurement]]:
     sentences = (
         *_distillation_sentences(results, chosen, teacher, student, work.teacher.parameters),
         *([] if work.splits.joined is None else [work.splits.joined.sentence()]),
+        *teacher_sentences(work, teacher.accuracy),
         *_view_sentences(work),
         *_weakness_sentences(classes),
         *_artifact_sentences([artifact for artifact, _ in artifacts], chosen, measurements),
@@ -127,7 +129,7 @@ def _teacher_quality(work: Workspace) -> Quality:
 def _teacher_row(work: Workspace, teacher: Quality) -> Row:
     return Row(
         stage="teacher",
-        name=work.recipe.teacher.model,
+        name=work.recipe.teacher.name,
         accuracy=teacher.accuracy,
         perplexity=teacher.perplexity,
         ece=teacher.ece,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from edgekd.capture import TeacherCache
 from edgekd.data import Split
 from edgekd.errors import CacheError, NumericalError
+from edgekd.features import bare_student
 from edgekd.losses import gradient_shares
 from edgekd.order import Order
 from edgekd.outputs import StudentOutputs, TeacherOutputs, student_outputs
@@ -142,7 +143,7 @@ def train(
                 "a lower distill.learning_rate or higher temperature may work"
             )
         if len(parts) > 1 and step % SHARES_EVERY == 0:
-            state.see_shares(gradient_shares(parts, outputs.logits))
+            state.see_shares(gradient_shares(parts, _pulled(accelerator.unwrap_model(student), outputs)))
         optimizer.zero_grad()
         accelerator.backward(loss)
         optimizer.step()
@@ -157,6 +158,13 @@ def train(
             saved_at = time.monotonic()
     progress.finish()
     return state.history
+
+
+def _pulled(student: nn.Module, outputs: StudentOutputs) -> list[Tensor]:
+    """What every part of the loss pulls at."""
+    if not outputs.features:
+        return [outputs.logits]
+    return [weight for weight in bare_student(student).parameters() if weight.requires_grad]
 
 
 def learning_rate_at(step: int, total: int, plan: TrainingPlan) -> float:

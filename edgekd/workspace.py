@@ -19,6 +19,9 @@ __all__ = ["SPLITS", "Workspace"]
 
 SPLITS = ("train", "validation", "test")
 
+EXAMPLE = 4
+"""Samples by which a teacher's preprocessing is known."""
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -44,10 +47,10 @@ class Workspace:
     def teacher(self) -> Teacher:
         import numpy as np
 
-        from edgekd.sources import load_teacher
+        from edgekd.ensemble import teacher_of
 
-        example = self.splits.validation.arrays(np.arange(1))
-        return load_teacher(self.recipe.teacher.model, self.recipe.folder, example)
+        validation = self.splits.validation
+        return teacher_of(self.recipe, validation.arrays(np.argsort(validation.ids)[:EXAMPLE]))
 
     @cached_property
     def _training_views(self) -> Views:
@@ -94,7 +97,16 @@ class Workspace:
             seed=self.recipe.distill.seeds[0],
             codec=self.recipe.codec(self.classes, positions) if train else plain_codec(self.classes, positions),
             mix=views.mix_fingerprint(self.splits.train),
+            features=self._kept_features(train),
         )
+
+    def _kept_features(self, train: bool) -> tuple[str, ...]:
+        """What students learn beside classes; of samples that are judged, what each of several teachers said."""
+        from edgekd.ensemble import MEMBERS
+
+        if train:
+            return tuple(sorted(spec.stored for spec in self.recipe.distill.wanted_features()))
+        return (MEMBERS,) if len(self.recipe.teacher.members) > 1 else ()
 
     def cache(self, split: str) -> TeacherCache:
         """The finished cache of a split.

@@ -192,7 +192,7 @@ def test_standardized_logits_forgive_scale_and_shift_and_the_labels_do_not() -> 
 def test_gradient_shares_tell_who_pulls() -> None:
     logits = _logits(0).requires_grad_()
     parts = {"one": logits.sum(), "three": 3 * logits.sum(), "none": torch.tensor(7.0, requires_grad=True) * 1}
-    shares = gradient_shares(parts, logits)
+    shares = gradient_shares(parts, [logits])
 
     assert shares == pytest.approx({"one": 0.25, "three": 0.75, "none": 0.0})
     sum(parts.values(), start=torch.zeros(())).backward()  # the graph is still there

@@ -1,0 +1,135 @@
+"""What a recipe can say of models: the tables ``[teacher]``, ``[student]`` and ``[distill.features]``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from edgekd.types import Json
+
+__all__ = ["Feature", "Member", "Model", "Preprocessing", "Table", "Teacher"]
+
+Above = Annotated[float, Field(gt=0)]
+
+
+class Table(BaseModel):
+    """A table of edgekd.toml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Table):
+    """``module:function`` or ``prefix:place`` (a file of ``edgekd/origins`` is a prefix).
+
+    Other keys are for its origin alone (``OriginOptions``): a file of weights, a prompt.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    model: str
+
+    @property
+    def told(self) -> Json:
+        """What its origin alone is told."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class Preprocessing(Table):
+    """How images of the data become what a teacher takes, where that is another than what the student takes.
+
+    The normalisation of ``[data.image]`` is undone first, so all starts from 0…1. Then in this order: channels, size
+    (bilinear), times ``scale``, less ``mean``, by ``std``, layout.
+    """
+
+    size: Annotated[int, Field(ge=1)] | None = None
+    channels: Literal[1, 3] | None = None
+    scale: Above = 1.0
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[Above, ...] = (1.0,)
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+
+
+class Member(Model):
+    """One teacher.
+
+    Attributes:
+        share: Its weight among several; only ratios count.
+        preprocessing: From the data's samples to its inputs: ``module:function``, or declared. None where it takes
+            what the student takes.
+        gives: What its first output is. ``probabilities`` where the model ends in a softmax.
+    """
+
+    share: Above = 1.0
+    preprocessing: str | Preprocessing | None = None
+    gives: Literal["logits", "probabilities", "log_probabilities"] = "logits"
+
+
+def _as_table(value: Any) -> Any:
+    return {"model": value} if isinstance(value, str) else value
+
+
+class Teacher(Table):
+    """One teacher, or several in ``models``, whose probabilities are averaged; and how their outputs are kept.
+
+    ``codec`` is ``dense-f16``, ``dense-u8``, ``top10`` (or another number) or ``sampled50``. Left out: dense where
+    there are at most 256 classes or an arm needs all of them, else ``top10``. All other keys are those of
+    :class:`Member`.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    model: str | None = None
+    models: tuple[Annotated[Member, BeforeValidator(_as_table)], ...] = ()
+    codec: Annotated[str, Field(pattern=r"^(dense-f16|dense-u8|(top|sampled)[1-9]\d*)$")] | None = None
+    preprocessing: str | Preprocessing | None = None
+    gives: Literal["logits", "probabilities", "log_probabilities"] = "logits"
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Teacher:
+        if (self.model is None) == (not self.models):
+            raise ValueError("a teacher is either model or models; give one of them")
+        if self.models and (wrong := {*(self.__pydantic_extra__ or {}), *self.model_fields_set} - {"models", "codec"}):
+            raise ValueError(
+                f"{', '.join(sorted(wrong))} beside models is said of no teacher; say it in each of models"
+            )
+        return self
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """All teachers, one or several."""
+        if self.model is None:
+            return self.models
+        told = dict(self.__pydantic_extra__ or {})
+        return (Member(model=self.model, preprocessing=self.preprocessing, gives=self.gives, **told),)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return " + ".join(member.model for member in self.members)
+
+
+class Feature(Table):
+    """A hidden state or an embedding that a student learns beside the classes; an arm names it among its losses.
+
+    Attributes:
+        teacher: Name of a module or an output of the teacher.
+        student: Name of a module of the student.
+        loss: ``mse``, ``cosine``, or ``module:function``.
+        pool: What becomes of the axes between batch and width: kept (``none``), averaged (``mean``, padding left out),
+            the first taken (``first``), or all laid in one row (``flat``).
+        channels: Where the width is; by default first with four axes, as convolutions have it, else last.
+        member: Which of several teachers, from 0.
+    """
+
+    teacher: str
+    student: str
+    loss: str = "mse"
+    pool: Literal["none", "mean", "first", "flat"] = "none"
+    channels: Literal["first", "last"] | None = None
+    member: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def stored(self) -> str:
+        """Name in the cache: features that differ in their loss alone are kept once."""
+        return "|".join((str(self.member), self.teacher, self.pool, self.channels or ""))
