@@ -89,10 +89,19 @@ def init(
     )
 
 
-def check(recipe: RecipeOption = None, json: JsonOption = False) -> None:
+def check(
+    recipe: RecipeOption = None,
+    shift: Annotated[
+        str | None, typer.Option(help="Instead: have these samples of the app drifted (exit 1)? As of data.train.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
     """Check the recipe, the data, and that teacher and student fit, before hours are spent."""
     from edgekd.check import check_workspace
 
+    if shift is not None:
+        _check_shift(workspace(recipe), shift, json)
+        return
     facts = check_workspace(workspace(recipe))
     if json:
         show_json(facts)
@@ -189,6 +198,19 @@ def schema() -> None:
     from edgekd.recipe import json_schema
 
     show_json(json_schema())
+
+
+def _check_shift(work: Workspace, served: str, json: bool) -> None:
+    from edgekd.served import check_shift
+
+    found = check_shift(work, served)
+    if json:
+        show_json({"drifted": found.drifted, "sentences": found.sentences(), **found.to_json()})
+    else:
+        for sentence in found.sentences():
+            show(sentence)
+    if found.drifted:
+        raise typer.Exit(1)
 
 
 def _report(work: Workspace, json: bool) -> None:
