@@ -1,4 +1,4 @@
-"""Drift: the same data raises no more alarms than promised, a real shift is found and named, the tests are the known."""
+"""Drift: the same data raises no more alarms than promised, a real shift is found and named."""
 
 import json
 import subprocess
