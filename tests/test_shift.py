@@ -125,7 +125,7 @@ def test_the_command_says_what_drifted_and_exits_with_one(tmp_path: Path) -> Non
         np.savez(tmp_path / f"{name}.npz", x=x, **label)
     (tmp_path / "m.py").write_text(
         "import torch\n"
-        "def teacher():\n    net = torch.nn.Linear(4, 2)\n"
+        "def teacher():\n    net = torch.nn.Linear(4, 2, bias=False)\n"
         "    net.weight.data = torch.tensor([[-1.0] * 4, [1.0] * 4])\n    return net\n"
         "def student():\n    return torch.nn.Linear(4, 2)\n"
     )

@@ -8,15 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekd.capture import CaptureKey, capture
+from edgekd.capture import CaptureKey, capture, verify_cache
 from edgekd.data import Splits, load_splits
 from edgekd.errors import DataError
 from edgekd.outputs import StudentOutputs, TeacherOutputs
+from edgekd.pipeline import capture_stage, distill_stage
 from edgekd.reading import load_recipe
 from edgekd.sources import Answer, Teacher
+from edgekd.summary import collect
 from edgekd.train import TrainingPlan, train
 from edgekd.truth import Truth
 from edgekd.views import Views
+from edgekd.workspace import Workspace
 
 
 class Quiet:
@@ -134,3 +137,24 @@ def test_a_missing_folder_is_a_fault_of_the_recipe(tmp_path: Path) -> None:
 
     with pytest.raises(Exception, match=re.escape("data.unlabeled: no file 'served.npz' beside the recipe")):
         load_recipe(tmp_path / "edgekd.toml")
+
+
+def test_a_recipe_that_mixes_and_has_unlabeled_samples_is_captured_trained_verified_and_told(tmp_path: Path) -> None:
+    splits_of(tmp_path, fresh(25), 'mix = "mixup"\nviews = 4\nviews_per_decode = 2\n')
+    (tmp_path / "m.py").write_text(
+        "import torch\n"
+        "def teacher():\n    net = torch.nn.Linear(3, 2, bias=False)\n"
+        "    net.weight.data = torch.tensor([[-1.0] * 3, [1.0] * 3])\n    return net\n"
+        "def student():\n    return torch.nn.Linear(3, 2)\n"
+    )
+    with (tmp_path / "edgekd.toml").open("a") as recipe:
+        recipe.write('[distill]\narms = ["kd"]\nepochs = 2\nbatch_size = 16\nthreads = 1\n')
+    work = Workspace(load_recipe(tmp_path / "edgekd.toml"))
+    capture_stage(work, Quiet())
+    results = distill_stage(work, Quiet())
+    checked = verify_cache(work.cache("train"), work.split("train"), work.teacher, work.views_of("train"))
+
+    assert {result.arm for result in results} == {"control", "kd"}
+    assert work.capture_key("train").mix
+    assert (checked.records, checked.top1_differs) == (64, 0)
+    assert any(line.startswith("25 unlabeled samples, labelled by the teacher") for line in collect(work)[0].sentences)
