@@ -26,6 +26,7 @@ from edgekd.cli_common import (
 from edgekd.cli_devices import bench_app, devices_app
 from edgekd.cli_files import export, lint, targets, verify
 from edgekd.cli_gate import calibrate, compare, history
+from edgekd.cli_generate import generate
 from edgekd.errors import EdgekdError, RecipeError, UsageError
 
 if TYPE_CHECKING:
@@ -250,7 +251,7 @@ def _one_line(error: BaseException) -> str:
 
 
 STAGES = (init, check, capture, distill, compress, export, lint, verify, compare, calibrate, history, report, run)
-for command in (*STAGES, targets, doctor, schema):  # as the help lists them
+for command in (*STAGES, generate, targets, doctor, schema):  # as the help lists them
     app.command()(command)
 app.add_typer(bench_app, name="bench")
 app.add_typer(devices_app, name="devices")

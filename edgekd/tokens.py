@@ -1,7 +1,8 @@
 """Text to windows of tokens for a causal language model: what it reads, and the next token at each position.
 
 A document is cut into windows one after another; the last is padded. Each of its tokens but the first is a label once.
-A row with a prompt and a completion is one window: the prompt is read and does not count (its labels are -1).
+A row with a prompt and a completion is one window: the prompt is read and does not count (its labels are -1). Such rows
+are also what ``edgekd generate`` writes (:mod:`edgekd.generations`).
 Windows never hold two documents, so no text stands before another that has nothing to do with it.
 """
 
@@ -69,7 +70,8 @@ def read_tokens(kind: str, path: Path, spec: TokenData, folder: Path) -> Windows
         for number, row in _rows(content, path.name):
             if spec.prompt_column in row and spec.completion_column in row:
                 prompt, completion = str(row[spec.prompt_column]), str(row[spec.completion_column])
-                parts.append(row_window(encoded(prompt), encoded(completion) + end, spec.length))
+                stop = end if row.get("ended", True) else []  # a completion that was cut off does not end there
+                parts.append(row_window(encoded(prompt), encoded(completion) + stop, spec.length))
             elif spec.column in row:
                 parts.append(document_windows(encoded(str(row[spec.column])) + end, spec.length))
             else:
