@@ -27,7 +27,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from edgekd.errors import UsageError
 from edgekd.recipe import TAIL_TEMPERATURES
@@ -114,7 +113,7 @@ class TopTargets:
     def paired(self, student: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """As of :class:`Targets`: (batch, k + 1), the ghost last.
 
-        What is returned are log-probabilities times T, of which a softmax at T makes the probabilities again.
+        A softmax at T makes the probabilities of what is returned; it need not be taken over all classes before.
         """
         if temperature not in self.log_sums:
             raise UsageError(
@@ -123,11 +122,10 @@ class TopTargets:
                 'take one of these, or [teacher] codec = "dense-f16"'
             )
         log_head = self.logits / temperature - self.log_sums[temperature][:, None]
-        log_student = F.log_softmax(student / temperature, dim=1)
-        outside = torch.ones_like(student, dtype=torch.bool).scatter(1, self.classes, False)
-        ghost = torch.logsumexp(log_student.masked_fill(~outside, -torch.inf), dim=1, keepdim=True)
+        softened = student / temperature
+        ghost = torch.logsumexp(softened.scatter(1, self.classes, -torch.inf), dim=1, keepdim=True)
         pairs = (
-            torch.cat([log_student.gather(1, self.classes), ghost], dim=1),
+            torch.cat([softened.gather(1, self.classes), ghost], dim=1),
             torch.cat([log_head, _log_rest(log_head)], dim=1),
         )
         among = self.classes == labels[:, None]
