@@ -21,6 +21,7 @@ from edgekd.cli_common import (
     workspace,
 )
 from edgekd.errors import UsageError
+from edgekd.types import Parity
 
 __all__ = ["export", "lint", "targets", "verify"]
 
@@ -54,7 +55,10 @@ def export(
         typer.Option(help="What makes static int8 more accurate: auto, none, or a list of equalize,smooth,bias."),
     ] = "auto",
     max_drop: MaxDropOption = None,
-    max_length: Annotated[int, typer.Option(help="Tokens, for a text model from hf:folder.", min=1)] = 128,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens, for hf:folder: of a text (128), or of prompt and answer together (1024).", min=1),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the artifacts of a model file.")] = Path(
         "artifacts"
     ),
@@ -116,7 +120,7 @@ def export(
         return
     for artifact, folder in artifacts:
         parity = artifact.parity
-        same = "" if parity.agreement is None else f", same top class {parity.agreement:.2%}"
+        same = _same(parity)
         show(
             f"{folder / artifact.path}  {artifact.size_bytes:,} bytes  parity {parity.status} on {parity.samples} "
             f"samples: max error {parity.max_abs:.3g}, cosine {parity.cosine:.6f}{same}"
@@ -129,6 +133,18 @@ def export(
             say(f"  {finding.message}")
         if artifact.warnings:
             say(f"  the toolchain complained {len(artifact.warnings)} times; manifest.json has the lines")
+
+
+def _same(parity: Parity) -> str:
+    """How often the most likely answer is the same; of a language model, how far."""
+    told = parity.generation
+    if told is None:
+        return "" if parity.agreement is None else f", same top class {parity.agreement:.2%}"
+    differ = "" if told.first_difference is None else f", the first other one at {told.first_difference}"
+    return (
+        f"; {told.same} of {told.prompts} answers of {told.new_tokens} tokens are the same, "
+        f"{told.agreement:.2%} of their tokens{differ}"
+    )
 
 
 def lint(
@@ -213,6 +229,7 @@ def _artifact_json(artifact: Any, folder: Path) -> dict[str, Any]:
             "cosine": parity.cosine,
             "agreement": parity.agreement,
             "samples": parity.samples,
+            "generation": None if parity.generation is None else parity.generation.to_json(),
         },
         "accuracy": artifact.accuracy,
         "toolchain": artifact.toolchain,

@@ -17,6 +17,7 @@ import numpy as np
 import edgekd
 from edgekd import plugins
 from edgekd.compress import choose_int8, notes_of
+from edgekd.decoder import TOKENS
 from edgekd.errors import ExportError, ParityError, UsageError
 from edgekd.lint import lint
 from edgekd.metrics import accuracy, agreement
@@ -247,6 +248,10 @@ def verify_artifact(folder: Path, student: Student, proof: Proof) -> Artifact:
 
 def _prove(student: Student, runner: Runner, samples: Arrays, tolerance: Tolerance, options: Options) -> Parity:
     """The file's outputs against the program's; a file that fails is asked where it first went too far."""
+    if student.card.decoder is not None:
+        from edgekd.generation import prove_generation
+
+        return prove_generation(student, runner, samples[TOKENS], tolerance)
     student, samples = options.applied(student, samples)
     reference = list(run_program(student.program, samples).values())
     parity = compare(student.card.outputs, reference, run_file(runner, samples), tolerance, runner.runtime)
@@ -288,5 +293,8 @@ def synthetic_samples(student: Student, count: int) -> dict[str, np.ndarray]:
 
 
 def _described(file: Sequence[TensorSpec], card: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-    """What the file declares, with the meaning that the card knows."""
-    return tuple(replace(f, meaning=c.meaning) for f, c in zip(file, card, strict=True))
+    """What the file declares, with the meaning that the card knows; a file that keeps its caches has fewer."""
+    if len(file) == len(card):
+        return tuple(replace(f, meaning=c.meaning) for f, c in zip(file, card, strict=True))
+    meanings = {spec.name: spec.meaning for spec in card}
+    return tuple(replace(spec, meaning=meanings.get(spec.name, "")) for spec in file)

@@ -5,27 +5,40 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from edgekd import plugins
 from edgekd.compress import STATIC, compress
 from edgekd.data import load_arrays
+from edgekd.decoder import LOGITS, POSITIONS, TOKENS, decoder_program
 from edgekd.errors import ModelFileError, UsageError
 from edgekd.export import Proof, requests_of, synthetic_samples, write_request
+from edgekd.generation import proof_prompts
 from edgekd.hugging_face import hugging_face_example, hugging_face_module
 from edgekd.mixed import DEFAULT_MAX_DROP, Budget
-from edgekd.models import bind_inputs, count_macs, count_parameters, export_program, input_specs, output_specs
-from edgekd.parity import LOGITS
+from edgekd.models import (
+    bind_inputs,
+    count_macs,
+    count_parameters,
+    example_inputs,
+    export_program,
+    input_specs,
+    output_specs,
+)
 from edgekd.protocols import Arrays, Options, Progress
+from edgekd.quiet import quiet
 from edgekd.regressions import note_regressions
 from edgekd.store import fingerprint, hash_path, load_student, read_json
 from edgekd.tune import CANDIDATES, settle
-from edgekd.types import Card, Student
+from edgekd.types import Card, Decoder, Student
 
 __all__ = ["export_external", "load_external"]
 
 SYNTHETIC_SAMPLES = 16
+DEFAULT_CONTEXT = 1024
+TOKENIZER = "tokenizer.json"
 HELD_OUT_SHARE = 0.25
 
 
@@ -40,7 +53,7 @@ def export_external(
     samples: Path | None = None,
     observer: str = "minmax",
     corrections: Sequence[str] = ("auto",),
-    max_length: int = 128,
+    max_length: int | None = None,
     options: Mapping[str, Options] | None = None,
     tuned: bool = False,
     max_drop: float | None = None,
@@ -56,7 +69,8 @@ def export_external(
         samples: ``.npz`` to prove with; without it, the last quarter of ``calibration`` is held out; without either,
             the samples are random and the manifest says so.
         observer, corrections: Of static int8; see :func:`edgekd.compress.compress`.
-        max_length: Tokens, for a text model from a folder.
+        max_length: Tokens, for a text model from a folder: of a text, by default 128; of prompt and answer together for
+            a language model, by default 1024 or what it was made for.
         options: By target.
         tuned: Choose ``int8`` by measuring all that it may become, beside fp32; see :mod:`edgekd.tune`.
         max_drop: Budget of ``auto``; half a point by default. Measured on the calibration samples: on their ``label``
@@ -72,12 +86,17 @@ def export_external(
     for target, exporter in exporters.items():
         plugins.require(target, exporter)
     student, assets = load_external(reference, max_length)
-    calibrating, proof = _samples(student, calibration, samples)
+    if student.card.decoder is None:
+        calibrating, proof = _samples(student, calibration, samples)
+    else:
+        calibrating, proof = None, _prompts(student, assets, samples)
     requests = requests_of(dict.fromkeys(targets, precisions), student, CANDIDATES if tuned else ())
     sources = {request: exporters[request.target].precisions[request.precision].source for request in requests}
     if calibrating is None:
         # A candidate that cannot be made is none; what was asked for is missed.
         requests = [r for r in requests if sources[r] not in STATIC or r.is_asked]
+        if student.card.decoder is not None and any(sources[request] in STATIC for request in requests):
+            raise UsageError("a language model with caches has no static int8; w8, w8d8 and w4 quantize its weights")
         if missed := [sources[request] for request in requests if sources[request] in STATIC]:
             raise UsageError(f"{missed[0]} takes its scales from real samples; give them with --calibration data.npz")
     programs = {"fp32": student}
@@ -97,7 +116,7 @@ def export_external(
     return settle(requests, written, student, proof, progress)
 
 
-def load_external(reference: str, max_length: int = 128) -> tuple[Student, dict[str, bytes]]:
+def load_external(reference: str, max_length: int | None = None) -> tuple[Student, dict[str, bytes]]:
     """A program, its card and its assets, by reference.
 
     Raises:
@@ -109,14 +128,18 @@ def load_external(reference: str, max_length: int = 128) -> tuple[Student, dict[
     return load_student(Path(rest if prefix == "pt2" else reference))
 
 
-def _from_hugging_face(folder: Path, max_length: int) -> tuple[Student, dict[str, bytes]]:
+def _from_hugging_face(folder: Path, max_length: int | None) -> tuple[Student, dict[str, bytes]]:
     module = hugging_face_module(folder)
+    model = getattr(module, "model", None)
+    if model is not None and hasattr(model, "can_generate") and model.can_generate():
+        return language_model(model, folder, max_length)
+    max_length = max_length or 128
     program = export_program(module, hugging_face_example(folder, module, max_length))
     config = read_json(folder / "config.json")
     names = config.get("id2label", {})
     classifies = "Classification" in str(config.get("architectures"))
     labels = tuple(names[key] for key in sorted(names, key=int)) if classifies else ()
-    tokenizer = folder / "tokenizer.json"
+    tokenizer = folder / TOKENIZER
     assets = {tokenizer.name: tokenizer.read_bytes()} if tokenizer.is_file() else {}
     preprocessing = {"kind": "text", "tokenizer": tokenizer.name, "max_length": max_length} if assets else {}
     if (folder / "preprocessor_config.json").is_file():
@@ -136,6 +159,62 @@ def _from_hugging_face(folder: Path, max_length: int) -> tuple[Student, dict[str
         assets=tuple(assets),
     )
     return Student(program, card), assets
+
+
+def language_model(model: Any, folder: Path, context: int | None) -> tuple[Student, dict[str, bytes]]:
+    """A causal language model of transformers as a program with caches; its tokenizer is the one in the folder."""
+    context = context or min(DEFAULT_CONTEXT, getattr(model.config, "max_position_embeddings", DEFAULT_CONTEXT))
+    program = decoder_program(model, context)
+    tokenizer = _tokenizer(folder)
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    files = sorted((*folder.glob("*.safetensors"), *folder.glob("*.gguf")))
+    inputs = input_specs(program)
+    meanings = {TOKENS: "token ids", POSITIONS: "positions", LOGITS: LOGITS}
+    card = Card(
+        name=folder.resolve().name,
+        inputs=tuple(replace(spec, meaning=meanings.get(spec.name, "cache")) for spec in inputs),
+        outputs=tuple(replace(spec, meaning=meanings.get(spec.name, "cache")) for spec in output_specs(program)),
+        preprocessing={"kind": "text", "tokenizer": TOKENIZER} if tokenizer else {},
+        parameters=count_parameters(program),
+        macs=count_macs(program) // example_inputs(program)[0].shape[1],
+        lineage=(f"file: {fingerprint([hash_path(path) for path in files])}",),
+        assets=(TOKENIZER,) if tokenizer else (),
+        decoder=Decoder(context, tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)),
+    )
+    return Student(program, card), {TOKENIZER: tokenizer} if tokenizer else {}
+
+
+def _tokenizer(folder: Path) -> bytes | None:
+    """Content of the folder's ``tokenizer.json``, or that of the one which its GGUF file holds."""
+    if (folder / TOKENIZER).is_file():
+        return (folder / TOKENIZER).read_bytes()
+    files = sorted(folder.glob("*.gguf"))
+    if not files:
+        return None
+    with quiet():
+        from transformers import AutoTokenizer
+
+        found = AutoTokenizer.from_pretrained(folder, gguf_file=files[0].name, local_files_only=True)
+    content: str = found.backend_tokenizer.to_str(pretty=True)
+    return content.encode()
+
+
+def _prompts(student: Student, assets: Mapping[str, bytes], samples: Path | None) -> Proof:
+    """What a language model is proven with: the user's tokens, else English, else random ones."""
+    assert student.card.decoder is not None
+    if samples is not None:
+        arrays = load_arrays(samples)
+        tokens = next(iter(arrays.values())) if len(arrays) == 1 else arrays.get(TOKENS)
+        if tokens is None or tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+            raise UsageError(
+                f"{samples} has {', '.join(arrays)}; a language model is proven with tokens, whole numbers of "
+                "(prompts, length)"
+            )
+        return Proof({TOKENS: tokens.astype(np.int32)})
+    vocabulary = next(spec for spec in student.card.outputs if spec.name == LOGITS).shape[-1]
+    tokenizer = assets.get(TOKENIZER)
+    note = "" if tokenizer else "proven on prompts of random tokens: no samples were given, and there is no tokenizer"
+    return Proof({TOKENS: proof_prompts(tokenizer, vocabulary, student.card.decoder.context)}, note=note)
 
 
 def _budget(calibration: Path | None, calibrating: Arrays | None, max_drop: float) -> Budget | None:

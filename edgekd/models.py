@@ -39,6 +39,7 @@ __all__ = [
     "rename_outputs",
     "retrace",
     "run_program",
+    "without_origin",
 ]
 
 
@@ -62,8 +63,8 @@ def export_program(module: nn.Module, inputs: Sequence[Tensor], *, dynamic_batch
                 with contextlib.suppress(Exception):  # of many types; the fixed batch below decides
                     pairs, size = tuple(torch.cat([x, x]) for x in args), Dim("batch")
                     shapes = tuple({0: size} for _ in pairs)
-                    return _without_origin(torch.export.export(module, pairs, dynamic_shapes=shapes, strict=False))
-            return _without_origin(torch.export.export(module, tuple(x[:1] for x in args), strict=False))
+                    return without_origin(torch.export.export(module, pairs, dynamic_shapes=shapes, strict=False))
+            return without_origin(torch.export.export(module, tuple(x[:1] for x in args), strict=False))
     except Exception as error:
         raise ModelFileError(f"torch.export cannot trace {type(module).__name__}: {_first_line(error)}") from error
 
@@ -99,7 +100,7 @@ def _masks_without_vmap() -> Iterator[None]:
             setattr(masks, name, function)
 
 
-def _without_origin(program: ExportedProgram) -> ExportedProgram:
+def without_origin(program: ExportedProgram) -> ExportedProgram:
     """Drop where each operator comes from, in place: paths of this machine, and addresses that differ in every run."""
     for node in program.graph.nodes:
         for key in ("from_node", "stack_trace"):
@@ -241,7 +242,7 @@ def retrace(
         traced = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
     except Exception as error:
         raise ModelFileError(f"torch.export cannot trace the rewritten program: {_first_line(error)}") from error
-    return rename_outputs(_without_origin(traced), [str(name) for name in program.graph_signature.user_outputs])
+    return rename_outputs(without_origin(traced), [str(name) for name in program.graph_signature.user_outputs])
 
 
 def open_axes(program: ExportedProgram) -> list[dict[int, tuple[int, int | None]]]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Arrays",
     "Augmentation",
+    "Decoding",
     "Device",
     "Exporter",
     "Kind",
@@ -72,6 +73,24 @@ class Tracing(Protocol):
 
     def first_overflow(self, inputs: Arrays) -> str | None:
         """The first operator whose result its type cannot hold, in one line; None when every value is finite."""
+
+
+@runtime_checkable
+class Decoding(Protocol):
+    """What the runner of a language model with caches offers beside its call: its caches stay where they are.
+
+    Attributes:
+        context: Tokens that the caches hold.
+    """
+
+    context: int
+
+    def read(self, tokens: Sequence[int], start: int) -> np.ndarray:
+        """Put tokens at positions ``start``, ``start + 1`` … into the caches, over what stood there.
+
+        Returns:
+            Logits of the token after the last, float32 (vocabulary,).
+        """
 
 
 class Options(BaseModel):

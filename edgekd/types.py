@@ -17,7 +17,9 @@ __all__ = [
     "Calibration",
     "Card",
     "Conversion",
+    "Decoder",
     "Finding",
+    "Generation",
     "Json",
     "KeptLayer",
     "Mixture",
@@ -161,6 +163,19 @@ class Retraining(JsonMixin):
 
 
 @dataclass(frozen=True)
+class Decoder(JsonMixin):
+    """What makes a program a language model that keeps keys and values (``edgekd.decoder``).
+
+    Attributes:
+        context: Slots of its caches: tokens of prompt and answer together.
+        end_tokens: Those that end an answer.
+    """
+
+    context: int
+    end_tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Card(JsonMixin):
     """What a program is, for people and for apps; stands beside every ``.pt2`` and inside every manifest.
 
@@ -177,6 +192,7 @@ class Card(JsonMixin):
         assets: Files that belong to the model (a tokenizer), by name, in the same folder.
         mixture: Only for ``auto``.
         retraining: After pruning and quantization, in that order.
+        decoder: Only of language models with caches.
     """
 
     name: str
@@ -192,6 +208,7 @@ class Card(JsonMixin):
     assets: tuple[str, ...] = ()
     mixture: Mixture | None = None
     retraining: tuple[Retraining, ...] = ()
+    decoder: Decoder | None = None
 
 
 @dataclass(frozen=True)
@@ -276,6 +293,26 @@ class OutputParity(JsonMixin):
 
 
 @dataclass(frozen=True)
+class Generation(JsonMixin):
+    """The most likely tokens that a file gives, beside those of its program.
+
+    Attributes:
+        prompts: How many were answered.
+        prompt_tokens, new_tokens: Of each.
+        same: How many answers are the same to the last token.
+        first_difference: The earliest new token that differs in any answer, from 0; None where all are the same.
+        agreement: Share of new tokens that are the same when both are given the program's tokens before.
+    """
+
+    prompts: int
+    prompt_tokens: int
+    new_tokens: int
+    same: int
+    first_difference: int | None
+    agreement: float
+
+
+@dataclass(frozen=True)
 class Parity(JsonMixin):
     """A file against the program it came from, over held-out samples.
 
@@ -288,6 +325,8 @@ class Parity(JsonMixin):
         agreement: Share of samples with the same top class; None without classes.
         samples: How many were compared.
         outputs: Output by output.
+        generation: Only of language models with caches; ``samples`` is then the number of tokens whose logits were
+            compared.
     """
 
     status: Literal["passed", "failed", "not_run"]
@@ -298,6 +337,7 @@ class Parity(JsonMixin):
     agreement: float | None = None
     samples: int = 0
     outputs: tuple[OutputParity, ...] = ()
+    generation: Generation | None = None
 
 
 @dataclass(frozen=True)

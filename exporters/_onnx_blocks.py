@@ -61,6 +61,8 @@ def quantize_blocks(model: ModelProto) -> ModelProto:
     """
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    tables = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    gathers = [node for node in model.graph.node if node.op_type == "Gather"]
     quantizer = MatMulNBitsQuantizer(
         model,
         bits=4,
@@ -68,6 +70,7 @@ def quantize_blocks(model: ModelProto) -> ModelProto:
         is_symmetric=False,
         accuracy_level=_IN_FLOAT,
         op_types_to_quantize=("MatMul", "Gather"),
+        nodes_to_exclude=[node.name for node in gathers if node.input[0] not in tables],  # turns of positions
         quant_axes=(("MatMul", 0), ("Gather", 1)),
     )
     quantizer.process()

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["add_constant", "array_of", "drop_unused", "name_axes", "producer_type", "replace_node", "tidy"]
+__all__ = ["add_constant", "array_of", "drop_unused", "name_axes", "producer_type", "replace_node", "tidy", "untie"]
 
 
 def tidy(graph: ir.Graph) -> None:
@@ -47,6 +47,27 @@ def name_axes(graph: ir.Graph) -> None:
                 else size
                 for size in value.shape
             )
+
+
+def untie(graph: ir.Graph) -> int:
+    """Give a matrix product whose weight is a turned table (tied embeddings) a constant of its own: what quantizes
+    weights looks for constants.
+
+    Returns:
+        How many got one.
+    """
+    untied = 0
+    for node in [node for node in graph if node.op_type == "Transpose"]:
+        weight = array_of(node.inputs[0])
+        readers = node.outputs[0].uses()
+        if weight is None or weight.ndim != 2 or not all(reader.op_type == "MatMul" for reader, _ in readers):
+            continue
+        assert node.inputs[0] is not None
+        turned = add_constant(graph, f"{node.inputs[0].name}_turned", np.ascontiguousarray(weight.T))
+        node.outputs[0].replace_all_uses_with(turned)
+        graph.remove(node, safe=True)
+        untied += 1
+    return untied
 
 
 def drop_unused(graph: ir.Graph) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +98,7 @@ class OnnxExporter:
         path.write_bytes(model.SerializeToString(deterministic=True))
 
     def load(self, path: Path) -> Runner:
-        return OnnxRunner(path)
+        return load_onnx(path)
 
     def contents(self, path: Path) -> Contents:
         return read_contents(path, session_options())
@@ -109,6 +109,7 @@ class OnnxRunner:
 
     Attributes:
         batch_sizes: Some of those that the file says it is for; the one that it has, or 1, where it says nothing.
+        context: Tokens that the caches of a language model hold; 0 for other files.
     """
 
     def __init__(self, path: Path, threads: int = 1) -> None:
@@ -118,14 +119,16 @@ class OnnxRunner:
             raise ModelFileError(f"no model file at {path}")
         self.runtime = f"ONNX Runtime {onnxruntime.__version__}"
         try:
-            self._session: InferenceSession = onnxruntime.InferenceSession(
+            self.session: InferenceSession = onnxruntime.InferenceSession(
                 path, session_options(threads), providers=["CPUExecutionProvider"]
             )
         except Exception as error:
             raise ModelFileError(f"{path} is not a model that ONNX Runtime reads: {_first_line(error)}") from error
-        self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
-        self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
-        batch = self._session.get_modelmeta().custom_metadata_map.get("edgekd.batch")
+        self.inputs = tuple(_spec(value) for value in self.session.get_inputs())
+        self.outputs = tuple(_spec(value) for value in self.session.get_outputs())
+        facts = self.session.get_modelmeta().custom_metadata_map
+        batch = facts.get("edgekd.batch")
+        self.context = int(facts.get("edgekd.context", 0))
         self.batch_sizes = few_of(sizes(batch, "onnx", "batch")) if batch else (max(1, self.inputs[0].shape[0]),)
 
     def __call__(self, inputs: Arrays) -> dict[str, np.ndarray]:
@@ -135,13 +138,36 @@ class OnnxRunner:
         }
         names = [spec.name for spec in self.outputs]
         try:
-            outputs = self._session.run(names, feed)
+            outputs = self.session.run(names, feed)
         except Exception as error:
             raise DataError(f"ONNX Runtime cannot run these inputs: {_first_line(error)}") from error
         return dict(zip(names, outputs, strict=True))
 
 
+class OnnxDecoder:
+    """A language model with caches; fulfils :class:`edgekd.protocols.Decoding` beside ``Runner``."""
+
+    def __init__(self, runner: OnnxRunner) -> None:
+        from ._onnx_decoder import Bound
+
+        self.runtime, self.inputs, self.outputs = runner.runtime, runner.inputs, runner.outputs
+        self.context = runner.context
+        self._runner, self._bound = runner, Bound(runner.session, runner.context)
+
+    def __call__(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        return self._runner(inputs)
+
+    def read(self, tokens: Sequence[int], start: int) -> np.ndarray:
+        return self._bound.read(tokens, start)
+
+
 EXPORTER = OnnxExporter()
+
+
+def load_onnx(path: Path, threads: int = 1) -> Runner:
+    """A file in ONNX Runtime, of a language model or another."""
+    runner = OnnxRunner(path, threads)
+    return OnnxDecoder(runner) if runner.context else runner
 
 
 def session_options(threads: int = 1) -> Any:
@@ -176,11 +202,15 @@ def _translate(student: Student, precision: Precision, options: OnnxOptions) -> 
 
     from . import _onnx_activations as activations
     from . import _onnx_blocks as blocks
+    from . import _onnx_decoder as decoders
     from . import _onnx_fuse as fusing
     from . import _onnx_graph as editing
     from . import _onnx_weights as weights
 
-    program = with_axes(student.program, "onnx", options.batch, options.length)
+    if student.card.decoder is None:
+        program = with_axes(student.program, "onnx", options.batch, options.length)
+    else:
+        program = decoders.decoder_program_for(student, options)
     try:
         exported = torch.onnx.export(
             program,
@@ -190,6 +220,7 @@ def _translate(student: Student, precision: Precision, options: OnnxOptions) -> 
             output_names=[spec.name for spec in output_specs(program)],
             external_data=False,
             verbose=False,
+            custom_translation_table=decoders.translations() if student.card.decoder else None,
         )
     except Exception as error:
         raise ExportError(_refusal(student, error)) from error
@@ -206,8 +237,10 @@ def _translate(student: Student, precision: Precision, options: OnnxOptions) -> 
         activations.drop_requantized(graph)
         activations.unsigned_activations(graph)
     elif precision == "w8d8":
+        editing.untie(graph)
         weights.quantize_tables(graph)
     elif precision == "w4":
+        editing.untie(graph)
         blocks.multiply_instead_of_gemm(graph)
         editing.drop_unused(graph)
     if precision in ("w8", "w8d8", *STATIC):
@@ -304,8 +337,10 @@ def _describe(model: ModelProto, student: Student, precision: Precision, options
         from ._onnx_fuse import fused_operators  # imports onnx
 
         facts["fused"] = json.dumps(fused_operators(model))
+    if card.decoder is not None:
+        facts |= {"context": str(card.decoder.context), "end_tokens": json.dumps(card.decoder.end_tokens)}
     axes = {size.dim_param for value in model.graph.input for size in value.type.tensor_type.shape.dim}
-    facts |= {name: getattr(options, name) for name in ("batch", "length") if name in axes}
+    facts |= {name: getattr(options, name) for name in ("batch", "length") if name in axes and getattr(options, name)}
     del model.metadata_props[:]
     for key, value in facts.items():
         entry = model.metadata_props.add()

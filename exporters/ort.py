@@ -58,7 +58,7 @@ class OrtExporter:
             path.write_bytes(to_ort_format(content))
 
     def load(self, path: Path) -> Runner:
-        return onnx.OnnxRunner(path)
+        return onnx.load_onnx(path)
 
     def contents(self, path: Path) -> Contents:
         return read_contents(path)

@@ -1,0 +1,207 @@
+"""Language models with caches: the program beside transformers' own generation, and each file beside the program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from edgekd import plugins
+from edgekd.decoder import decoder_program, last_token
+from edgekd.errors import DataError, ModelFileError, UsageError
+from edgekd.export import Proof, export_student
+from edgekd.external import export_external, language_model
+from edgekd.generation import ProgramDecoder, Sampling, generate, prove_generation
+from edgekd.models import output_specs
+from edgekd.protocols import Decoding
+from edgekd.store import load_artifact, load_student, save_student
+from edgekd.types import Student
+
+transformers = pytest.importorskip("transformers")
+
+CONTEXT, VOCABULARY = 96, 512
+
+
+def _model(architecture: str = "Llama", **more: Any) -> Any:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{architecture}Config")(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        **({"tie_word_embeddings": True} | more),
+    )
+    return getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return _model()
+
+
+@pytest.fixture(scope="module")
+def student(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Student:
+    return language_model(model, tmp_path_factory.mktemp("none"), CONTEXT)[0]
+
+
+PROMPTS = np.random.default_rng(1).integers(0, VOCABULARY, (3, 7)).astype(np.int32)
+
+
+def _answer_of(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
+    """By transformers, with its own cache."""
+    model.generation_config.eos_token_id = None
+    found = model.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+    return list(found[0, len(prompt) :].tolist())
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "Qwen3"])
+def test_a_program_answers_as_transformers_does(architecture: str) -> None:
+    more = {"head_dim": 16} if architecture == "Qwen3" else {}
+    found = _model(architecture, tie_word_embeddings=False, **more)
+    student = language_model(found, Path("none"), CONTEXT)[0]
+    for prompt in PROMPTS.tolist():
+        assert generate(ProgramDecoder(student), prompt, 64) == _answer_of(found, prompt, 64)
+
+
+def test_a_model_is_as_it_was_after_it_was_traced(model: Any, student: Student) -> None:
+    assert model.config._attn_implementation == "sdpa"
+    assert type(model.model.rotary_emb).__name__ == "LlamaRotaryEmbedding"
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_an_architecture_that_slots_do_not_serve_is_refused() -> None:
+    class Odd(transformers.LlamaForCausalLM):  # type: ignore[name-defined]
+        """Adds what it cannot see from a cache: how many tokens are read at once."""
+
+        def forward(self, input_ids: Any = None, **more: Any) -> Any:
+            output = super().forward(input_ids=input_ids, **more)
+            output.logits = output.logits + input_ids.shape[1]
+            return output
+
+    with pytest.raises(ModelFileError, match="something else with a cache"):
+        decoder_program(Odd(_model().config).eval(), CONTEXT)
+
+
+def test_a_context_beyond_the_model_s_is_refused(model: Any) -> None:
+    with pytest.raises(UsageError, match="1000 tokens was asked for; this model takes 2 to 128"):
+        decoder_program(model, 1000)
+
+
+def test_a_program_stays_the_same_on_disk(student: Student, tmp_path: Path) -> None:
+    save_student(tmp_path / "student", student, {})
+    loaded, _ = load_student(tmp_path / "student")
+    assert loaded.card == student.card
+    prompt = PROMPTS[0].tolist()
+    assert generate(ProgramDecoder(loaded), prompt, 8) == generate(ProgramDecoder(student), prompt, 8)
+
+
+def test_the_last_token_s_logits_are_those_of_all(student: Student) -> None:
+    short = last_token(student.program)
+    assert output_specs(short)[0].shape == (1, 1, VOCABULARY)
+    tokens, positions = torch.arange(5, dtype=torch.int32)[None], torch.arange(5, dtype=torch.int32)[None]
+    caches = [torch.zeros(spec.shape) for spec in student.card.inputs[2:]]
+    (one, *_), (every, *_) = (p.module()(tokens, positions, *caches) for p in (short, student.program))
+    torch.testing.assert_close(one[0, -1], every[0, -1])
+
+
+def test_sampling_repeats_itself_by_its_seed_and_keeps_to_the_likeliest(student: Student) -> None:
+    prompt = PROMPTS[0].tolist()
+
+    def answer(**how: Any) -> list[int]:
+        return generate(ProgramDecoder(student), prompt, 32, Sampling(**how))
+
+    assert answer(temperature=2.0, seed=3) == answer(temperature=2.0, seed=3)
+    assert answer(temperature=2.0, seed=3) != answer(temperature=2.0, seed=4)
+    assert answer(temperature=5.0, top_k=1, seed=3) == answer()
+
+
+def test_an_end_token_ends_an_answer(student: Student) -> None:
+    whole = generate(ProgramDecoder(student), [1, 2, 3], 32)
+    end = whole[5]
+    assert generate(ProgramDecoder(student), [1, 2, 3], 32, end_tokens=[end]) == whole[: whole.index(end) + 1]
+
+
+def test_more_tokens_than_the_context_are_refused(student: Student) -> None:
+    with pytest.raises(DataError, match="96 together"):
+        generate(ProgramDecoder(student), [1] * 90, 7)
+
+
+TARGETS = {"onnx": ["fp32", "fp16", "w8d8"]}
+
+
+def _need(target: str) -> Any:
+    exporter = plugins.load_exporter(target)
+    if absent := plugins.missing(exporter.requires):
+        pytest.skip(f"{', '.join(absent)} not installed")
+    return exporter
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_file_gives_the_tokens_of_its_program(student: Student, tmp_path: Path, target: str) -> None:
+    exporter = _need(target)
+    artifact = export_student(student, {}, target, "fp32", tmp_path / "a", Proof({"tokens": PROMPTS}))
+    told = artifact.parity.generation
+    assert told is not None
+    assert (artifact.parity.status, told.same, told.first_difference, told.agreement) == ("passed", 3, None, 1.0)
+
+    runner = exporter.load(tmp_path / "a" / artifact.path)
+    assert isinstance(runner, Decoding)
+    for prompt in PROMPTS.tolist():  # one after the other: nothing of an answer may be left for the next
+        assert generate(runner, prompt, 64) == generate(ProgramDecoder(student), prompt, 64)
+
+
+@pytest.mark.parametrize(("target", "precision"), [(t, p) for t, words in TARGETS.items() for p in words[1:]])
+def test_a_file_of_fewer_bits_says_where_its_answers_part(
+    student: Student, tmp_path: Path, target: str, precision: str
+) -> None:
+    _need(target)
+    artifact = export_student(student, {}, target, precision, tmp_path / "a", Proof({"tokens": PROMPTS}))
+    told = load_artifact(tmp_path / "a").parity.generation
+    assert told is not None
+    assert told == artifact.parity.generation
+    assert (told.first_difference is None) == (told.same == 3) == (told.agreement == 1.0)
+    assert told.agreement > 0.7
+
+
+def test_another_model_s_file_fails_its_proof(student: Student, tmp_path: Path) -> None:
+    exporter = _need("onnx")
+    torch.manual_seed(1)
+    other = language_model(transformers.LlamaForCausalLM(_model().config).eval(), tmp_path, CONTEXT)[0]
+    exporter.write(other, tmp_path / "other.onnx", "fp32", exporter.options())
+    tolerance = exporter.precisions["fp32"].tolerance
+    parity = prove_generation(student, exporter.load(tmp_path / "other.onnx"), PROMPTS, tolerance)
+    assert parity.status == "failed"
+    assert parity.generation is not None
+    assert parity.generation.same == 0
+
+
+def test_a_folder_of_a_language_model_is_exported_with_its_tokenizer(model: Any, tmp_path: Path) -> None:
+    _need("onnx")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    model.save_pretrained(tmp_path / "m")
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "of": 1, "the": 2, "and": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "m" / "tokenizer.json"))
+    (folder,) = export_external(f"hf:{tmp_path / 'm'}", ["onnx"], ["fp32"], tmp_path / "out", _Silent(), max_length=96)
+
+    artifact = load_artifact(folder)
+    assert artifact.card.decoder is not None
+    assert artifact.card.decoder.context == 96
+    assert (folder / "tokenizer.json").read_bytes() == (tmp_path / "m" / "tokenizer.json").read_bytes()
+    assert artifact.parity.generation is not None
+    assert artifact.parity.generation.same == 4
+
+
+class _Silent:
+    def start(self, what: str, total: int, done: int = 0) -> None: ...
+    def advance(self, steps: int = 1, note: str = "") -> None: ...
+    def finish(self) -> None: ...
+    def say(self, line: str) -> None: ...
