@@ -155,13 +155,13 @@ def module_teacher(module: nn.Module, asked: ModelRequest, example: Arrays) -> T
     program: ExportedProgram | None = None
     with contextlib.suppress(ModelFileError):  # a teacher need not be exportable: only its MACs stay unknown then
         program = export_program(module, [torch.from_numpy(a[:1]) for a in example.values()], dynamic_batch=False)
-    state = module.state_dict().values()
+    state = {tensor.data_ptr(): tensor for tensor in module.state_dict().values()}  # tied weights are stored once
     return Teacher(
         outputs,
         module_fingerprint(module),
         count_parameters(module),
         count_macs(program) if program is not None else None,
-        sum(tensor.numel() * tensor.element_size() for tensor in state),
+        sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
     )
 
 

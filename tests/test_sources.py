@@ -133,6 +133,8 @@ def test_a_causal_language_model_gives_the_next_token_at_each_position_whatever_
     expected = model(input_ids=torch.from_numpy(ids[1:, :4]).long()).logits.detach()
 
     assert found.shape == (2, 7, 50)
+    assert teacher.parameters is not None
+    assert teacher.size_bytes < teacher.parameters * 4 + 200  # the table that input and output share lies there once
     np.testing.assert_allclose(found[1:, :4], expected, atol=1e-5)
 
 
