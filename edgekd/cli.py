@@ -6,11 +6,13 @@ Exit codes: 0 good, 1 it failed, 2 you asked wrongly, 3 inconclusive (``edgekd.e
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edgekd import processes
 from edgekd.cli_common import (
     ForceOption,
     JsonOption,
@@ -125,10 +127,11 @@ def distill(recipe: RecipeOption = None, force: ForceOption = False) -> None:
     """Train the students and, always, the control without a teacher."""
     from edgekd.pipeline import distill_stage
 
-    work = workspace(recipe)
-    with work.folder.locked():
-        results = distill_stage(work, progress_bar(), force)
-    for result in results:
+    with processes.joined():
+        work = workspace(recipe)
+        with work.folder.locked() if processes.is_main() else nullcontext():
+            results = distill_stage(work, progress_bar(), force)
+    for result in results if processes.is_main() else ():
         perplexity = "" if result.test.perplexity is None else f"perplexity {result.test.perplexity:.1f}  "
         show(
             f"{result.arm:<12} seed {result.seed}  validation {result.validation.accuracy:.2%}  "
@@ -233,7 +236,8 @@ def _report(work: Workspace, json: bool) -> None:
 
 
 def _fail(line: str) -> None:
-    typer.echo(f"edgekd: {line}", err=True)
+    if processes.fails_first():
+        typer.echo(f"edgekd: {line}", err=True)
 
 
 def _place(error: BaseException) -> str:
@@ -258,7 +262,11 @@ app.add_typer(devices_app, name="devices")
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _version(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    processes.require_one(context.invoked_subcommand)
     if version:
         import edgekd
 

@@ -6,14 +6,18 @@ import sys
 import time
 from typing import TYPE_CHECKING, TextIO
 
+from edgekd import processes
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
-__all__ = ["BarProgress", "LineProgress", "progress_for"]
+__all__ = ["BarProgress", "LineProgress", "SilentProgress", "progress_for"]
 
 
-def progress_for(stream: TextIO | None = None) -> BarProgress | LineProgress:
-    """A bar where somebody looks at it, else lines."""
+def progress_for(stream: TextIO | None = None) -> BarProgress | LineProgress | SilentProgress:
+    """A bar where somebody looks at it, else lines; of several processes only the main one speaks."""
+    if not processes.is_main():
+        return SilentProgress()
     stream = stream or sys.stderr
     return BarProgress() if stream.isatty() else LineProgress(stream)
 
@@ -92,3 +96,15 @@ class LineProgress:
 
     def say(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
+
+
+class SilentProgress:
+    """Fulfils ``edgekd.protocols.Progress`` for all processes but the main one."""
+
+    def start(self, what: str, total: int, done: int = 0) -> None: ...
+
+    def advance(self, steps: int = 1, note: str = "") -> None: ...
+
+    def finish(self) -> None: ...
+
+    def say(self, line: str) -> None: ...

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgekd import processes
 from edgekd.capture import TeacherCache
 from edgekd.data import Split, Splits
 from edgekd.errors import DataError
@@ -108,8 +109,13 @@ def arm_inputs(recipe: Recipe, splits: Splits, arm: str, seed: int, data: Json) 
         "warmup_share": distill.warmup_share,
         "views_per_decode": recipe.data.views_per_decode,
         "threads": threads_of(recipe),
+        **{name: getattr(distill, name) for name, usual in _HOW.items() if getattr(distill, name) != usual},
         "torch": torch.__version__,
     }
+
+
+_HOW = {"precision": "fp32", "accumulate": 1, "compile": False}
+"""How a student is trained; what is as usual is left out, so that students trained before it could be said stay."""
 
 
 def _student_fingerprint(recipe: Recipe, splits: Splits, seed: int) -> str:
@@ -167,6 +173,10 @@ def plan_of(recipe: Recipe, arm: str, seed: int) -> TrainingPlan:
         seed=seed,
         views_per_decode=recipe.data.views_per_decode,
         labelled_only=arm == CONTROL,
+        precision=distill.precision,
+        accumulate=distill.accumulate,
+        compile=distill.compile,
+        shard=distill.shard,
     )
 
 
@@ -179,8 +189,8 @@ def train_arm(
     seed: int,
     inputs: Json,
     progress: Progress,
-) -> ArmResult:
-    """Train one arm with one seed, strip it of all that served training, and save it.
+) -> None:
+    """Train one arm with one seed, strip it of all that served training, and save it; all processes call this.
 
     Args:
         caches: Of ``train``, ``validation`` and ``test``.
@@ -192,7 +202,7 @@ def train_arm(
         NumericalError: The loss became NaN.
         ModelFileError: The student cannot be exported.
     """
-    torch.set_num_threads(threads_of(recipe))
+    torch.set_num_threads(max(1, threads_of(recipe) // processes.on_this_machine()))
     folder = RunFolder(recipe.run_folder)
     example = _example(splits)
     module = load_student_module(recipe.student.model, recipe.folder, seed, recipe.student.told, recipe.labels)
@@ -205,6 +215,8 @@ def train_arm(
     checkpoint = folder.checkpoint(f"{arm}-{fingerprint(inputs)}", seed)
     objective = objective_of(recipe, arm)
     history = train(learner, splits.train, caches["train"], views, objective, plan, checkpoint, progress, name)
+    if not processes.is_main():
+        return
     module.eval().requires_grad_(False)
     program = rename_outputs(export_program(module, example), ["logits"])
     manifest = caches["train"].manifest
@@ -240,7 +252,6 @@ def train_arm(
     }
     save_student(folder.arm(arm, seed), student, splits.assets, record)
     checkpoint.unlink(missing_ok=True)
-    return result
 
 
 def evaluate(student: Student, split: Split, cache: TeacherCache) -> Quality:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import edgekd
-from edgekd import plugins
+from edgekd import plugins, processes
 from edgekd.capture import capture
 from edgekd.compress import PORTABLE, WEIGHT_BITS
 from edgekd.distill import ArmResult, arm_inputs, arms_of, choose_arm, load_result, threads_of, train_arm
@@ -67,7 +67,7 @@ def capture_stage(work: Workspace, progress: Progress, force: bool = False) -> N
 
 
 def distill_stage(work: Workspace, progress: Progress, force: bool = False) -> list[ArmResult]:
-    """Every arm with every seed.
+    """Every arm with every seed; of several processes all call this (:mod:`edgekd.processes`).
 
     Raises:
         CacheError: Nothing, or something else, has been captured.
@@ -85,7 +85,7 @@ def distill_stage(work: Workspace, progress: Progress, force: bool = False) -> l
                 return [work.folder.arm(arm, seed)]
 
             _once(work, f"distill-{work.folder.arm(arm, seed).name}", inputs, make, progress, force)
-    return results_of(work)
+    return processes.found_by_main(lambda: results_of(work))
 
 
 def results_of(work: Workspace) -> list[ArmResult]:
@@ -390,10 +390,10 @@ def _once(
     Returns:
         Whether what it writes is there, for these inputs.
     """
-    if not force and work.folder.is_done(stage, inputs):
+    if processes.found_by_main(lambda: not force and work.folder.is_done(stage, inputs)):
         progress.say(f"{stage}: unchanged, not done again")
         return True
     outputs = make()
-    if outputs:
+    if outputs and processes.is_main():
         work.folder.finish(stage, inputs, outputs)
     return bool(outputs)

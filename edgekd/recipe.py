@@ -129,6 +129,10 @@ class Distill(Table):
     features: dict[str, Feature] = Field(default_factory=dict)
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     threads: Count | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    accumulate: Count = 1
+    compile: bool = False
+    shard: bool = False
 
     def mix(self, arm: str) -> Mix:
         """How one arm learns: what its own table says, else what is usual for it, else what holds for all."""

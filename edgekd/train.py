@@ -2,31 +2,37 @@
 
 Everything random comes from a seed: the order of an epoch from (seed, epoch), a view from its stored seed, dropout
 from torch's generator, whose state lies in the checkpoint. The learning rate is a function of the step alone.
+
+A batch is that of all processes and of all its pieces, one after another (``accumulate``). A piece is cut into one
+slice per process, and every loss is taken over the whole piece; of windows of tokens over the slice, by its share of
+the tokens. So the number of processes does not change what is learned; that of pieces changes what batch norms and
+losses that relate samples (``dist``) see, which is one piece at a time.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from edgekd import processes
 from edgekd.capture import TeacherCache
+from edgekd.checkpoint import load_checkpoint, save_checkpoint, seed_all
 from edgekd.data import Split
-from edgekd.errors import CacheError, NumericalError
+from edgekd.errors import NumericalError, UsageError
 from edgekd.features import bare_student
-from edgekd.losses import gradient_shares
+from edgekd.losses import LABELS, gradient_shares
 from edgekd.order import Order
 from edgekd.outputs import StudentOutputs, TeacherOutputs, student_outputs
+from edgekd.parallel import accumulating, settle, shared_norms, spread
 from edgekd.protocols import Progress
-from edgekd.store import atomic_write
 from edgekd.truth import NO_LABEL, Truth
 from edgekd.views import Views, view_batch
 from edgekd.windows import counted_positions
@@ -34,6 +40,8 @@ from edgekd.windows import counted_positions
 __all__ = ["Objective", "OnEpoch", "TrainingPlan", "learning_rate_at", "train"]
 
 CHECKPOINT_EVERY_S = 20.0
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 SHARES_EVERY = 25
 """Steps between two looks at how much each part of the loss pulls."""
@@ -52,10 +60,15 @@ class TrainingPlan:
     Attributes:
         epochs: Each shows as many views as there are samples, and every sample once in as many epochs as it shows
             views of each side by side.
+        batch_size: Of one step: over all processes and all pieces.
         learning_rate: The peak; linear warm-up over ``warmup_share`` of the steps, then a cosine to zero.
         seed: Of the order of samples and of dropout.
         views_per_decode: Views of a sample side by side; see :class:`edgekd.order.Order`.
         labelled_only: Show only samples with a label, the more often, so that the steps are as many.
+        precision: Of activations; weights and moments stay float32. ``fp16`` scales the loss and needs a GPU.
+        accumulate: Pieces that a batch is cut into, one after another, to save memory.
+        compile: Compile the student (``torch.compile``).
+        shard: Keep a part of the student on each process; see :func:`edgekd.parallel.spread`.
     """
 
     epochs: int
@@ -66,6 +79,10 @@ class TrainingPlan:
     seed: int
     views_per_decode: int = 1
     labelled_only: bool = False
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    accumulate: int = 1
+    compile: bool = False
+    shard: bool = False
 
 
 def train(
@@ -80,11 +97,12 @@ def train(
     name: str,
     on_epoch: OnEpoch | None = None,
 ) -> list[dict[str, float]]:
-    """Train in place with AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101).
+    """Train in place with AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); of several processes, all call this.
 
     Args:
-        student: Freshly initialised; takes the split's inputs in order and returns logits (batch, classes), or
-            (batch, positions, vocabulary) for windows of tokens, or :class:`edgekd.outputs.StudentOutputs`.
+        student: Freshly initialised, the same on each process; takes the split's inputs in order and returns logits
+            (batch, classes), or (batch, positions, vocabulary) for windows of tokens, or
+            :class:`edgekd.outputs.StudentOutputs`.
         split: Samples, labelled or not.
         cache: The teacher's outputs and what replays the views, for the same samples.
         views: How they are made.
@@ -97,67 +115,120 @@ def train(
 
     Raises:
         NumericalError: The loss is NaN or infinite; the last checkpoint stays.
+        UsageError: The precision is not for this machine, or the student cannot be kept in shards.
     """
-    from accelerate import Accelerator
-
-    accelerator = Accelerator()
+    device = processes.device()
+    if plan.precision == "fp16" and device.type == "cpu":
+        raise UsageError('distill.precision = "fp16" needs a GPU, and there is none; "bf16" or "fp32" works')
+    if plan.shard and bare_student(student) is not student:
+        raise UsageError("distill.shard = true does not go with features; leave out one of them")
     assert split.labels is not None
     rows, places, labels = cache.rows(split.ids), cache.places(split), torch.from_numpy(split.labels)
     known = (split.labels != NO_LABEL).reshape(len(split), -1).any(axis=1)
     pool = np.flatnonzero(known) if plan.labelled_only else np.arange(len(split))
     order = Order(pool, split.ids[pool], cache.views, plan.views_per_decode, plan.seed)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
-    student, optimizer = accelerator.prepare(student, optimizer)
+    trained, called = spread(student, plan.shard, plan.compile)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=plan.precision == "fp16")
     steps = math.ceil(len(split) / plan.batch_size)
-    torch.manual_seed(plan.seed)
-    state = _load(checkpoint, accelerator.unwrap_model(student), optimizer)
+    seed_all(plan.seed)
+    state = load_checkpoint(checkpoint, trained, optimizer, scaler)
     progress.start(name, plan.epochs * steps, state.step)
     saved_at = time.monotonic()
-    student.train()
-    while state.step < plan.epochs * steps:
-        epoch, step = divmod(state.step, steps)
-        begin = epoch * len(split) + step * plan.batch_size
-        batch, turns = order.draws(begin, min(begin + plan.batch_size, (epoch + 1) * len(split)))
-        own = slice(accelerator.process_index, None, accelerator.num_processes)
-        batch, turns = batch[own], turns[own]
-        wanted = labels[batch]
-        counted = counted_positions(wanted.numpy()) if cache.positions else None
-        stored = cache.read(rows[batch], turns, counted)
-        partners = None if stored.partners is None else places[stored.partners]
-        shown = view_batch(split, batch, stored.seeds, views, partners)
-        mixed_in = None if partners is None else labels[partners]
-        inputs = [x.to(accelerator.device) for x in shown.inputs]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(state.step, plan.epochs * steps, plan)
-        outputs = student_outputs(student(*inputs))
-        device = outputs.logits.device
-        if counted is not None:  # the positions that count, as if each were a sample: (tokens, vocabulary)
-            chosen = torch.from_numpy(counted)
-            outputs, wanted = replace(outputs, logits=outputs.logits[chosen.to(device)]), wanted[chosen]
-        truth = Truth(wanted, mixed_in, shown.shares)
-        parts = objective(outputs, stored.outputs.to(device), truth.to(device))
-        loss = sum(parts.values(), start=torch.zeros((), device=device))
-        if not math.isfinite(float(loss.detach())):
-            raise NumericalError(
-                f"{name}: the loss is {float(loss.detach())} in epoch {epoch + 1}, step {step + 1}; "
-                "a lower distill.learning_rate or higher temperature may work"
-            )
-        if len(parts) > 1 and step % SHARES_EVERY == 0:
-            state.see_shares(gradient_shares(parts, _pulled(accelerator.unwrap_model(student), outputs)))
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        optimizer.step()
-        state.add({"loss": float(loss.detach()), **{name: float(part.detach()) for name, part in parts.items()}})
-        progress.advance(1, f"loss {float(loss.detach()):.3f}")
-        if step + 1 == steps:
-            state.end_epoch()
-            if on_epoch is not None:
-                on_epoch(epoch + 1, state.history[-1])
-        if time.monotonic() - saved_at > CHECKPOINT_EVERY_S and accelerator.is_main_process:
-            _save(checkpoint, accelerator.unwrap_model(student), optimizer, state)
-            saved_at = time.monotonic()
+    trained.train()
+    with shared_norms(trained) as norms:
+        while state.step < plan.epochs * steps:
+            epoch, step = divmod(state.step, steps)
+            begin = epoch * len(split) + step * plan.batch_size
+            batch, turns = order.draws(begin, min(begin + plan.batch_size, (epoch + 1) * len(split)))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(state.step, plan.epochs * steps, plan)
+            optimizer.zero_grad()
+            means: dict[str, float] = {}
+            for piece, last in _pieces(len(batch), plan.accumulate):
+                own, sizes = processes.share_of(piece.stop - piece.start)
+                norms.counts = sizes[processes.rank()] > 0
+                compared = batch[piece][own] if cache.positions else batch[piece]  # what the loss is taken over
+                wanted = labels[compared]
+                counted = counted_positions(wanted.numpy()) if cache.positions else None
+                seen = turns[piece][own] if cache.positions else turns[piece]
+                stored = cache.read(rows[compared], seen, counted)
+                mine = slice(None) if cache.positions else own
+                partners = None if stored.partners is None else places[stored.partners]
+                partner = None if partners is None else partners[mine]
+                shown = view_batch(split, batch[piece][own], stored.seeds[mine], views, partner)
+                inputs = [x.to(device) for x in shown.inputs]
+                with accumulating(called, last):
+                    with torch.autocast(device.type, _DTYPES[plan.precision], enabled=plan.precision != "fp32"):
+                        outputs = student_outputs(called(*inputs))
+                    mixed_in = None if partners is None else labels[partners]
+                    if counted is None:
+                        outputs = _of_all(outputs, sizes)
+                        shares = None if shown.shares is None else processes.gathered(shown.shares, sizes)
+                    else:  # the positions that count, as if each were a sample: (tokens, vocabulary)
+                        chosen, shares = torch.from_numpy(counted), shown.shares
+                        outputs = replace(outputs, logits=outputs.logits[chosen.to(device)].float())
+                        wanted = wanted[chosen]
+                    truth = Truth(wanted, mixed_in, shares)
+                    parts = objective(outputs, stored.outputs.to(device), truth.to(device))
+                    parts = _weighted(parts, labels[compared], labels[batch], norms.counts)
+                    if len(parts) > 1 and last and step % SHARES_EVERY == 0:
+                        state.see_shares(gradient_shares(parts, _pulled(trained, outputs)))
+                    # Gradients are averaged over the processes, each of which has those of its own samples only.
+                    scaler.scale(sum(parts.values()) * processes.count()).backward()
+                values = {key: float(part.detach()) for key, part in parts.items()}
+                means = {key: means.get(key, 0.0) + value for key, value in values.items()}
+            if cache.positions:
+                means = processes.added_up(means)
+            loss = sum(means.values())
+            if not math.isfinite(loss):
+                raise NumericalError(
+                    f"{name}: the loss is {loss} in epoch {epoch + 1}, step {step + 1}; "
+                    "a lower distill.learning_rate or higher temperature may work"
+                )
+            scaler.step(optimizer)
+            scaler.update()
+            state.add({"loss": loss, **means})
+            progress.advance(1, f"loss {loss:.3f}")
+            if step + 1 == steps:
+                state.end_epoch()
+                if on_epoch is not None:
+                    on_epoch(epoch + 1, state.history[-1])
+            if processes.agreed(time.monotonic() - saved_at > CHECKPOINT_EVERY_S):
+                save_checkpoint(checkpoint, trained, optimizer, scaler, state)
+                saved_at = time.monotonic()
+    settle(student, trained)
     progress.finish()
     return state.history
+
+
+def _pieces(samples: int, pieces: int) -> Iterator[tuple[slice, bool]]:
+    """A batch in pieces that differ by at most one sample, and whether a piece is the last."""
+    count = min(pieces, samples)
+    edges = [samples * number // count for number in range(count + 1)]
+    for number in range(count):
+        yield slice(edges[number], edges[number + 1]), number + 1 == count
+
+
+def _of_all(outputs: StudentOutputs, sizes: list[int]) -> StudentOutputs:
+    """Outputs of all processes, in float32."""
+    features = {name: processes.gathered(feature.float(), sizes) for name, feature in outputs.features.items()}
+    return StudentOutputs(processes.gathered(outputs.logits.float(), sizes), features)
+
+
+def _weighted(parts: dict[str, Tensor], piece: Tensor, batch: Tensor, counts: bool) -> dict[str, Tensor]:
+    """Losses of a piece by its share in the mean over a batch: of what is labelled, or of all samples.
+
+    Args:
+        piece, batch: Their labels, (samples,), or (samples, positions) of windows, of which only what is labelled
+            counts.
+        counts: False when windows are there only to keep step.
+    """
+    labelled = float((piece != NO_LABEL).sum()) / max(1.0, float((batch != NO_LABEL).sum()))
+    share = len(piece) / len(batch)
+    if batch.ndim == 2:
+        labelled = share = labelled * counts
+    return {name: (labelled if name == LABELS and share < 1 else share) * part for name, part in parts.items()}
 
 
 def _pulled(student: nn.Module, outputs: StudentOutputs) -> list[Tensor]:
@@ -173,57 +244,3 @@ def learning_rate_at(step: int, total: int, plan: TrainingPlan) -> float:
     if step < warmup:
         return plan.learning_rate * (step + 1) / warmup
     return plan.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-@dataclass
-class _State:
-    """What a checkpoint holds besides weights, moments and the generator."""
-
-    step: int
-    sums: dict[str, float]
-    counted: int
-    history: list[dict[str, float]]
-    shares: dict[str, float] = field(default_factory=dict)
-    looks: int = 0
-
-    def see_shares(self, shares: dict[str, float]) -> None:
-        for name, share in shares.items():
-            self.shares[name] = self.shares.get(name, 0.0) + share
-        self.looks += 1
-
-    def add(self, parts: dict[str, float]) -> None:
-        for key, value in parts.items():
-            self.sums[key] = self.sums.get(key, 0.0) + value
-        self.counted += 1
-        self.step += 1
-
-    def end_epoch(self) -> None:
-        means = {key: value / self.counted for key, value in self.sums.items()}
-        shares = {f"gradient share of {name}": share / self.looks for name, share in self.shares.items()}
-        self.history.append(means | shares)
-        self.sums, self.counted, self.shares, self.looks = {}, 0, {}, 0
-
-
-def _save(path: Path, student: nn.Module, optimizer: Any, state: _State) -> None:
-    buffer = io.BytesIO()
-    content = {
-        "student": student.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "generator": torch.get_rng_state(),
-        "state": dict(vars(state)),
-    }
-    torch.save(content, buffer)
-    atomic_write(path, buffer.getvalue())
-
-
-def _load(path: Path, student: nn.Module, optimizer: Any) -> _State:
-    if not path.is_file():
-        return _State(0, {}, 0, [])
-    try:
-        content = torch.load(path, weights_only=True)
-    except Exception as error:
-        raise CacheError(f"checkpoint {path} is damaged; remove it to train from the start") from error
-    student.load_state_dict(content["student"])
-    optimizer.load_state_dict(content["optimizer"])
-    torch.set_rng_state(content["generator"])
-    return _State(**content["state"])
