@@ -13,10 +13,12 @@ from edgekd.ledger import (
     file_column,
     format_bytes,
     format_count,
+    format_gain,
     format_latency,
     format_number,
     format_perplexity,
     format_share,
+    format_spread,
     label,
 )
 from edgekd.measurement import Measurement
@@ -59,6 +61,7 @@ def html(ledger: Ledger, measurements: Sequence[Measurement]) -> str:
         _parity(ledger),
         _latency(measurements),
         _not_run(measurements),
+        _arms(ledger),
         _classes(ledger),
         _lineage(ledger),
         _environment(ledger, measurements),
@@ -86,7 +89,9 @@ def _figures(ledger: Ledger) -> str:
         beside = f"teacher {format_share(teacher.accuracy)} %" if teacher and teacher.accuracy is not None else ""
         cells.append((f"{format_share(student.accuracy)} %", "student's accuracy", beside))
     if gain is not None:
-        beside = f"± {gain.standard_error:.2f} standard error, {gain.seeds} {'seeds' if gain.seeds > 1 else 'seed'}"
+        beside = f"{gain.seeds} {'seeds' if gain.seeds > 1 else 'seed'}: too few for an interval"
+        if gain.low is not None and gain.high is not None:
+            beside = f"95 % interval {gain.low:+.2f} to {gain.high:+.2f}, {gain.seeds} seeds"
         cells.append((f"{gain.points:+.2f} points", "from distillation", beside))
     sized = [row for row in artifacts if row.size_bytes]
     if sized:
@@ -278,6 +283,27 @@ def _not_run(measurements: Sequence[Measurement]) -> str:
     return _section(
         "Not measured", _table(["", "reason", "device"], body, prose=(1, 2)), "Files that the device does not run."
     )
+
+
+def _arms(ledger: Ledger) -> str:
+    if not ledger.arms:
+        return ""
+    body = [
+        [
+            Markup(f"{_text(row.arm)}{'<small>shipped</small>' if row.is_shipped else ''}"),
+            str(row.seeds),
+            format_spread(row),
+            format_share(row.teacher_agreement),
+            format_number(row.kl),
+            format_share(row.mistakes_repeated),
+            format_gain(row.gain),
+        ]
+        for row in ledger.arms
+    ]
+    headers = ["arm", "seeds", "accuracy %", "agrees with teacher %", "KL", "teacher's mistakes repeated %",
+               "points over the control (95 %)"]  # fmt: skip
+    text = "Means over the seeds ± standard deviation; the interval is for new seeds and new samples, paired by both."
+    return _section("Arms", _table(headers, body, numeric=range(1, 7)), text)
 
 
 def _classes(ledger: Ledger) -> str:

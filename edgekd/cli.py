@@ -19,6 +19,7 @@ from edgekd.cli_common import (
     MaxDropOption,
     PrecisionOption,
     RecipeOption,
+    SeedsOption,
     drop_of,
     progress_bar,
     show,
@@ -123,13 +124,16 @@ def capture(recipe: RecipeOption = None, force: ForceOption = False) -> None:
         capture_stage(work, progress_bar(), force)
 
 
-def distill(recipe: RecipeOption = None, force: ForceOption = False) -> None:
+def distill(recipe: RecipeOption = None, seeds: SeedsOption = None, force: ForceOption = False) -> None:
     """Train the students and, always, the control without a teacher."""
     from edgekd.pipeline import distill_stage
+    from edgekd.seeds import keep_count
 
     with processes.joined():
-        work = workspace(recipe)
+        work = workspace(recipe, seeds)
         with work.folder.locked() if processes.is_main() else nullcontext():
+            if processes.is_main():
+                keep_count(work.recipe, seeds)
             results = distill_stage(work, progress_bar(), force)
     for result in results if processes.is_main() else ():
         perplexity = "" if result.test.perplexity is None else f"perplexity {result.test.perplexity:.1f}  "
@@ -170,12 +174,16 @@ def report(recipe: RecipeOption = None, json: JsonOption = False) -> None:
     _report(workspace(recipe), json)
 
 
-def run(recipe: RecipeOption = None, force: ForceOption = False, json: JsonOption = False) -> None:
+def run(
+    recipe: RecipeOption = None, seeds: SeedsOption = None, force: ForceOption = False, json: JsonOption = False
+) -> None:
     """Do all stages in order; what is unchanged is not done again, and a killed run goes on where it was."""
     from edgekd import pipeline
+    from edgekd.seeds import keep_count
 
-    work, progress = workspace(recipe), progress_bar()
+    work, progress = workspace(recipe, seeds), progress_bar()
     with work.folder.locked():
+        keep_count(work.recipe, seeds)
         pipeline.capture_stage(work, progress, force)
         pipeline.distill_stage(work, progress, force)
         pipeline.export_stage(work, progress, force=force)
@@ -218,7 +226,7 @@ def _check_shift(work: Workspace, served: str, json: bool) -> None:
 
 
 def _report(work: Workspace, json: bool) -> None:
-    from edgekd.ledger import table
+    from edgekd.ledger import arm_table, table
     from edgekd.store import read_json
     from edgekd.summary import write_report
 
@@ -230,6 +238,8 @@ def _report(work: Workspace, json: bool) -> None:
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(table(ledger))
+    if any(row.seeds > 1 for row in ledger.arms):
+        console.print(arm_table(ledger.arms))
     for sentence in ledger.sentences:
         console.print(f"• {sentence}", markup=False)
     console.print(f"report: {work.folder.report_html}", markup=False, soft_wrap=True)

@@ -24,6 +24,7 @@ __all__ = [
     "PrecisionOption",
     "RecipeOption",
     "ReleaseOption",
+    "SeedsOption",
     "drop_of",
     "progress_bar",
     "say",
@@ -38,6 +39,12 @@ RecipeOption = Annotated[
 ]
 ReleaseOption = Annotated[str, typer.Option(help="What the history calls these files: v1.4, a commit …")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Do it again even if nothing changed.")]
+SeedsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--seeds", min=1, help="Train each arm so many times: the recipe's seeds first, then 0, 1, 2 …; kept for later."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 PrecisionOption = Annotated[
     list[str] | None,
@@ -49,12 +56,13 @@ MaxDropOption = Annotated[
 ]
 
 
-def workspace(recipe: Path | None) -> Workspace:
-    """The recipe that was named, or the nearest one, at work."""
+def workspace(recipe: Path | None, seeds: int | None = None) -> Workspace:
+    """The recipe that was named, or the nearest one, at work; with as many seeds as are or were last asked for."""
     from edgekd.reading import find_recipe, load_recipe
+    from edgekd.seeds import with_seeds
     from edgekd.workspace import Workspace
 
-    return Workspace(load_recipe(recipe or find_recipe(Path.cwd())))
+    return Workspace(with_seeds(load_recipe(recipe or find_recipe(Path.cwd())), seeds))
 
 
 def progress_bar() -> Progress:

@@ -14,18 +14,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "UNKNOWN",
+    "ArmRow",
     "ClassRow",
     "Gain",
     "Ledger",
     "Row",
     "Stage",
+    "arm_table",
     "file_column",
     "format_bytes",
     "format_count",
+    "format_gain",
     "format_latency",
     "format_number",
     "format_perplexity",
     "format_share",
+    "format_spread",
     "label",
     "table",
 ]
@@ -101,17 +105,50 @@ class ClassRow(JsonMixin):
 
 @dataclass(frozen=True)
 class Gain(JsonMixin):
-    """What the teacher added: the shipped arm against the control, on the test split.
+    """What the teacher added: an arm against the control, on the test split.
 
     Attributes:
         points: Difference of the mean accuracies, in percentage points.
-        standard_error: Of it, in points: over paired seeds, or from the size of the test split with one seed.
+        low, high: Its 95 % interval, for new seeds and new samples (``edgekd.pairing``); None with too few seeds.
+        standard_error: Of it, in points; None as above.
         seeds: How many of each.
     """
 
     points: float
-    standard_error: float
+    low: float | None
+    high: float | None
+    standard_error: float | None
     seeds: int
+
+    @property
+    def helped(self) -> Literal["yes", "no", "cannot be told"]:
+        """``no`` when it hurt; an interval with zero in it tells neither."""
+        if self.low is not None and self.low > 0:
+            return "yes"
+        return "no" if self.high is not None and self.high < 0 else "cannot be told"
+
+
+@dataclass(frozen=True)
+class ArmRow(JsonMixin):
+    """One way to train the student, over its seeds, on the test split.
+
+    Attributes:
+        accuracy, teacher_agreement, kl: Means.
+        accuracy_deviation: Standard deviation over the seeds; None with one.
+        mistakes_repeated: Share of the teacher's mistakes that it makes with the same wrong class; None without any.
+        gain: Against the control; None of the control itself.
+        is_shipped: Whether the files were made from it.
+    """
+
+    arm: str
+    seeds: int
+    accuracy: float
+    teacher_agreement: float
+    kl: float
+    accuracy_deviation: float | None = None
+    mistakes_repeated: float | None = None
+    gain: Gain | None = None
+    is_shipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +163,8 @@ class Ledger(JsonMixin):
         classes: In the order of the labels.
         lineage: Oldest first, each ``stage: fingerprint``.
         environment: Versions and the machine.
-        gain: None when no arm was distilled.
+        gain: Of the arm that is shipped; None when no arm was distilled.
+        arms: Every way to train, over its seeds; the control first.
     """
 
     name: str
@@ -137,6 +175,7 @@ class Ledger(JsonMixin):
     lineage: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     gain: Gain | None = None
+    arms: tuple[ArmRow, ...] = ()
 
 
 def format_share(share: float | None) -> str:
@@ -167,6 +206,35 @@ def format_count(count: int | None) -> str:
 def format_latency(milliseconds: float | None) -> str:
     """Three significant digits, never in powers of ten: ``0.0317``, ``1.23``, ``123``."""
     return UNKNOWN if milliseconds is None else _three_digits(milliseconds)
+
+
+def format_gain(gain: Gain | None) -> str:
+    """In points, with its interval: ``+1.23 (0.40 to 2.06)``; without one where there are too few seeds."""
+    if gain is None:
+        return UNKNOWN
+    interval = "" if gain.low is None or gain.high is None else f" ({gain.low:+.2f} to {gain.high:+.2f})"
+    return f"{gain.points:+.2f}{interval}"
+
+
+def format_spread(row: ArmRow) -> str:
+    """Accuracy over the seeds: ``98.31 ± 0.12``."""
+    spread = "" if row.accuracy_deviation is None else f" ± {row.accuracy_deviation * 100:.2f}"
+    return format_share(row.accuracy) + spread
+
+
+def arm_table(arms: Sequence[ArmRow]) -> Table:
+    """The arms over their seeds, for a terminal."""
+    from rich.table import Table
+
+    made = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    made.add_column(f"arm, {arms[0].seeds} seeds")
+    for header in ("acc %", "agree %", "KL", "repeats teacher's mistakes %", "points over control (95 %)"):
+        made.add_column(header, justify="right", no_wrap=True)
+    for row in arms:
+        numbers = (format_spread(row), format_share(row.teacher_agreement), format_number(row.kl))
+        cells = (*numbers, format_share(row.mistakes_repeated), format_gain(row.gain))
+        made.add_row(row.arm + (" (shipped)" if row.is_shipped else ""), *cells)
+    return made
 
 
 def table(ledger: Ledger) -> Table:

@@ -5,7 +5,8 @@ A run folder::
     runs/<name>/
       cache/{train,validation,test}/      teacher outputs: manifest.json + shards
       students/<arm>-<seed>/              student.pt2, card.json, result.json, assets
-      pruned/                             the same, of the shipped student with fewer weights, if the recipe prunes
+      answers/<arm>-<seed>.npz            what it answers on the test split
+      pruned/                             as a student: the shipped one with fewer weights, if the recipe prunes
       compressed/<precision>/             the same, quantized
       artifacts/<target>-<precision>/     model file, manifest.json, assets
       artifacts/<…>.failed/               a file that did not prove itself
@@ -283,6 +284,9 @@ class RunFolder:
 
     def checkpoint(self, arm: str, seed: int) -> Path:
         return self.path / "checkpoints" / f"{arm.replace(':', '.')}-{seed}.pt"
+
+    def answers(self, arm: str, seed: int) -> Path:
+        return self.path / "answers" / f"{arm.replace(':', '.')}-{seed}.npz"
 
     def compressed(self, precision: str) -> Path:
         return self.path / "compressed" / precision

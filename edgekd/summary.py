@@ -13,11 +13,12 @@ import numpy as np
 
 import edgekd
 from edgekd import plugins
+from edgekd.answers import Answers, answers_of
 from edgekd.compress import PORTABLE, notes_of
-from edgekd.distill import CONTROL, ArmResult
+from edgekd.distill import CONTROL, ArmResult, arms_of
 from edgekd.ensemble import teacher_sentences
 from edgekd.keeping import measurements_of
-from edgekd.ledger import ClassRow, Gain, Ledger, Row
+from edgekd.ledger import ArmRow, ClassRow, Ledger, Row
 from edgekd.measurement import Measurement
 from edgekd.metrics import ClassCount, Quality, quality
 from edgekd.perplexity import judge_teacher, perplexity_sentence
@@ -25,6 +26,7 @@ from edgekd.pipeline import results_of, shipped
 from edgekd.store import load_artifact, load_student, read_json, size_of, write_json
 from edgekd.truth import NO_LABEL
 from edgekd.types import Artifact, Json, Student
+from edgekd.verdict import arm_rows, gain_sentence, inheritance_sentence, kept_sentence
 from edgekd.workspace import Workspace
 
 __all__ = ["collect", "write_report"]
@@ -60,9 +62,11 @@ def collect(work: Workspace) -> tuple[Ledger, list[Measurement]]:
         *_compressed_rows(work),
         *(_artifact_row(artifact, path.name, measurements) for artifact, path in artifacts),
     ]
+    answers = _answers(work)
+    arms = arm_rows(results, chosen.arm, answers)
     classes = _class_rows(work.splits.labels, teacher, control.test, chosen.test)
     sentences = (
-        *_distillation_sentences(results, chosen, teacher, student, work.teacher.parameters),
+        *_distillation_sentences(results, arms, teacher, student, work.teacher.parameters, answers),
         *([] if work.splits.joined is None else [work.splits.joined.sentence()]),
         *teacher_sentences(work, teacher.accuracy),
         *_view_sentences(work),
@@ -77,7 +81,8 @@ def collect(work: Workspace) -> tuple[Ledger, list[Measurement]]:
         classes=classes,
         lineage=student.card.lineage,
         environment=_environment(),
-        gain=_gain(results, chosen),
+        gain=next(row.gain for row in arms if row.is_shipped),
+        arms=arms,
     )
     return ledger, measurements
 
@@ -124,6 +129,14 @@ def _teacher_quality(work: Workspace) -> Quality:
     logits = cache.logits(test.ids)
     assert test.labels is not None
     return quality(logits, test.labels, logits)
+
+
+def _answers(work: Workspace) -> Answers | None:
+    """None where a sample has no single class, as a window of tokens."""
+    labels = work.splits.test.labels
+    if labels is None or labels.ndim != 1:
+        return None
+    return answers_of(work, arms_of(work.recipe), work.recipe.distill.seeds)
 
 
 def _teacher_row(work: Workspace, teacher: Quality) -> Row:
@@ -242,57 +255,22 @@ def _environment() -> dict[str, str]:
 
 def _distillation_sentences(
     results: Sequence[ArmResult],
-    chosen: ArmResult,
+    arms: Sequence[ArmRow],
     teacher: Quality,
     student: Student,
     teacher_parameters: int | None,
+    answers: Answers | None,
 ) -> list[str]:
-    own = [r.test.accuracy for r in results if r.arm == chosen.arm]
-    control = [r.test.accuracy for r in results if r.arm == CONTROL]
-    kept = statistics.fmean(own) / teacher.accuracy if teacher.accuracy else 0.0
-    size = ""
-    if teacher_parameters:
-        size = f" with {student.card.parameters / teacher_parameters:.1%} of its parameters"
-    unit = "test samples" if teacher.perplexity is None else "next tokens of the test split"
-    lines = [
-        f"The student ({chosen.arm}) keeps {kept:.1%} of the teacher's accuracy{size}: "
-        f"{_spread(own)} against {teacher.accuracy:.2%} on {teacher.samples} {unit}."
-    ]
-    if chosen.arm == CONTROL:
-        return [*lines, "It was trained without the teacher: no distilled arm was trained or chosen."]
-    gain = _gain(results, chosen)
-    assert gain is not None
-    told = abs(gain.points) > 2 * gain.standard_error
-    if teacher.perplexity is not None:
-        pair = [[r.test for r in results if r.arm == arm] for arm in (chosen.arm, CONTROL)]
-        return [*lines, perplexity_sentence(pair[0], pair[1], teacher)]
-    words = ("helped" if gain.points > 0 else "hurt") if told else "made no difference that can be told"
-    how = f"{len(own)} seeds each" if len(own) > 1 else "one seed each, so only the test set's own error is known"
-    lines.append(
-        f"Distillation {words}: {gain.points:+.2f} points over the same student without a teacher "
-        f"({_spread(control)}), standard error {gain.standard_error:.2f} points, {how}."
-    )
+    share = student.card.parameters / teacher_parameters if teacher_parameters else None
+    lines = [kept_sentence(arms, teacher, share)]
+    shipped = next(row.arm for row in arms if row.is_shipped)
+    if teacher.perplexity is not None and shipped != CONTROL:
+        own, control = ([r.test for r in results if r.arm == arm] for arm in (shipped, CONTROL))
+        return [*lines, perplexity_sentence(own, control, teacher)]
+    lines.append(gain_sentence(arms))
+    if shipped != CONTROL and answers is not None:
+        lines.append(inheritance_sentence(shipped, answers))
     return lines
-
-
-def _gain(results: Sequence[ArmResult], chosen: ArmResult) -> Gain | None:
-    """The shipped arm against the control."""
-    if chosen.arm == CONTROL:
-        return None
-    own = [r.test.accuracy for r in results if r.arm == chosen.arm]
-    control = [r.test.accuracy for r in results if r.arm == CONTROL]
-    if len(own) > 1:
-        error = statistics.stdev(a - b for a, b in zip(own, control, strict=True)) / len(own) ** 0.5
-    else:
-        error = float(sum(p * (1 - p) / chosen.test.samples for p in (own[0], control[0])) ** 0.5)
-    points = statistics.fmean(own) - statistics.fmean(control)
-    return Gain(points * 100, error * 100, len(own))
-
-
-def _spread(values: Sequence[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.2%}"
-    return f"{statistics.fmean(values) * 100:.2f} ± {statistics.stdev(values) * 100:.2f} %"
 
 
 def _view_sentences(work: Workspace) -> list[str]:

@@ -62,7 +62,8 @@ def results_tables() -> str:
         share = f"{student['parameters'] / teacher['parameters']:.1%} of its parameters"
         arms = [_spread([a["test"]["accuracy"] for a in report["arms"] if a["arm"] == arm]) for arm in ARMS]
         gain = report["ledger"]["gain"]
-        told = f"{student['name']}: {gain['points']:+.2f} ± {gain['standard_error']:.2f} points"
+        error = "" if gain["standard_error"] is None else f" ± {gain['standard_error']:.2f}"
+        told = f"{student['name']}: {gain['points']:+.2f}{error} points"
         samples = report["arms"][0]["test"]["samples"]
         lines.append(
             f"| [{name}](examples/{name}) | {samples:,} | {teacher['accuracy'] * 100:.2f} % | {share} | "

@@ -100,6 +100,29 @@ def test_accuracy_of_the_file_is_that_of_the_program(finished: Path) -> None:
     assert measured["accuracy"] == rows["artifact", "onnx-fp32"]["accuracy"]
 
 
+def test_more_seeds_are_trained_beside_the_first_and_later_commands_know_them(copied: Workspace) -> None:
+    folder = copied.recipe.folder
+    command = [sys.executable, "-m", "edgekd.cli", "distill", "--seeds", "3"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    assert "distill-kd-0: unchanged" in done.stderr
+    assert len(re.findall(r"^(control|kd|dist) +seed [012] ", done.stdout, re.MULTILINE)) == 9
+    told = subprocess.run([*command[:-3], "report"], cwd=folder, capture_output=True, text=True)
+    report = json.loads((folder / "runs" / "shapes" / "report.json").read_text())
+    arms = {arm["arm"]: arm for arm in report["ledger"]["arms"]}
+    assert told.returncode == 0, told.stderr
+    assert {arm["seeds"] for arm in arms.values()} == {3}
+    assert arms["control"]["gain"] is None
+    for arm in ("kd", "dist"):
+        means = [r["test"]["accuracy"] for r in report["arms"] if r["arm"] == arm]
+        assert arms[arm]["accuracy"] == pytest.approx(sum(means) / 3)
+        assert arms[arm]["gain"]["low"] <= arms[arm]["gain"]["points"] <= arms[arm]["gain"]["high"]
+    assert "paired over 3 seeds" in told.stdout
+    assert " ± " in told.stdout
+    assert len(list((folder / "runs" / "shapes" / "answers").glob("*.npz"))) == 9
+
+
 def test_a_second_run_does_nothing_again_and_says_so(finished: Path) -> None:
     again = run(finished)
     unchanged = re.findall(r"^(\S+): unchanged, not done again$", again.stderr, re.MULTILINE)

@@ -13,7 +13,7 @@ from edgekd.benchmarks import charts
 from edgekd.benchmarks.report import html
 from edgekd.benchmarks.session import measure_many
 from edgekd.devices.host import HostDevice
-from edgekd.ledger import ClassRow, Gain, Ledger, Row
+from edgekd.ledger import ArmRow, ClassRow, Gain, Ledger, Row
 from edgekd.measurement import Block, Measurement, Plan
 from edgekd.types import Artifact, OutputParity, Parity
 
@@ -84,7 +84,9 @@ def made_ledger(text: str = "plain") -> Ledger:
         classes=(ClassRow(text, 10, 0.5, 0.4, None, True), ClassRow("other", 12, 0.99, 0.98, 0.97)),
         lineage=(f"teacher: {text}",),
         environment={text: text},
-        gain=Gain(-1.0, 0.4, 3),
+        gain=Gain(-1.0, -1.8, -0.2, 0.4, 3),
+        arms=(ArmRow(f"control {text}", 3, 0.95, 0.96, 0.1, 0.01), ArmRow("kd", 3, 0.94, 0.97, 0.1, 0.01, 0.4,
+              Gain(-1.0, -1.8, -0.2, 0.4, 3), True)),
     )  # fmt: skip
 
 
@@ -119,7 +121,8 @@ def test_what_is_known_is_on_the_page() -> None:
     document = html(made_ledger(), [made_measurement(), made_measurement("onnx", "w8a8", 0.5)])
     text = Page(document).text
     for part in (
-        "94.00 %", "-1.00 points", "± 0.40 standard error, 3 seeds", "110 kB", "210 kB", "19 times smaller", "0.900 ms",
+        "94.00 %", "-1.00 points", "95 % interval -1.80 to -0.20, 3 seeds", "110 kB",
+        "210 kB", "19 times smaller", "0.900 ms",
         "First plain", "teacher: plain", "Failed outputs: plain (off by 2.5)", "weak in the teacher",
         "0.50 (0.50 to 0.50)", "720", "60.0 MB",
     ):  # fmt: skip

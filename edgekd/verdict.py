@@ -1,0 +1,159 @@
+"""Did the teacher help, and what did the student inherit: the arms over their seeds, in numbers and in words."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+
+from edgekd.answers import Answers
+from edgekd.distill import CONTROL, ArmResult
+from edgekd.ledger import ArmRow, Gain
+from edgekd.metrics import Quality
+from edgekd.pairing import FEWEST_SEEDS, Paired, paired, paired_means
+
+__all__ = ["arm_rows", "gain_sentence", "inheritance_sentence", "kept_sentence"]
+
+FEWEST_MISTAKES = 20
+"""Of fewer, the share that is repeated moves by more than 5 points with a single one."""
+
+
+def arm_rows(results: Sequence[ArmResult], shipped: str, answers: Answers | None) -> tuple[ArmRow, ...]:
+    """Every arm over its seeds, in the order of the results.
+
+    Args:
+        results: Each arm with the same seeds in the same order.
+        shipped: The arm that the files are made from.
+        answers: Of the same arms and seeds; None where samples have no single class: the intervals are then those of
+            the seeds alone.
+    """
+    arms = list(dict.fromkeys(result.arm for result in results))
+    return tuple(_arm_row(arm, _of(results, arm), _of(results, CONTROL), arm == shipped, answers) for arm in arms)
+
+
+def _of(results: Sequence[ArmResult], arm: str) -> list[ArmResult]:
+    return [result for result in results if result.arm == arm]
+
+
+def _arm_row(
+    arm: str, own: list[ArmResult], control: list[ArmResult], is_shipped: bool, answers: Answers | None
+) -> ArmRow:
+    accuracies = [result.test.accuracy for result in own]
+    repeated = None
+    if answers is not None and _mistakes(answers).any():
+        repeated = float(_repeated(answers, arm).mean())
+    return ArmRow(
+        arm=arm,
+        seeds=len(own),
+        accuracy=statistics.fmean(accuracies),
+        accuracy_deviation=statistics.stdev(accuracies) if len(own) > 1 else None,
+        teacher_agreement=statistics.fmean(result.test.teacher_agreement for result in own),
+        kl=statistics.fmean(result.test.kl for result in own),
+        mistakes_repeated=repeated,
+        gain=None if arm == CONTROL else _gain(arm, own, control, answers),
+        is_shipped=is_shipped,
+    )
+
+
+def _gain(arm: str, own: list[ArmResult], control: list[ArmResult], answers: Answers | None) -> Gain:
+    if answers is None:
+        found = paired_means([r.test.accuracy for r in own], [r.test.accuracy for r in control])
+    else:
+        right = {name: (answers.students[name] == answers.labels)[:, _labelled(answers)] for name in (arm, CONTROL)}
+        found = paired(right[arm], right[CONTROL])
+    low, high, error = (
+        None if value is None else value * 100 for value in (found.low, found.high, found.standard_error)
+    )
+    return Gain(found.difference * 100, low, high, error, found.seeds)
+
+
+def _labelled(answers: Answers) -> np.ndarray:
+    return answers.labels >= 0
+
+
+def _mistakes(answers: Answers) -> np.ndarray:
+    """Which samples the teacher gets wrong."""
+    return _labelled(answers) & (answers.teacher != answers.labels)
+
+
+def _repeated(answers: Answers, arm: str) -> np.ndarray:
+    """Which of the teacher's mistakes an arm makes with the same wrong class, (seeds, mistakes)."""
+    mistakes = _mistakes(answers)
+    return np.asarray(answers.students[arm][:, mistakes] == answers.teacher[mistakes])
+
+
+def kept_sentence(rows: Sequence[ArmRow], teacher: Quality, share_of_parameters: float | None) -> str:
+    """How much of the teacher is left in the shipped arm."""
+    row = next(row for row in rows if row.is_shipped)
+    kept = row.accuracy / teacher.accuracy if teacher.accuracy else 0.0
+    size = "" if share_of_parameters is None else f" with {share_of_parameters:.1%} of its parameters"
+    unit = "test samples" if teacher.perplexity is None else "next tokens of the test split"
+    return (
+        f"The student ({row.arm}) keeps {kept:.1%} of the teacher's accuracy{size}: "
+        f"{_spread(row)} against {teacher.accuracy:.2%} on {teacher.samples} {unit}."
+    )
+
+
+def gain_sentence(rows: Sequence[ArmRow]) -> str:
+    """Whether distillation helped: yes, no, or cannot be told."""
+    row, control = next(row for row in rows if row.is_shipped), rows[0]
+    gain = row.gain
+    if gain is None:
+        return "It was trained without the teacher: no distilled arm was trained or chosen."
+    over = f"{gain.points:+.2f} points over the same student without a teacher ({_spread(control)})"
+    if gain.low is None or gain.high is None:
+        with_seeds = "one seed" if gain.seeds == 1 else f"{gain.seeds} seeds"
+        return (
+            f"Whether distillation helped cannot be told: {over}, with {with_seeds}; another seed could say the "
+            f"opposite. edgekd distill --seeds {FEWEST_SEEDS} tells."
+        )
+    interval = f"95 % interval {gain.low:+.2f} to {gain.high:+.2f}, paired over {gain.seeds} seeds"
+    if gain.helped == "yes":
+        return f"Distillation helped: {over}, {interval}."
+    if gain.helped == "no":
+        return f"Distillation did not help, it hurt: {over}, {interval}."
+    return f"Whether distillation helped cannot be told: {over}, {interval}."
+
+
+def inheritance_sentence(arm: str, answers: Answers) -> str:
+    """What the student took over from the teacher besides its knowledge: mistakes, with the same wrong class.
+
+    A student without a teacher makes some of them as well, since hard samples are hard for both; what it makes beyond
+    the control is inherited.
+
+    Args:
+        arm: A distilled one.
+    """
+    count = int(_mistakes(answers).sum())
+    if count == 0:
+        return "The teacher makes no mistake on the test split: there was none to inherit."
+    own, other = _repeated(answers, arm), _repeated(answers, CONTROL)
+    if count < FEWEST_MISTAKES:
+        return (
+            f"The teacher makes {count} mistakes on the test split, too few to tell what was inherited: the student "
+            f"repeats {own.mean():.1%} of them with the same wrong class, the control {other.mean():.1%}."
+        )
+    found = paired(own, other)
+    told = (
+        f"of the teacher's {count} mistakes it repeats {own.mean():.1%} with the same wrong class, "
+        f"the control {other.mean():.1%} ({_points(found)})"
+    )
+    if not found.is_told:
+        return f"Whether the student inherited mistakes cannot be told: {told}."
+    if found.difference > 0:
+        return f"The student inherited mistakes: {told}."
+    return f"The student inherited no mistakes: {told}."
+
+
+def _points(found: Paired) -> str:
+    words = f"{found.difference * 100:+.1f} points"
+    if found.low is None or found.high is None:
+        return f"{words}, {found.seeds} {'seeds' if found.seeds > 1 else 'seed'}"
+    return f"{words}, 95 % interval {found.low * 100:+.1f} to {found.high * 100:+.1f}"
+
+
+def _spread(row: ArmRow) -> str:
+    if row.accuracy_deviation is None:
+        return f"{row.accuracy:.2%}"
+    return f"{row.accuracy * 100:.2f} ± {row.accuracy_deviation * 100:.2f} %"
