@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from edgekd.models import retrace
+from edgekd.pure import is_in_place, pure_form
 
 __all__ = [
     "CONVOLUTIONS",
@@ -69,13 +70,15 @@ def folded_module(program: ExportedProgram) -> GraphModule:
 
     Constants are ``get_attr`` nodes; those that nothing reads are gone.
     """
-    if any(_in_place(node) for node in program.graph.nodes):
+    if any(is_in_place(node) and pure_form(node) is None for node in program.graph.nodes):
         # An empty table decomposes nothing: it only turns operators in place into their pure form.
         with warnings.catch_warnings():  # torch 2.13 warns of its own deprecated use of LeafSpec
             warnings.simplefilter("ignore", FutureWarning)
             program = program.run_decompositions({})
     module = program.module(check_guards=False)
+    pure = {node: form for node in module.graph.nodes if (form := pure_form(node)) is not None}
     for node in list(module.graph.nodes):
+        node.target = pure.get(node, node.target)
         if node.target is _ATEN.pad.default and (len(node.args) < 3 or node.args[2] == "constant"):
             value = node.args[3] if len(node.args) > 3 else None  # what torch.nn.functional.pad becomes
             node.target, node.args = _ATEN.constant_pad_nd.default, (*node.args[:2], 0 if value is None else value)
@@ -129,10 +132,6 @@ def set_constant(module: GraphModule, name: str, value: Tensor, before: Node, *,
         node = module.graph.get_attr(name)
     node.meta["val"] = value
     return node
-
-
-def _in_place(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _is_identity(node: Node) -> bool:

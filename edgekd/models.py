@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from edgekd.errors import DataError, ModelFileError
+from edgekd.lift import lifted
 from edgekd.protocols import Arrays
+from edgekd.pure import is_in_place, pure_form
 from edgekd.quiet import quiet
 from edgekd.types import TensorSpec
 
@@ -62,7 +64,9 @@ def export_program(module: nn.Module, inputs: Sequence[Tensor], *, dynamic_batch
             if dynamic_batch:
                 with contextlib.suppress(Exception):  # of many types; the fixed batch below decides
                     pairs, size = tuple(torch.cat([x, x]) for x in args), Dim("batch")
-                    shapes = tuple({0: size} for _ in pairs)
+                    shapes = torch.export.ShapesCollection()  # by tensor, for a module may take them as *inputs
+                    for pair in pairs:
+                        shapes[pair] = {0: size}
                     return without_origin(torch.export.export(module, pairs, dynamic_shapes=shapes, strict=False))
             return without_origin(torch.export.export(module, tuple(x[:1] for x in args), strict=False))
     except Exception as error:
@@ -194,7 +198,7 @@ def at_batch(program: ExportedProgram, batch: int = 1, length: int | None = None
     """
     if all(-1 not in spec.shape for spec in input_specs(program)):
         return program
-    return retrace(program.module(), program, batch, length)
+    return retrace(program.module(check_guards=False), program, batch, length)
 
 
 def retrace(
@@ -236,13 +240,16 @@ def retrace(
         kept = {axis: dim for axis, dim in axes.items() if (batch if axis == 0 else length) == OPEN}
         if kept:
             shapes[tensors[place]] = kept
+    names = [str(name) for name in program.graph_signature.user_outputs]
     args, kwargs = call_arguments(program, tensors)
+    if batch != OPEN and not len(shapes) and (made := lifted(module, program, tensors, (args, kwargs))) is not None:
+        return rename_outputs(made, names)
     dynamic = shapes if len(shapes) else None
     try:
         traced = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
     except Exception as error:
         raise ModelFileError(f"torch.export cannot trace the rewritten program: {_first_line(error)}") from error
-    return rename_outputs(without_origin(traced), [str(name) for name in program.graph_signature.user_outputs])
+    return rename_outputs(without_origin(traced), names)
 
 
 def open_axes(program: ExportedProgram) -> list[dict[int, tuple[int, int | None]]]:
@@ -395,8 +402,7 @@ def run_program(program: ExportedProgram, arrays: Arrays, batch: int = 256) -> d
 def _keeps_state(program: ExportedProgram) -> bool:
     """Whether a program writes something that lasts from call to call; before decomposition, as operators in place."""
     return bool(program.graph_signature.buffers_to_mutate) or any(
-        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-        for node in program.graph.nodes
+        is_in_place(node) and pure_form(node) is None for node in program.graph.nodes
     )
 
 

@@ -28,11 +28,21 @@ def _edited(content: bytes, edit: Edit) -> bytes:
         def StartVector(self, size: int, count: int, alignment: int) -> Any:
             return super().StartVector(size, count, 16 if size == 1 else alignment)
 
+        def CreateNumpyVector(self, values: Any) -> Any:
+            """As it is done there, but for a copy of all weights on the way."""
+            if values.dtype != np.uint8:
+                return super().CreateNumpyVector(values)
+            self.StartVector(1, len(values), 1)
+            self.head -= len(values)
+            self.Bytes[self.head : self.head + len(values)] = np.ascontiguousarray(values).data
+            self.vectorNumElems = len(values)
+            return self.EndVector()
+
     model = schema.ModelT.InitFromPackedBuf(content, 0)
     edit(schema, model)
     builder = Aligned(len(content) + 4096)
     builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
+    return bytes(memoryview(builder.Bytes)[builder.head :])
 
 
 def with_activations_of_16_bits(content: bytes) -> bytes:

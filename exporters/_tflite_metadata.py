@@ -11,7 +11,6 @@ A flatbuffer is read from its start and a ZIP archive from its end, so both read
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import zipfile
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from edgekd.types import Card, Json, Precision, TensorSpec
 
 from ._tflite_edit import with_metadata
 
-__all__ = ["append_metadata", "check_intact", "read_metadata"]
+__all__ = ["check_intact", "read_metadata", "write_with_metadata"]
 
 _NAME, _LABELS = "metadata.json", "labels.txt"
 _TENSOR_AXIS_LABELS = 2  # of AssociatedFileType
@@ -31,17 +30,19 @@ _ENTRY = b"PK\x03\x04"
 _DATE = (1980, 1, 1, 0, 0, 0)  # the first that a ZIP archive can tell: the same card gives the same bytes
 
 
-def append_metadata(
+def write_with_metadata(
+    path: Path,
     content: bytes,
     card: Card,
     precision: Precision,
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
     more: Json,
-) -> bytes:
-    """A model with the facts of its card behind it.
+) -> None:
+    """Write a model with the facts of its card behind it.
 
     Args:
+        path: Of the file.
         content: The flatbuffer.
         card: Of the program it was written from.
         precision: Of the file.
@@ -64,14 +65,13 @@ def append_metadata(
     entries = {_NAME: json.dumps(facts, indent=1, sort_keys=True)}
     if card.labels:
         entries[_LABELS] = "".join(" ".join(label.split()) + "\n" for label in card.labels)
-    buffer = io.BytesIO(content)
-    with zipfile.ZipFile(buffer, "a") as archive:
+    path.write_bytes(content)
+    with zipfile.ZipFile(path, "a") as archive:
         for name, text in entries.items():
             entry = zipfile.ZipInfo(name, _DATE)
             entry.create_system = 3
             entry.external_attr = 0o644 << 16
             archive.writestr(entry, text)
-    return buffer.getvalue()
 
 
 def _tensorflow_metadata(card: Card, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bytes:
@@ -117,7 +117,7 @@ def _tensorflow_metadata(card: Card, inputs: Sequence[TensorSpec], outputs: Sequ
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What :func:`append_metadata` wrote: ``name``, ``precision``, ``inputs``, ``outputs``, ``labels``,
+    """What :func:`write_with_metadata` wrote: ``name``, ``precision``, ``inputs``, ``outputs``, ``labels``,
     ``preprocessing``, and the size and sha256 of the flatbuffer; empty when the file holds no ``metadata.json``.
 
     Raises:

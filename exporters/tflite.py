@@ -40,7 +40,7 @@ from ._tflite_contents import read_contents
 from ._tflite_convert import convert, first_line, quiet, requantize
 from ._tflite_edit import integer_edges, with_activations_of_16_bits, with_open_batch, with_weights_of_4_bits
 from ._tflite_graph import prepare, program_precision
-from ._tflite_metadata import append_metadata, check_intact, read_metadata
+from ._tflite_metadata import check_intact, read_metadata, write_with_metadata
 from ._tflite_options import TFLiteOptions
 
 __all__ = ["EXPORTER", "LiteRTRunner", "TFLiteExporter", "read_metadata"]
@@ -117,7 +117,7 @@ class TFLiteExporter:
             )
         runner = _verify(content, inputs, outputs, precision)
         facts = {"batch": options.batch} if len(batch) > 1 else {}
-        path.write_bytes(append_metadata(content, student.card, precision, runner.inputs, runner.outputs, facts))
+        write_with_metadata(path, content, student.card, precision, runner.inputs, runner.outputs, facts)
         if precision == "w4d8" and all(weight.dtype != "int4" for weight in read_contents(path).weights):
             path.unlink()
             raise ExportError(

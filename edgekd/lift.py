@@ -1,0 +1,146 @@
+"""A rewritten module as a program again without tracing it: shapes are computed along its graph, and that is all.
+
+``torch.export`` runs a module operator by operator through its tracer, which takes as long as half a conversion to Core
+ML. A graph of operators with every size known needs no tracer: each operator is run once on fake tensors, what is a
+number becomes a constant, and weights become inputs, as an ``ExportedProgram`` has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from edgekd.pure import is_in_place, pure_form
+
+__all__ = ["lifted"]
+
+
+def lifted(
+    module: nn.Module,
+    program: ExportedProgram,
+    inputs: Sequence[Tensor],
+    example_inputs: tuple[tuple[Any, ...], dict[str, Any]],
+) -> ExportedProgram | None:
+    """The program of a module.
+
+    Args:
+        module: A graph that takes and returns what ``program.module()`` does.
+        program: What it was made from: says how inputs and outputs are nested.
+        inputs: Of the sizes that the program is for, in the order of the module's placeholders.
+        example_inputs: The same, as the module is called.
+
+    Returns:
+        None where a tracer is needed: the module is no graph, writes where others read, holds another module, or
+        takes something besides tensors.
+    """
+    if not isinstance(module, GraphModule) or not _is_plain(module, program):
+        return None
+    mode = _fake_mode()
+    graph = Graph()
+    known: dict[Node, Any] = {}  # of each old node its new one, or the number that it is
+    state: dict[str, Tensor] = {}
+    weights: list[InputSpec] = []
+    taken: list[InputSpec] = []
+    places = [node for node in module.graph.nodes if node.op == "placeholder"]
+    prefix = "weight"
+    while any(str(name).startswith(prefix) for name in program.graph_signature.user_inputs):
+        prefix += "_"
+    for index, target in enumerate(dict.fromkeys(n.target for n in module.graph.nodes if n.op == "get_attr")):
+        weight = _tensor(module, str(target))
+        assert weight is not None
+        place = graph.placeholder(f"{prefix}_{index}")
+        place.meta["val"] = mode.from_tensor(weight, static_shapes=True)
+        kind = InputKind.PARAMETER if isinstance(weight, nn.Parameter) else InputKind.BUFFER
+        persistent = None if kind is InputKind.PARAMETER else True
+        weights.append(InputSpec(kind, TensorArgument(place.name), str(target), persistent))
+        state[str(target)] = weight
+        known |= {n: place for n in module.graph.nodes if n.op == "get_attr" and n.target == target}
+    for old, tensor in zip(places, inputs, strict=True):
+        place = graph.placeholder(old.name)
+        place.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+        taken.append(InputSpec(InputKind.USER_INPUT, TensorArgument(place.name), None))
+        known[old] = place
+    with mode, torch.no_grad():
+        for node in module.graph.nodes:
+            if node.op == "call_function":
+                known[node] = _computed(graph, node, known)
+    results = _flat(module)
+    if not all(isinstance(known.get(result), Node) for result in results):
+        return None
+    graph.output(tuple(known[result] for result in results))
+    given = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(known[result].name), None) for result in results]
+    made = ExportedProgram(
+        root=nn.Module(),
+        graph=graph,
+        graph_signature=ExportGraphSignature([*weights, *taken], given),
+        state_dict=state,
+        range_constraints={},
+        module_call_graph=program.module_call_graph[:1],
+        example_inputs=example_inputs,
+        constants={},
+        verifiers=[program.verifier],
+    )
+    entries = [node for node in made.graph.nodes if node.op == "placeholder"][len(weights) :]
+    for node, name, spec in zip(entries, program.graph_signature.user_inputs, taken, strict=True):
+        # A graph takes no name that Python has for a function (``input``); one that is made already does.
+        node.name = node.target = spec.arg.name = str(name)
+    return made
+
+
+def _fake_mode() -> Any:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    return FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, export=True)
+
+
+def _is_plain(module: GraphModule, program: ExportedProgram) -> bool:
+    if any(
+        spec.kind is InputKind.USER_INPUT and not isinstance(spec.arg, TensorArgument)
+        for spec in program.graph_signature.input_specs
+    ):
+        return False
+    return all(
+        node.op in ("placeholder", "output")
+        or (node.op == "get_attr" and _tensor(module, str(node.target)) is not None)
+        or (node.op == "call_function" and not (is_in_place(node) and pure_form(node) is None))
+        for node in module.graph.nodes
+    )
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor | None:
+    owner, _, leaf = name.rpartition(".")
+    found = getattr(module.get_submodule(owner), leaf)
+    return found if isinstance(found, Tensor) else None
+
+
+def _computed(graph: Graph, node: Node, known: dict[Node, Any]) -> Any:
+    """The node's copy with its value, or the number that it is."""
+    args = torch.fx.node.map_arg(node.args, lambda one: known[one])
+    kwargs = torch.fx.node.map_arg(node.kwargs, lambda one: known[one])
+    values = torch.fx.node.map_arg((args, kwargs), lambda one: one.meta["val"])
+    value = node.target(*values[0], **values[1])
+    if isinstance(value, int | float | bool):
+        return value
+    made = graph.create_node("call_function", node.target, args, kwargs, node.name)
+    made.meta = {key: entry for key, entry in node.meta.items() if key == "nn_module_stack"} | {"val": value}
+    return made
+
+
+def _flat(module: GraphModule) -> list[Any]:
+    (output,) = (node for node in module.graph.nodes if node.op == "output")
+    return pytree.tree_leaves(output.args[0])

@@ -1,0 +1,100 @@
+"""A rewritten module becomes a program again without a tracer, and computes what the traced one does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgekd import lift, models
+from edgekd.models import at_batch, export_program, input_specs, output_specs
+
+
+class Calls(nn.Module):
+    def __init__(self, function: Callable[..., object]) -> None:
+        super().__init__()
+        self.function, self.layer = function, nn.Conv2d(3, 4, 3)
+        self.register_buffer("shift", torch.arange(4.0)[:, None, None])
+
+    def forward(self, x: Tensor) -> object:
+        return self.function(self.layer(x) + self.shift)
+
+
+def sizes_of_a_batch(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[0] * 2, -1).mean(1).view(x.shape[0], 2).expand(x.shape[0], 2)
+
+
+def in_place(x: Tensor) -> Tensor:
+    return x.relu_().add_(1)
+
+
+def parts(x: Tensor) -> dict[str, Tensor]:
+    low, high = x.split(2, 1)
+    return {"low": low.mean((2, 3)), "high": high.amax((2, 3))}
+
+
+PLAIN = (sizes_of_a_batch, in_place, parts)
+
+
+@pytest.mark.parametrize("function", PLAIN)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_program_of_a_fixed_batch_is_made_without_tracing(
+    function: Callable[..., object], batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = Calls(function).eval()
+    program = export_program(module, [torch.zeros(1, 3, 6, 6)])
+    assert input_specs(program)[0].shape[0] == -1
+    monkeypatch.delattr(torch.export, "export")
+    fixed = at_batch(program, batch)
+    assert input_specs(fixed)[0].shape == (batch, 3, 6, 6)
+    assert [spec.name for spec in output_specs(fixed)] == [spec.name for spec in output_specs(program)]
+    assert all(-1 not in spec.shape for spec in output_specs(fixed))
+    x = torch.randn(batch, 3, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(fixed.module()(x.clone()), module(x.clone()), rtol=0, atol=0)
+    torch.testing.assert_close(fixed.run_decompositions({}).module()(x.clone()), module(x.clone()))
+
+
+def test_what_it_makes_is_what_the_tracer_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = export_program(Calls(sizes_of_a_batch), [torch.zeros(1, 3, 6, 6)])
+    ours = at_batch(program)
+    monkeypatch.setattr(models, "lifted", lambda *_: None)
+    traced = at_batch(program)
+    calls = [[node.target for node in one.graph.nodes if node.op == "call_function"] for one in (ours, traced)]
+    assert calls[0] == calls[1]
+    assert {name: tuple(w.shape) for name, w in ours.state_dict.items()} == {
+        name: tuple(w.shape) for name, w in traced.state_dict.items()
+    }
+
+
+class Named(nn.Module):
+    def forward(self, input: Tensor, weight: Tensor, weight_0: Tensor) -> Tensor:  # names that are taken elsewhere
+        return input * weight + weight_0
+
+
+def test_names_of_inputs_stay() -> None:
+    program = export_program(Named(), [torch.zeros(1, 2)] * 3)
+    fixed = at_batch(program, 2)
+    assert [spec.name for spec in input_specs(fixed)] == ["input", "weight", "weight_0"]
+    one, two, three = torch.randn(3, 2, 2)
+    assert torch.equal(fixed.run_decompositions({}).module()(one, two, three), one * two + three)
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add_(1)
+        return x + self.seen
+
+
+def test_a_module_that_keeps_state_is_left_to_the_tracer() -> None:
+    program = export_program(Counts(), [torch.zeros(1, 2)])
+    module = program.module(check_guards=False)
+    example = torch.zeros(1, 2)
+    assert lift.lifted(module, program, [example], ((example,), {})) is None
+    assert at_batch(program).module()(torch.zeros(1, 2)).tolist() == [[1.0, 1.0]]
