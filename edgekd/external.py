@@ -14,7 +14,7 @@ from edgekd.compress import STATIC, compress
 from edgekd.data import load_arrays
 from edgekd.decoder import LOGITS, POSITIONS, TOKENS, decoder_program
 from edgekd.errors import ModelFileError, UsageError
-from edgekd.export import Proof, requests_of, synthetic_samples, write_request
+from edgekd.export import Proof, Request, requests_of, synthetic_samples, write_request
 from edgekd.generation import proof_prompts
 from edgekd.hugging_face import hugging_face_example, hugging_face_module
 from edgekd.mixed import DEFAULT_MAX_DROP, Budget
@@ -27,7 +27,7 @@ from edgekd.models import (
     input_specs,
     output_specs,
 )
-from edgekd.protocols import Arrays, Options, Progress
+from edgekd.protocols import Arrays, Exporter, Options, Progress, WritingCaches
 from edgekd.quiet import quiet
 from edgekd.regressions import note_regressions
 from edgekd.store import fingerprint, hash_path, load_student, read_json
@@ -91,12 +91,12 @@ def export_external(
     else:
         calibrating, proof = None, _prompts(student, assets, samples)
     requests = requests_of(dict.fromkeys(targets, precisions), student, CANDIDATES if tuned else ())
+    if student.card.decoder is not None:
+        _check_caches(exporters, requests)
     sources = {request: exporters[request.target].precisions[request.precision].source for request in requests}
     if calibrating is None:
         # A candidate that cannot be made is none; what was asked for is missed.
         requests = [r for r in requests if sources[r] not in STATIC or r.is_asked]
-        if student.card.decoder is not None and any(sources[request] in STATIC for request in requests):
-            raise UsageError("a language model with caches has no static int8; w8, w8d8 and w4 quantize its weights")
         if missed := [sources[request] for request in requests if sources[request] in STATIC]:
             raise UsageError(f"{missed[0]} takes its scales from real samples; give them with --calibration data.npz")
     programs = {"fp32": student}
@@ -114,6 +114,21 @@ def export_external(
         progress.finish()
     note_regressions(list(written.values()))
     return settle(requests, written, student, proof, progress)
+
+
+def _check_caches(exporters: Mapping[str, Exporter], requests: Sequence[Request]) -> None:
+    """Whether language models with caches can be written like that.
+
+    Raises:
+        UsageError: A target does not write them, or not in a precision.
+    """
+    for request in requests:
+        exporter = exporters[request.target]
+        words = exporter.cached_precisions if isinstance(exporter, WritingCaches) else ()
+        if request.precision not in words:
+            there = f"; there are {', '.join(words)}" if words else "; onnx does"
+            what = f" in {request.precision}" if words else ""
+            raise UsageError(f"{request.target} writes no language models with caches{what}{there}")
 
 
 def load_external(reference: str, max_length: int | None = None) -> tuple[Student, dict[str, bytes]]:

@@ -93,6 +93,17 @@ class Decoding(Protocol):
         """
 
 
+@runtime_checkable
+class WritingCaches(Protocol):
+    """What an exporter may offer beside ``write``: language models with caches; its runner is :class:`Decoding` then.
+
+    Attributes:
+        cached_precisions: In which of its precisions.
+    """
+
+    cached_precisions: tuple[Precision, ...]
+
+
 class Options(BaseModel):
     """What a target alone can be told: ``[export.<target>]`` in a recipe, ``--option key=value`` on the command line.
 

@@ -73,6 +73,7 @@ class OnnxExporter:
         **conversions("fp32", "fp16", "w8", "w8d8", "w8a8", "w4a8", "auto"),
         "w4": Conversion("fp32", W4_TOLERANCE),
     }
+    cached_precisions: tuple[Precision, ...] = ("fp32", "fp16", "w8", "w8d8", "w4")
     options = OnnxOptions
 
     def write(self, student: Student, path: Path, precision: Precision, options: OnnxOptions = DEFAULTS) -> None:

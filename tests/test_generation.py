@@ -200,6 +200,23 @@ def test_a_folder_of_a_language_model_is_exported_with_its_tokenizer(model: Any,
     assert artifact.parity.generation.same == 4
 
 
+@pytest.mark.parametrize(
+    ("target", "precision", "said"),
+    [
+        ("tflite", "fp32", "tflite writes no language models with caches; onnx does"),
+        ("onnx", "w8a8", "in w8a8; there are"),
+    ],
+)
+def test_what_a_target_does_not_write_with_caches_is_said(
+    model: Any, target: str, precision: str, said: str, tmp_path: Path
+) -> None:
+    _need(target)
+    model.save_pretrained(tmp_path / "m")
+    with pytest.raises(UsageError, match=said):
+        export_external(f"hf:{tmp_path / 'm'}", [target], [precision], tmp_path / "out", _Silent(), max_length=96)
+    assert not (tmp_path / "out").exists()
+
+
 class _Silent:
     def start(self, what: str, total: int, done: int = 0) -> None: ...
     def advance(self, steps: int = 1, note: str = "") -> None: ...
