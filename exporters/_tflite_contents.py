@@ -7,6 +7,8 @@ from typing import Any
 
 from edgekd.contents import Contents, OperatorFact, OperatorKind, WeightFact, stored_bytes
 
+from ._tflite_edit import read_model
+
 __all__ = ["read_contents"]
 
 _KINDS: dict[str, OperatorKind] = {
@@ -27,7 +29,7 @@ def read_contents(path: Path) -> Contents:
     """
     from ai_edge_litert import schema_py_generated as schema
 
-    model = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
+    model = read_model(path.read_bytes())
     names = {value: name for name, value in vars(schema.BuiltinOperator).items() if isinstance(value, int)}
     types = {value: name for name, value in vars(schema.TensorType).items() if isinstance(value, int)}
     graph = model.subgraphs[0]

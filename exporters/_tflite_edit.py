@@ -12,10 +12,32 @@ import numpy as np
 
 from edgekd.errors import ExportError
 
-__all__ = ["integer_edges", "with_activations_of_16_bits", "with_metadata", "with_open_batch", "with_weights_of_4_bits"]
+__all__ = [
+    "integer_edges",
+    "read_model",
+    "with_activations_of_16_bits",
+    "with_metadata",
+    "with_open_batch",
+    "with_weights_of_4_bits",
+]
 
 Edit = Callable[[Any, Any], None]
 """Told the schema and the model, which it changes in place."""
+
+
+def read_model(content: bytes) -> Any:
+    """A model as the schema's objects, with the data of every buffer inside.
+
+    ai-edge-quantizer writes weights behind the flatbuffer where they are 256 KiB or more, and the buffers say where.
+    """
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    for buffer in model.buffers:
+        if buffer.offset > 1:  # 0 and 1 say that there is no data
+            buffer.data = np.frombuffer(content, np.uint8, buffer.size, buffer.offset)
+            buffer.offset = buffer.size = 0
+    return model
 
 
 def _edited(content: bytes, edit: Edit) -> bytes:
@@ -38,7 +60,7 @@ def _edited(content: bytes, edit: Edit) -> bytes:
             self.vectorNumElems = len(values)
             return self.EndVector()
 
-    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    model = read_model(content)
     edit(schema, model)
     builder = Aligned(len(content) + 4096)
     builder.Finish(model.Pack(builder), b"TFL3")
@@ -158,9 +180,7 @@ def with_open_batch(two: bytes, three: bytes) -> bytes:
     Raises:
         ExportError: The files differ in something else: an operator computes with the batch.
     """
-    from ai_edge_litert import schema_py_generated as schema
-
-    other = schema.ModelT.InitFromPackedBuf(three, 0)
+    other = read_model(three)
 
     def edit(schema: Any, model: Any) -> None:
         (graph,), (twin,) = model.subgraphs, other.subgraphs

@@ -547,3 +547,23 @@ def test_w4d8_keeps_8_bits_where_blocks_do_not_fit_and_lint_names_it(tmp_path: P
     (name,) = (weight.name for weight in contents.weights if weight.shape == (64, 48))
     assert finding.names == (name,)
     assert finding.cost_bytes == 64 * 48 // 2
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "size"), [("fp16", "float16", 2), ("w8d8", "int8", 1), ("w4d8", "int4", 0.5)]
+)
+def test_weights_that_the_quantizer_keeps_behind_the_flatbuffer_stay(
+    precision: Precision, dtype: str, size: float, tmp_path: Path
+) -> None:
+    """From 256 KiB of them on; real models have more."""
+    torch.manual_seed(0)
+    student = _student(nn.Sequential(nn.Linear(512, 1280), nn.ReLU(), nn.Linear(1280, 8)), torch.zeros(1, 512))
+    path = tmp_path / "model.tflite"
+    EXPORTER.write(student, path, precision)
+    inputs = _samples(student, 1)
+    (expected,) = run_program(student.program, inputs).values()
+    (found,) = EXPORTER.load(path)(inputs).values()
+    assert np.corrcoef(expected.ravel(), found.ravel())[0, 1] > (0.95 if precision == "w4d8" else 0.999)
+    largest = max(EXPORTER.contents(path).weights, key=lambda weight: weight.size_bytes)
+    assert largest.dtype == dtype
+    assert largest.size_bytes == 512 * 1280 * size
