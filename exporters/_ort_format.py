@@ -22,8 +22,11 @@ _IDENTIFIER = b"ORTM"
 _ALIGNMENT = 8  # of 64-bit numbers, counted from the end of the file
 
 
-def to_ort_format(content: bytes) -> bytes:
+def to_ort_format(content: bytes, *, fold: bool = True) -> bytes:
     """A model in ONNX's format, optimized as far as all processors allow, in ONNX Runtime's.
+
+    Args:
+        fold: Compute what is constant. Of int8 weights that are read in float this would keep the floats.
 
     Raises:
         ExportError: ONNX Runtime refuses, or lays the file out otherwise than its release 1.32.
@@ -38,7 +41,12 @@ def to_ort_format(content: bytes) -> bytes:
         path = Path(folder) / "model.ort"
         options.optimized_model_filepath = str(path)
         try:
-            onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            onnxruntime.InferenceSession(
+                content,
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=[] if fold else ["ConstantFolding"],
+            )
         except Exception as error:
             raise ExportError(f"ONNX Runtime does not save this model in its own format: {error}") from error
         return _repeatable(path.read_bytes())

@@ -55,7 +55,7 @@ class OrtExporter:
         with quiet():
             if precision in ("w8d8", *STATIC):
                 content = with_unsigned_weights(content)
-            path.write_bytes(to_ort_format(content))
+            path.write_bytes(to_ort_format(content, fold=precision != "w8"))
 
     def load(self, path: Path) -> Runner:
         return onnx.load_onnx(path)

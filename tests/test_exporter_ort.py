@@ -56,6 +56,14 @@ def test_file_computes_what_its_program_computes(
     assert parity.status == "passed", parity.reason
 
 
+def test_int8_weights_stay_bytes(tmp_path: Path) -> None:
+    """ONNX Runtime would fold them back into floats when it saves the graph."""
+    program = export_program(nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 8)), [torch.zeros(1, 64)])
+    student = Student(program, Card("net", input_specs(program), output_specs(program)))
+    EXPORTER.write(compress(student, "w8"), tmp_path / "model.ort", "w8")
+    assert (tmp_path / "model.ort").stat().st_size < (64 * 512 + 512 * 8) * 1.4
+
+
 def test_file_and_its_onnx_file_give_the_same(convnet_student: Student, tmp_path: Path, inputs_of: InputsOf) -> None:
     student = compress(convnet_student, "w8a8", inputs_of(convnet_student, 24))
     options, samples = OnnxOptions(batch="1,4"), inputs_of(student, 9)
