@@ -61,7 +61,7 @@ def test_a_wrong_recipe_is_all_its_lines_and_exit_2(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert [line.partition(": ")[2].partition(":")[0] for line in done.stderr.splitlines()] == [
         "data.test",
-        "teacher.model",
+        "teacher",
         "student.model",
         "data.train",
     ]

@@ -75,7 +75,7 @@ def test_onnx_keeps_large_constants_in_half_precision(tmp_path: Path) -> None:
 
 def test_onnx_enlarges_pictures_in_half_precision(tmp_path: Path) -> None:
     module = Function(lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear") + x.mean())
-    proven(module, [torch.randn(2, 3, 6, 6)], "onnx", "fp16", tmp_path)
+    proven(module, [torch.randn(1, 3, 6, 6)], "onnx", "fp16", tmp_path)
 
 
 def test_a_crash_a_hang_and_a_refusal_are_results() -> None:
