@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 
-from edgekd.fold import CONVOLUTIONS, LINEAR, attribute, clean, free_name, set_constant
+from edgekd.fold import attribute, clean, free_name, set_constant
+from edgekd.layers import CONVOLUTIONS, LINEAR
 from edgekd.protocols import Arrays
 from edgekd.static import interpret
 

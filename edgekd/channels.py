@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from edgekd.fold import CONVOLUTIONS, LINEAR, attribute
+from edgekd.fold import attribute
+from edgekd.layers import CONVOLUTIONS, LINEAR
 
 __all__ = ["Channels", "find_channels", "remove_channels"]
 

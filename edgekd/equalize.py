@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from edgekd.fold import CONVOLUTIONS, LINEAR, attribute, pads_with_zero
+from edgekd.fold import attribute, pads_with_zero
+from edgekd.layers import CONVOLUTIONS, LINEAR
 
 __all__ = ["Pair", "equalize", "pairs_of"]
 

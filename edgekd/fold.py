@@ -5,42 +5,27 @@ from __future__ import annotations
 import operator
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from edgekd.layers import CONVOLUTIONS, LINEAR, TRANSPOSED, is_transposed, transposed_groups
 from edgekd.models import retrace
-from edgekd.pure import is_in_place, pure_form
+from edgekd.pure import pure_form, stays_in_place
 
 __all__ = [
-    "CONVOLUTIONS",
-    "LINEAR",
-    "TRANSPOSED",
     "attribute",
     "clean",
     "fold_batch_norm",
     "folded_module",
     "free_name",
-    "is_transposed",
     "pads_with_zero",
     "set_constant",
 ]
 
 _ATEN = torch.ops.aten
-
-CONVOLUTIONS = {
-    _ATEN.conv1d.default,
-    _ATEN.conv1d.padding,
-    _ATEN.conv2d.default,
-    _ATEN.conv2d.padding,
-    _ATEN.conv3d.default,
-    _ATEN.conv3d.padding,
-}
-TRANSPOSED = {_ATEN.conv_transpose1d.default, _ATEN.conv_transpose2d.input, _ATEN.conv_transpose3d.input}
-LINEAR = {_ATEN.linear.default}
 
 _BATCH_NORMS = {
     _ATEN.batch_norm.default,  # (x, weight, bias, mean, var, training, momentum, eps, cudnn)
@@ -70,7 +55,7 @@ def folded_module(program: ExportedProgram) -> GraphModule:
 
     Constants are ``get_attr`` nodes; those that nothing reads are gone.
     """
-    if any(is_in_place(node) and pure_form(node) is None for node in program.graph.nodes):
+    if any(map(stays_in_place, program.graph.nodes)):
         # An empty table decomposes nothing: it only turns operators in place into their pure form.
         with warnings.catch_warnings():  # torch 2.13 warns of its own deprecated use of LeafSpec
             warnings.simplefilter("ignore", FutureWarning)
@@ -329,18 +314,6 @@ def _scale_outputs(layer: Node, weight: Tensor, scale: Tensor) -> Tensor:
     groups = transposed_groups(layer)
     spread = scale.reshape(groups, 1, -1).expand(groups, weight.shape[0] // groups, -1)
     return weight * spread.reshape(weight.shape[0], weight.shape[1], *[1] * (weight.ndim - 2))
-
-
-def is_transposed(layer: Node) -> bool:
-    """Whether a convolution is a transposed one: its weight has the outputs on axis 1."""
-    return layer.target in TRANSPOSED or (layer.target is _ATEN.convolution.default and bool(layer.args[6]))
-
-
-def transposed_groups(layer: Node) -> int:
-    """Groups of a transposed convolution."""
-    position = 8 if layer.target is _ATEN.convolution.default else 6
-    groups: Any = layer.args[position] if len(layer.args) > position else 1
-    return int(groups)
 
 
 def _readers(module: GraphModule, name: str) -> int:

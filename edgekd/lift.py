@@ -24,7 +24,7 @@ from torch.export.graph_signature import (
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from edgekd.pure import is_in_place, pure_form
+from edgekd.pure import stays_in_place
 
 __all__ = ["lifted"]
 
@@ -59,16 +59,19 @@ def lifted(
     prefix = "weight"
     while any(str(name).startswith(prefix) for name in program.graph_signature.user_inputs):
         prefix += "_"
-    for index, target in enumerate(dict.fromkeys(n.target for n in module.graph.nodes if n.op == "get_attr")):
-        weight = _tensor(module, str(target))
-        assert weight is not None
-        place = graph.placeholder(f"{prefix}_{index}")
-        place.meta["val"] = mode.from_tensor(weight, static_shapes=True)
-        kind = InputKind.PARAMETER if isinstance(weight, nn.Parameter) else InputKind.BUFFER
-        persistent = None if kind is InputKind.PARAMETER else True
-        weights.append(InputSpec(kind, TensorArgument(place.name), str(target), persistent))
-        state[str(target)] = weight
-        known |= {n: place for n in module.graph.nodes if n.op == "get_attr" and n.target == target}
+    of_weights: dict[str, Node] = {}
+    for node in (node for node in module.graph.nodes if node.op == "get_attr"):
+        name = str(node.target)
+        if name not in of_weights:
+            weight = _tensor(module, name)
+            assert weight is not None
+            place = of_weights[name] = graph.placeholder(f"{prefix}_{len(of_weights)}")
+            place.meta["val"] = mode.from_tensor(weight, static_shapes=True)
+            kind = InputKind.PARAMETER if isinstance(weight, nn.Parameter) else InputKind.BUFFER
+            persistent = None if kind is InputKind.PARAMETER else True
+            weights.append(InputSpec(kind, TensorArgument(place.name), name, persistent))
+            state[name] = weight
+        known[node] = of_weights[name]
     for old, tensor in zip(places, inputs, strict=True):
         place = graph.placeholder(old.name)
         place.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
@@ -117,7 +120,7 @@ def _is_plain(module: GraphModule, program: ExportedProgram) -> bool:
     return all(
         node.op in ("placeholder", "output")
         or (node.op == "get_attr" and _tensor(module, str(node.target)) is not None)
-        or (node.op == "call_function" and not (is_in_place(node) and pure_form(node) is None))
+        or (node.op == "call_function" and not stays_in_place(node))
         for node in module.graph.nodes
     )
 

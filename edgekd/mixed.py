@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from edgekd.bias import correct_biases
 from edgekd.corrections import Static, StaticPlan, static_of
 from edgekd.errors import BudgetError, UsageError
-from edgekd.fold import CONVOLUTIONS, LINEAR
+from edgekd.layers import CONVOLUTIONS, LINEAR
 from edgekd.metrics import accuracy, agreement
 from edgekd.parity import LOGITS
 from edgekd.protocols import Arrays

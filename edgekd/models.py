@@ -20,7 +20,7 @@ from torch.export import Dim, ExportedProgram
 from edgekd.errors import DataError, ModelFileError
 from edgekd.lift import lifted
 from edgekd.protocols import Arrays
-from edgekd.pure import is_in_place, pure_form
+from edgekd.pure import stays_in_place
 from edgekd.quiet import quiet
 from edgekd.types import TensorSpec
 
@@ -401,9 +401,7 @@ def run_program(program: ExportedProgram, arrays: Arrays, batch: int = 256) -> d
 
 def _keeps_state(program: ExportedProgram) -> bool:
     """Whether a program writes something that lasts from call to call; before decomposition, as operators in place."""
-    return bool(program.graph_signature.buffers_to_mutate) or any(
-        is_in_place(node) and pure_form(node) is None for node in program.graph.nodes
-    )
+    return bool(program.graph_signature.buffers_to_mutate) or any(map(stays_in_place, program.graph.nodes))
 
 
 def flatten_outputs(output: Any) -> list[Tensor]:

@@ -23,7 +23,8 @@ from torch.fx import GraphModule, Node
 from edgekd.channels import find_channels, remove_channels
 from edgekd.compress import refuse_compressed
 from edgekd.errors import UsageError
-from edgekd.fold import CONVOLUTIONS, LINEAR, attribute, folded_module
+from edgekd.fold import attribute, folded_module
+from edgekd.layers import CONVOLUTIONS, LINEAR
 from edgekd.models import call_arguments, count_macs, flatten_outputs, program_bytes, retrace
 from edgekd.static import copied
 from edgekd.types import Student

@@ -6,24 +6,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-__all__ = ["is_in_place", "pure_form"]
+from edgekd.layers import CONVOLUTIONS, LINEAR, TRANSPOSED
+
+__all__ = ["is_in_place", "pure_form", "stays_in_place"]
 
 _ATEN = torch.ops.aten
 
-_FRESH = {
-    _ATEN.batch_norm.default,
-    _ATEN.conv1d.default,
-    _ATEN.conv1d.padding,
-    _ATEN.conv2d.default,
-    _ATEN.conv2d.padding,
-    _ATEN.conv3d.default,
-    _ATEN.conv3d.padding,
-    _ATEN.conv_transpose1d.default,
-    _ATEN.conv_transpose2d.input,
-    _ATEN.conv_transpose3d.input,
-    _ATEN.linear.default,
-    _ATEN.matmul.default,
-}
+_FRESH = CONVOLUTIONS | TRANSPOSED | LINEAR | {_ATEN.batch_norm.default, _ATEN.matmul.default}
 """Composite operators that always make a new tensor; others may give their input back, whatever their schema says
 (dropout in inference, ``type_as``)."""
 
@@ -31,6 +20,11 @@ _FRESH = {
 def is_in_place(node: Node) -> bool:
     """Whether a node writes one of its arguments."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def stays_in_place(node: Node) -> bool:
+    """Whether a node writes one of its arguments, and no pure form can take its place."""
+    return is_in_place(node) and pure_form(node) is None
 
 
 def pure_form(node: Node) -> torch._ops.OpOverload | None:

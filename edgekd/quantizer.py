@@ -30,7 +30,8 @@ from torchao.quantization.pt2e.quantizer import (
     SharedQuantizationSpec,
 )
 
-from edgekd.fold import CONVOLUTIONS, LINEAR, is_transposed, pads_with_zero
+from edgekd.fold import pads_with_zero
+from edgekd.layers import CONVOLUTIONS, LINEAR, is_transposed
 from edgekd.observers import OBSERVERS, WeightMseObserver
 
 __all__ = ["PortableQuantizer"]

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from edgekd.errors import NumericalError
-from edgekd.fold import CONVOLUTIONS, LINEAR, TRANSPOSED, attribute, clean, is_transposed, set_constant
+from edgekd.fold import attribute, clean, set_constant
+from edgekd.layers import CONVOLUTIONS, LINEAR, TRANSPOSED, is_transposed
 
 __all__ = [
     "constant",
