@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd import plugins
-from edgekd.errors import MissingToolchainError, StorageError, UsageError
+from edgekd.errors import MissingToolchainError, StorageError, UsageError, first_line
 from edgekd.measurement import Measurement
 from edgekd.protocols import Progress
 from edgekd.store import state_folder
@@ -97,7 +97,7 @@ class History:
             self._engine: Engine = sql.create_engine(parsed, **options)
         except (sql.exc.ArgumentError, sql.exc.NoSuchModuleError, ModuleNotFoundError) as error:
             works = "sqlite:///history.db or postgresql+psycopg://user@host/name works"
-            raise UsageError(f"{self._url.partition('@')[0]}…: {_first_line(error)}; {works}") from None
+            raise UsageError(f"{self._url.partition('@')[0]}…: {first_line(error)}; {works}") from None
         except OSError as error:
             raise StorageError(f"{self._url}: {error.strerror}") from error
         self._table = _table()
@@ -176,7 +176,7 @@ class History:
                 yield connection
         except sql.exc.DBAPIError as error:
             where = self._engine.url.render_as_string(hide_password=True)
-            raise StorageError(f"history at {where}: {_first_line(error.orig or error)}") from error
+            raise StorageError(f"history at {where}: {first_line(error.orig or error)}") from error
 
 
 def keep(measured: Sequence[tuple[str, Measurement]], release: str, how: str, progress: Progress) -> None:
@@ -219,7 +219,3 @@ def _no_implicit_begin(connection: Any, _: Any) -> None:
 
 def _begin_immediate(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

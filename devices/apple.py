@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from edgekd.errors import DeviceError, UsageError
+from edgekd.errors import DeviceError, UsageError, first_line
 from edgekd.measurement import Block, DeviceStatus, Plan, Profile
 from edgekd.plugins import missing
 from edgekd.protocols import Arrays, Device, Settings
@@ -127,8 +127,7 @@ class IPhoneDevice:
             raise
         except Exception as error:  # coremltools raises what its tools told
             self._prepared = None
-            line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise DeviceError(f"{artifact.path} on {self._profile.name}: {line}") from error
+            raise DeviceError(f"{artifact.path} on {self._profile.name}: {first_line(error)}") from error
 
     def close(self) -> None:
         """End the program on the phone."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from edgekd.errors import ModelFileError, UsageError
+from edgekd.errors import ModelFileError, UsageError, first_line
 from edgekd.models import rename_outputs, retrace, without_origin
 from edgekd.quiet import quiet
 from edgekd.types import TensorSpec
@@ -98,8 +98,9 @@ def decoder_program(model: nn.Module, context: int) -> ExportedProgram:
                 strict=False,
             )
     except Exception as error:
-        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelFileError(f"torch.export cannot trace {type(model).__name__} with a cache: {line}") from error
+        raise ModelFileError(
+            f"torch.export cannot trace {type(model).__name__} with a cache: {first_line(error)}"
+        ) from error
     rename_outputs(without_origin(program), [LOGITS, *(f"{name}_out" for name in caches)])
     _hold_against(program, model, caches)
     return program

@@ -33,7 +33,13 @@ __all__ = [
     "RecipeError",
     "StorageError",
     "UsageError",
+    "first_line",
 ]
+
+
+def first_line(error: BaseException) -> str:
+    """What someone else's error says, in one line; its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 class EdgekdError(Exception):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from edgekd import plugins
-from edgekd.errors import DataError, MissingToolchainError
+from edgekd.errors import DataError, MissingToolchainError, first_line
 
 if TYPE_CHECKING:
     from edgekd.recipe import Data, ImageData, TextData
@@ -77,7 +77,7 @@ def read_files(kind: str, path: Path, data: Data, folder: Path, labelled: bool =
     try:
         table = datasets.load_dataset(loader, split="train", **where)
     except Exception as error:
-        raise DataError(f"{kind}:{path.name} cannot be read: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{kind}:{path.name} cannot be read: {first_line(error)}") from error
     spec = data.text or data.image
     assert spec is not None  # the recipe's check
     for column in (spec.column, spec.label_column) if labelled else (spec.column,):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekd import plugins
-from edgekd.errors import DataError, MissingToolchainError, ModelFileError
+from edgekd.errors import DataError, MissingToolchainError, ModelFileError, first_line
 from edgekd.quiet import quiet
 
 __all__ = ["hugging_face_example", "hugging_face_module"]
@@ -53,7 +53,7 @@ def hugging_face_module(folder: Path, task: str | None = None) -> nn.Module:
     except ModelFileError:
         raise
     except Exception as error:
-        raise ModelFileError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise ModelFileError(f"{folder} cannot be loaded: {first_line(error)}") from error
     image = getattr(model, "main_input_name", "input_ids") == "pixel_values"
     model.config.use_cache = False  # a window is read at once; with a cache the outputs would hold one
     return (_ImageModel(model) if image else _TextModel(model)).eval()
@@ -77,7 +77,7 @@ def _gguf_module(folder: Path) -> nn.Module:
                 folder, gguf_file=files[0].name, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
             )
     except Exception as error:
-        raise ModelFileError(f"{files[0]} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise ModelFileError(f"{files[0]} cannot be loaded: {first_line(error)}") from error
     model.config.use_cache = False
     return _TextModel(model).eval()
 

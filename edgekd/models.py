@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from edgekd.errors import DataError, ModelFileError
+from edgekd.errors import DataError, ModelFileError, first_line
 from edgekd.lift import lifted
 from edgekd.protocols import Arrays
 from edgekd.pure import stays_in_place
@@ -70,7 +70,7 @@ def export_program(module: nn.Module, inputs: Sequence[Tensor], *, dynamic_batch
                     return without_origin(torch.export.export(module, pairs, dynamic_shapes=shapes, strict=False))
             return without_origin(torch.export.export(module, tuple(x[:1] for x in args), strict=False))
     except Exception as error:
-        raise ModelFileError(f"torch.export cannot trace {type(module).__name__}: {_first_line(error)}") from error
+        raise ModelFileError(f"torch.export cannot trace {type(module).__name__}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -137,7 +137,7 @@ def load_program(path: Path) -> ExportedProgram:
     except ModelFileError:
         raise
     except Exception as error:
-        raise ModelFileError(f"{path} cannot be read as a .pt2 file: {_first_line(error)}") from error
+        raise ModelFileError(f"{path} cannot be read as a .pt2 file: {first_line(error)}") from error
 
 
 def _refuse_pickle(path: Path) -> None:
@@ -248,7 +248,7 @@ def retrace(
     try:
         traced = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
     except Exception as error:
-        raise ModelFileError(f"torch.export cannot trace the rewritten program: {_first_line(error)}") from error
+        raise ModelFileError(f"torch.export cannot trace the rewritten program: {first_line(error)}") from error
     return rename_outputs(without_origin(traced), names)
 
 
@@ -430,7 +430,3 @@ def count_macs(program: ExportedProgram) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         program.module()(*positional, **keyword)
     return int(counter.get_total_flops()) // 2 // batch
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

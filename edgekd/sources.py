@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from edgekd import plugins
-from edgekd.errors import DataError, ModelFileError, UsageError
+from edgekd.errors import DataError, ModelFileError, UsageError, first_line
 from edgekd.models import count_macs, count_parameters, export_program, flatten_outputs
 from edgekd.protocols import Arrays, ModelRequest, Teaching, Trainable
 from edgekd.taps import tapped
@@ -147,8 +147,7 @@ def module_teacher(module: nn.Module, asked: ModelRequest, example: Arrays) -> T
                 returned = flatten_outputs(module(*(torch.from_numpy(array) for array in arrays.values())))
             except Exception as error:
                 taken = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise DataError(f"teacher {asked.reference!r} cannot take {taken}: {reason}") from error
+                raise DataError(f"teacher {asked.reference!r} cannot take {taken}: {first_line(error)}") from error
             features = {tap: seen(tap).float().numpy() for tap in asked.taps}
         return Answer(checked_logits(returned[0].float().numpy() if returned else np.empty(0), asked), features)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch.export import ExportedProgram
 
-from edgekd.errors import ExportError, UsageError
+from edgekd.errors import ExportError, UsageError, first_line
 from edgekd.models import OPEN
 from edgekd.types import Card, Precision, Student, TensorSpec
 
@@ -122,10 +122,11 @@ def convert(
             **settings,
         )
     except Exception as error:  # the converter raises every type there is
-        first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         where = next((line for text in reversed(complaints) for line in text.split("\n") if "converting" in line), "")
         where = where.partition("ERROR - ")[2].partition(" (located")[0]
-        raise ExportError(f"Core ML's converter refuses{f' while {where}' if where else ''}: {first_line}") from error
+        raise ExportError(
+            f"Core ML's converter refuses{f' while {where}' if where else ''}: {first_line(error)}"
+        ) from error
 
 
 def _fits_half(operation: Any) -> bool:

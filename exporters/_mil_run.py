@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from edgekd.errors import DataError, ExportError, ModelFileError
+from edgekd.errors import DataError, ExportError, ModelFileError, first_line
 
 from ._mil_package import Type, Value, tensor_shape
 from ._mil_registry import to_python
@@ -62,8 +62,7 @@ def compute(step: Step, arguments: dict[str, Any]) -> tuple[Value, ...]:
     except (DataError, ModelFileError, ExportError) as error:
         raise type(error)(f"{step.label}: {error}") from error
     except _TORCH_ERRORS as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise ModelFileError(f"{step.label} cannot be computed: {first_line}") from error
+        raise ModelFileError(f"{step.label} cannot be computed: {first_line(error)}") from error
     # A list is a tuple too, but the operators that give one have one result.
     several = isinstance(result, tuple) and not (len(step.outputs) == 1 and step.outputs[0][1].kind == "LIST")
     results = tuple(result) if several else (result,)

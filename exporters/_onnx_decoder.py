@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.decoder import LOGITS, POSITIONS, TOKENS, last_token
-from edgekd.errors import DataError, UsageError
+from edgekd.errors import DataError, UsageError, first_line
 from edgekd.types import Student
 
 from ._onnx_options import OnnxOptions
@@ -93,5 +93,5 @@ class Bound:
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
-            raise DataError(f"ONNX Runtime cannot read these tokens: {str(error).strip().splitlines()[0]}") from error
+            raise DataError(f"ONNX Runtime cannot read these tokens: {first_line(error)}") from error
         return np.array(self._binding.get_outputs()[0].numpy()[0, -1], np.float32)  # a copy: the next call writes there

@@ -29,7 +29,7 @@ import numpy as np
 from torch.export import ExportedProgram
 
 from edgekd.contents import Contents
-from edgekd.errors import DataError, ExportError, ModelFileError, UsageError
+from edgekd.errors import DataError, ExportError, ModelFileError, UsageError, first_line
 from edgekd.models import input_specs, output_specs
 from edgekd.parity import conversions, fitting
 from edgekd.protocols import Arrays, Exporter, Options
@@ -107,7 +107,7 @@ class CoreAIRunner:
                 model = self._waiter.wait(executable.__aenter__())
                 self._function = model.load_function(_ENTRY)
             except (RuntimeError, KeyError, ValueError, OSError) as error:
-                raise ModelFileError(f"{path} cannot be loaded by Core AI: {_first_line(error)}") from error
+                raise ModelFileError(f"{path} cannot be loaded by Core AI: {first_line(error)}") from error
         weakref.finalize(self, _close, self._waiter, executable)
         described = self._function.desc
         facts = _facts(path)
@@ -132,7 +132,7 @@ class CoreAIRunner:
             with quiet_native():
                 outputs = self._waiter.wait(self._function(feed))
         except RuntimeError as error:
-            raise DataError(f"Core AI cannot run these inputs: {_first_line(error)}") from error
+            raise DataError(f"Core AI cannot run these inputs: {first_line(error)}") from error
         return {spec.name: np.array(outputs[spec.name].numpy()) for spec in self.outputs}
 
 
@@ -177,7 +177,7 @@ def _convert(student: Student, program: ExportedProgram) -> Any:
         strip_debug_info(converted)  # where each operator stood, in whose file
         return converted
     except Exception as error:
-        raise ExportError(f"coreai-torch refuses {student.card.name!r}: {_first_line(error)}") from error
+        raise ExportError(f"coreai-torch refuses {student.card.name!r}: {first_line(error)}") from error
 
 
 @contextmanager
@@ -258,7 +258,3 @@ def _specs(described: Any, what: str, order: list[str] | None) -> tuple[TensorSp
         tensor = getattr(described, f"{what}_descriptor")(name)
         specs.append(TensorSpec(name, tuple(tensor.shape), str(tensor.dtype)))
     return tuple(specs)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

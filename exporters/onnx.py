@@ -13,7 +13,7 @@ import numpy as np
 
 from edgekd.compress import STATIC
 from edgekd.contents import Contents
-from edgekd.errors import DataError, ExportError, ModelFileError, UsageError
+from edgekd.errors import DataError, ExportError, ModelFileError, UsageError, first_line
 from edgekd.parity import conversions
 from edgekd.protocols import Arrays, Runner
 from edgekd.quiet import quiet
@@ -124,7 +124,7 @@ class OnnxRunner:
                 path, session_options(threads), providers=["CPUExecutionProvider"]
             )
         except Exception as error:
-            raise ModelFileError(f"{path} is not a model that ONNX Runtime reads: {_first_line(error)}") from error
+            raise ModelFileError(f"{path} is not a model that ONNX Runtime reads: {first_line(error)}") from error
         self.inputs = tuple(_spec(value) for value in self.session.get_inputs())
         self.outputs = tuple(_spec(value) for value in self.session.get_outputs())
         facts = self.session.get_modelmeta().custom_metadata_map
@@ -141,7 +141,7 @@ class OnnxRunner:
         try:
             outputs = self.session.run(names, feed)
         except Exception as error:
-            raise DataError(f"ONNX Runtime cannot run these inputs: {_first_line(error)}") from error
+            raise DataError(f"ONNX Runtime cannot run these inputs: {first_line(error)}") from error
         return dict(zip(names, outputs, strict=True))
 
 
@@ -267,7 +267,7 @@ def _refusal(student: Student, error: Exception) -> str:
                 f"torch.onnx does not translate {operator.group()}, which {student.card.name!r} uses; "
                 "replace it in the model, or export to another target"
             )
-    return f"torch.onnx refuses {student.card.name!r}: {_first_line(chain[-1])}"
+    return f"torch.onnx refuses {student.card.name!r}: {first_line(chain[-1])}"
 
 
 def _halve(model: ModelProto) -> ModelProto:
@@ -351,7 +351,3 @@ def _describe(model: ModelProto, student: Student, precision: Precision, options
 def _spec(value: Any) -> TensorSpec:
     shape = tuple(size if isinstance(size, int) else -1 for size in value.shape)
     return TensorSpec(value.name, shape, _DTYPES.get(value.type, value.type))
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekd.errors import MissingToolchainError, ModelFileError, UsageError
+from edgekd.errors import MissingToolchainError, ModelFileError, UsageError, first_line
 from edgekd.protocols import Arrays, ModelRequest, OriginOptions
 from edgekd.quiet import quiet
 
@@ -104,9 +104,7 @@ def _refuse_code(path: Path) -> None:
             with h5py.File(path, "r") as file:
                 config = json.loads(file.attrs["model_config"])
     except Exception as error:
-        raise ModelFileError(
-            f"{path} is no .keras file and no .h5 with a model: {str(error).splitlines()[0]}"
-        ) from error
+        raise ModelFileError(f"{path} is no .keras file and no .h5 with a model: {first_line(error)}") from error
     for table in _tables(config):
         name, module = table.get("class_name"), table.get("module")
         if name in ("Lambda", "__lambda__", "TorchModuleWrapper"):

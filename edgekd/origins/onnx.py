@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd import plugins
-from edgekd.errors import ModelFileError, UsageError
+from edgekd.errors import ModelFileError, UsageError, first_line
 from edgekd.protocols import Arrays, ModelRequest, OriginOptions
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _with_outputs(exporter: Any, path: Path, asked: ModelRequest) -> Any:
     try:
         model = onnx.shape_inference.infer_shapes(onnx.load(path))
     except Exception as error:
-        raise ModelFileError(f"{path} cannot be read as ONNX: {str(error).splitlines()[0]}") from error
+        raise ModelFileError(f"{path} cannot be read as ONNX: {first_line(error)}") from error
     known = {value.name: value for value in (*model.graph.value_info, *model.graph.output)}
     own = {value.name for value in model.graph.output}
     made = {name for node in model.graph.node for name in node.output if name}

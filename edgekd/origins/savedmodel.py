@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgekd.errors import DataError, ModelFileError
+from edgekd.errors import DataError, ModelFileError, first_line
 from edgekd.protocols import Arrays, ModelRequest, OriginOptions
 from edgekd.quiet import quiet
 
@@ -73,7 +73,7 @@ class _SavedModel:
             try:
                 made = signature(**{name: tf.constant(array) for name, array in bound.items()})
             except Exception as error:
-                raise DataError(f"teacher {asked.reference!r}: {str(error).splitlines()[0]}") from error
+                raise DataError(f"teacher {asked.reference!r}: {first_line(error)}") from error
             named = {name: tensor.numpy() for name, tensor in made.items()}
             wanted = {name: _channels_first(array) if name in asked.taps else array for name, array in named.items()}
             return answer_by_name(asked, _logits_first(wanted, asked))
@@ -103,7 +103,7 @@ def _refuse_files(path: Path) -> None:
     try:
         graph.ParseFromString((path / "saved_model.pb").read_bytes())
     except Exception as error:
-        raise ModelFileError(f"{path / 'saved_model.pb'} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ModelFileError(f"{path / 'saved_model.pb'} cannot be read: {first_line(error)}") from error
     for meta in graph.meta_graphs:
         nodes = [*meta.graph_def.node, *(node for f in meta.graph_def.library.function for node in f.node_def)]
         found = sorted({node.op for node in nodes} & _FILES)

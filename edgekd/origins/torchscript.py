@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekd.errors import DataError, ModelFileError
+from edgekd.errors import DataError, ModelFileError, first_line
 from edgekd.protocols import Arrays, ModelRequest, OriginOptions
 from edgekd.quiet import quiet
 
@@ -69,8 +69,7 @@ def _loaded(path: Path) -> Any:
             warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit as a whole, since torch 2.10
             module = torch.jit.load(path, map_location="cpu").eval()
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelFileError(f"{path} cannot be loaded as TorchScript: {lines[0]}") from error
+        raise ModelFileError(f"{path} cannot be loaded as TorchScript: {first_line(error)}") from error
     for name, part in module.named_modules():
         for method in part._c._method_names():
             graph = str(part._c._get_method(method).graph)
