@@ -98,7 +98,8 @@ def _prepare(architecture: Architecture, folder: Path) -> dict[str, Any]:
     """
     import torch
 
-    from edgekd.models import count_parameters, export_program, flatten_outputs, input_specs, output_specs, run_program
+    from edgekd.models import count_parameters, flatten_outputs, input_specs, output_specs, run_program
+    from edgekd.tracing import export_program
     from edgekd.types import Card, Student
 
     from .random_weights import settle

@@ -42,7 +42,7 @@ from edgekd.data import Split, split_from_arrays
 from edgekd.files import ImageFiles
 from edgekd.losses import LOSSES, Term, weighted
 from edgekd.mixing import mixup
-from edgekd.models import count_macs, count_parameters, export_program
+from edgekd.models import count_macs, count_parameters
 from edgekd.order import Order
 from edgekd.outputs import StudentOutputs, TeacherOutputs
 from edgekd.protocols import Progress
@@ -50,6 +50,7 @@ from edgekd.recipe import ImageData
 from edgekd.sources import Answer, Teacher
 from edgekd.store import write_json
 from edgekd.targets import Top, codec_of
+from edgekd.tracing import export_program
 from edgekd.train import TrainingPlan, learning_rate_at, train
 from edgekd.truth import Truth
 from edgekd.types import Json

@@ -23,9 +23,10 @@ import torch
 from torch import nn
 
 from edgekd import plugins
-from edgekd.models import export_program, input_specs, output_specs
+from edgekd.models import input_specs, output_specs
 from edgekd.quiet import quiet
 from edgekd.store import write_json
+from edgekd.tracing import export_program
 from edgekd.types import Card, Student
 
 RESULTS = Path(__file__).parent / "results" / "export_time.json"

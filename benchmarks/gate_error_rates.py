@@ -188,7 +188,8 @@ def network(layers: int, folder: Path) -> Artifact:
     import torch
     from torch import nn
 
-    from edgekd.models import export_program, input_specs, output_specs
+    from edgekd.models import input_specs, output_specs
+    from edgekd.tracing import export_program
     from edgekd.types import Student
 
     torch.manual_seed(0)

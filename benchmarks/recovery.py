@@ -33,13 +33,14 @@ from edgekd.console import progress_for
 from edgekd.data import Split, split_from_arrays
 from edgekd.losses import LABELS, LOSSES, Term, weighted
 from edgekd.metrics import accuracy
-from edgekd.models import count_parameters, export_program, input_specs, output_specs, run_program
+from edgekd.models import count_parameters, input_specs, output_specs, run_program
 from edgekd.outputs import StudentOutputs, TeacherOutputs
 from edgekd.protocols import Progress
 from edgekd.prune import parse_pruning, prune
 from edgekd.qat import train_quantized
 from edgekd.sources import load_teacher
 from edgekd.store import write_json
+from edgekd.tracing import export_program
 from edgekd.train import Objective, TrainingPlan, train
 from edgekd.truth import Truth
 from edgekd.types import Card, Json, Student

@@ -13,10 +13,11 @@ from edgekd.ensemble import teacher_accuracy
 from edgekd.errors import NumericalError
 from edgekd.feature_records import layout_of
 from edgekd.features import with_features
-from edgekd.models import count_parameters, export_program
+from edgekd.models import count_parameters
 from edgekd.plugins import load_exporter, require
 from edgekd.sources import load_student_module
 from edgekd.targets import codec_of
+from edgekd.tracing import export_program
 from edgekd.views import view_batch, view_partners, view_seeds
 from edgekd.windows import counted_positions, plain_codec, positions_of
 from edgekd.workspace import Workspace

@@ -18,8 +18,9 @@ from torch.fx import GraphModule
 
 from edgekd.errors import UsageError
 from edgekd.fold import clean, folded_module
-from edgekd.models import example_inputs, program_bytes, retrace
+from edgekd.models import example_inputs, program_bytes
 from edgekd.protocols import Arrays
+from edgekd.tracing import retrace
 from edgekd.types import Calibration, Card, Precision, Student
 from edgekd.weights import put_integers
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from edgekd.errors import ModelFileError, UsageError, first_line
-from edgekd.models import rename_outputs, retrace, without_origin
 from edgekd.quiet import quiet
+from edgekd.tracing import rename_outputs, retrace, without_origin
 from edgekd.types import TensorSpec
 
 __all__ = ["LOGITS", "POSITIONS", "TOKENS", "cache_names", "caches_of", "decoder_program", "last_token"]

@@ -20,15 +20,7 @@ from edgekd.feature_losses import FEATURE_LOSSES, FeatureLoss
 from edgekd.features import with_features
 from edgekd.losses import LOSSES, Term, weighted
 from edgekd.metrics import Quality, quality
-from edgekd.models import (
-    count_macs,
-    count_parameters,
-    export_program,
-    input_specs,
-    output_specs,
-    rename_outputs,
-    run_program,
-)
+from edgekd.models import count_macs, count_parameters, input_specs, output_specs, run_program
 from edgekd.outputs import StudentOutputs, TeacherOutputs
 from edgekd.parity import LOGITS
 from edgekd.perplexity import judge_student
@@ -37,6 +29,7 @@ from edgekd.protocols import Loss, Progress
 from edgekd.recipe import Mix, Recipe
 from edgekd.sources import load_student_module, module_fingerprint
 from edgekd.store import RunFolder, fingerprint, read_json, save_student
+from edgekd.tracing import export_program, rename_outputs
 from edgekd.train import Objective, TrainingPlan, train
 from edgekd.truth import Truth
 from edgekd.types import Card, Json, Student

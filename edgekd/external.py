@@ -18,19 +18,12 @@ from edgekd.export import Proof, Request, requests_of, synthetic_samples, write_
 from edgekd.generation import proof_prompts
 from edgekd.hugging_face import hugging_face_example, hugging_face_module
 from edgekd.mixed import DEFAULT_MAX_DROP, Budget
-from edgekd.models import (
-    bind_inputs,
-    count_macs,
-    count_parameters,
-    example_inputs,
-    export_program,
-    input_specs,
-    output_specs,
-)
+from edgekd.models import bind_inputs, count_macs, count_parameters, example_inputs, input_specs, output_specs
 from edgekd.protocols import Arrays, Exporter, Options, Progress, WritingCaches
 from edgekd.quiet import quiet
 from edgekd.regressions import note_regressions
 from edgekd.store import fingerprint, hash_path, load_student, read_json
+from edgekd.tracing import export_program
 from edgekd.tune import CANDIDATES, settle
 from edgekd.types import Card, Decoder, Student
 

@@ -12,8 +12,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from edgekd.layers import CONVOLUTIONS, LINEAR, TRANSPOSED, is_transposed, transposed_groups
-from edgekd.models import retrace
 from edgekd.pure import pure_form, stays_in_place
+from edgekd.tracing import retrace
 
 __all__ = [
     "attribute",

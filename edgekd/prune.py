@@ -25,8 +25,9 @@ from edgekd.compress import refuse_compressed
 from edgekd.errors import UsageError
 from edgekd.fold import attribute, folded_module
 from edgekd.layers import CONVOLUTIONS, LINEAR
-from edgekd.models import call_arguments, count_macs, flatten_outputs, program_bytes, retrace
+from edgekd.models import call_arguments, count_macs, flatten_outputs, program_bytes
 from edgekd.static import copied
+from edgekd.tracing import retrace
 from edgekd.types import Student
 
 __all__ = ["Pruning", "parse_pruning", "prune"]

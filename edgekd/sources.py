@@ -18,9 +18,10 @@ from torch import nn
 
 from edgekd import plugins
 from edgekd.errors import DataError, ModelFileError, UsageError, first_line
-from edgekd.models import count_macs, count_parameters, export_program, flatten_outputs
+from edgekd.models import count_macs, count_parameters, flatten_outputs
 from edgekd.protocols import Arrays, ModelRequest, Teaching, Trainable
 from edgekd.taps import tapped
+from edgekd.tracing import export_program
 from edgekd.types import Json
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Static int8: a float module in, the same module with quantize and dequantize nodes out, scales from real samples.
 
-The module is ``edgekd.fold.folded_module`` of a program; :func:`edgekd.models.retrace` makes it a program again.
+The module is ``edgekd.fold.folded_module`` of a program; :func:`edgekd.tracing.retrace` makes it a program again.
 """
 
 from __future__ import annotations

@@ -217,7 +217,7 @@ class Student:
 
     Attributes:
         program: Inference only, float inputs and outputs, batch axis first; the batch is dynamic where the model
-            allows it (``edgekd.models.at_batch`` fixes it).
+            allows it (``edgekd.tracing.at_batch`` fixes it).
         card: What it is.
     """
 

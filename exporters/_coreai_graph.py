@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from edgekd.errors import ExportError
 from edgekd.fold import attribute, clean, folded_module, free_name, set_constant
-from edgekd.models import retrace
+from edgekd.tracing import retrace
 
 __all__ = ["prepared"]
 

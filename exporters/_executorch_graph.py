@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from edgekd.errors import ExportError
 from edgekd.fold import attribute, clean, folded_module, set_constant
 from edgekd.layers import CONVOLUTIONS, LINEAR
-from edgekd.models import retrace
+from edgekd.tracing import retrace
 
 from ._padding import hoist_above_padding, merge_padding
 

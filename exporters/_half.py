@@ -11,7 +11,8 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from edgekd.fold import attribute, clean, folded_module, set_constant
-from edgekd.models import input_specs, output_specs, retrace
+from edgekd.models import input_specs, output_specs
+from edgekd.tracing import retrace
 
 __all__ = ["halved"]
 

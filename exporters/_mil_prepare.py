@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from edgekd.errors import ExportError
 from edgekd.fold import attribute, clean, set_constant
-from edgekd.models import retrace
+from edgekd.tracing import retrace
 
 from ._mil_lstm import LSTM, decomposed_lstm, register_translation
 from ._padding import hoist_above_padding

@@ -10,8 +10,9 @@ import torch
 from pydantic import Field
 
 from edgekd.errors import UsageError
-from edgekd.models import input_specs, output_specs, retrace
+from edgekd.models import input_specs, output_specs
 from edgekd.protocols import Arrays, Options
+from edgekd.tracing import retrace
 from edgekd.types import Student
 
 __all__ = ["TFLiteOptions"]

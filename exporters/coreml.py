@@ -16,10 +16,11 @@ from torch.export import ExportedProgram
 from edgekd.compress import STATIC
 from edgekd.contents import Contents
 from edgekd.errors import ExportError, UsageError
-from edgekd.models import at_batch, input_specs, output_specs
+from edgekd.models import input_specs, output_specs
 from edgekd.parity import conversions
 from edgekd.protocols import Runner
 from edgekd.quiet import quiet
+from edgekd.tracing import at_batch
 from edgekd.types import Conversion, Precision, Student, Tolerance
 
 from ._mil import load_package

@@ -29,10 +29,11 @@ from edgekd.compress import STATIC, WIDE
 from edgekd.contents import Contents
 from edgekd.errors import DataError, ExportError, ModelFileError
 from edgekd.fold import folded_module
-from edgekd.models import input_specs, output_specs, retrace
+from edgekd.models import input_specs, output_specs
 from edgekd.parity import conversions, fitting
 from edgekd.protocols import Arrays
 from edgekd.quiet import quiet_native
+from edgekd.tracing import retrace
 from edgekd.types import Conversion, Precision, Student, TensorSpec, Tolerance
 
 from ._sizes import check_open, few_of, sizes

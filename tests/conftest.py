@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.compress import compress
-from edgekd.models import export_program, input_specs, output_specs
+from edgekd.models import input_specs, output_specs
 from edgekd.protocols import Exporter
+from edgekd.tracing import export_program
 from edgekd.types import Artifact, Card, Parity, Student, TensorSpec
 
 

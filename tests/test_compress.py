@@ -15,16 +15,9 @@ from torch import Tensor, nn
 from edgekd.compress import choose_int8, compress, quantize_static, quantize_weights
 from edgekd.errors import DataError, NumericalError, UsageError
 from edgekd.fold import fold_batch_norm
-from edgekd.models import (
-    at_batch,
-    export_program,
-    input_specs,
-    load_program,
-    output_specs,
-    program_bytes,
-    run_program,
-)
+from edgekd.models import input_specs, load_program, output_specs, program_bytes, run_program
 from edgekd.parity import TOLERANCES
+from edgekd.tracing import at_batch, export_program
 from edgekd.types import Card, Student
 from edgekd.weights import integers_of, largest_scales, smallest_error_scales
 
@@ -558,7 +551,8 @@ _DIGESTS = """
 import hashlib, numpy as np, torch
 from torch import nn
 from edgekd.compress import compress
-from edgekd.models import export_program, input_specs, output_specs, program_bytes
+from edgekd.models import input_specs, output_specs, program_bytes
+from edgekd.tracing import export_program
 from edgekd.parity import TOLERANCES
 from edgekd.types import Card, Student
 torch.manual_seed(0)

@@ -13,9 +13,10 @@ from edgekd.corrections import CORRECTION_NAMES, StaticPlan, parse_corrections, 
 from edgekd.equalize import equalize, pairs_of
 from edgekd.errors import UsageError
 from edgekd.fold import folded_module
-from edgekd.models import export_program, input_specs, output_specs, program_bytes
+from edgekd.models import input_specs, output_specs, program_bytes
 from edgekd.smooth import smooth
 from edgekd.static import output_error, outputs_of, static_module
+from edgekd.tracing import export_program
 from edgekd.types import Card, Student
 
 

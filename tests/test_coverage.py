@@ -17,8 +17,9 @@ from edgekd.benchmarks.isolation import isolated, one_line
 from edgekd.compress import compress
 from edgekd.errors import ExportError
 from edgekd.export import Proof, export_student
-from edgekd.models import export_program, input_specs, output_specs
+from edgekd.models import input_specs, output_specs
 from edgekd.plugins import load_exporter, missing
+from edgekd.tracing import export_program
 from edgekd.types import Artifact, Card, Student
 
 

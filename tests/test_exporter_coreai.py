@@ -20,10 +20,11 @@ from edgekd.compress import compress
 from edgekd.errors import DataError, ExportError, ModelFileError, UsageError
 from edgekd.export import Proof, export_student
 from edgekd.exporters.coreai import EXPORTER
-from edgekd.models import export_program, input_specs, output_specs, program_bytes, run_program
+from edgekd.models import input_specs, output_specs, program_bytes, run_program
 from edgekd.parity import compare, run_file
 from edgekd.profiles import load_device
 from edgekd.store import hash_path, size_of
+from edgekd.tracing import export_program
 from edgekd.types import Card, Student
 
 Inputs = Callable[[Student, int], dict[str, np.ndarray]]

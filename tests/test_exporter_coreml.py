@@ -26,8 +26,9 @@ from edgekd.export import Proof, export_student
 from edgekd.exporters._mil_package import model_proto
 from edgekd.exporters._mil_write import rename_features
 from edgekd.exporters.coreml import EXPORTER, load
-from edgekd.models import export_program, input_specs, load_program, output_specs, program_bytes, run_program
+from edgekd.models import input_specs, load_program, output_specs, program_bytes, run_program
 from edgekd.protocols import Exporter, Runner
+from edgekd.tracing import export_program
 from edgekd.types import Card, Precision, Student
 
 # Not importorskip: importing coremltools takes seconds, which collecting the tests should not.

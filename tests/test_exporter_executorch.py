@@ -20,10 +20,11 @@ from edgekd.errors import DataError, ExportError, ModelFileError
 from edgekd.export import Proof, export_student
 from edgekd.exporters.executorch import EXPORTER
 from edgekd.measurement import Plan
-from edgekd.models import export_program, input_specs, output_specs, program_bytes, run_program
+from edgekd.models import input_specs, output_specs, program_bytes, run_program
 from edgekd.parity import compare, run_file
 from edgekd.profiles import load_device
 from edgekd.store import hash_path
+from edgekd.tracing import export_program
 from edgekd.types import Card, Student
 
 Inputs = Callable[[Student, int], dict[str, np.ndarray]]

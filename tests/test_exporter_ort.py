@@ -13,8 +13,9 @@ from torch import nn
 
 from edgekd.compress import compress
 from edgekd.errors import ModelFileError
-from edgekd.models import export_program, input_specs, output_specs, program_bytes, run_program
+from edgekd.models import input_specs, output_specs, program_bytes, run_program
 from edgekd.parity import compare, run_file
+from edgekd.tracing import export_program
 from edgekd.types import Card, Precision, Student
 
 pytest.importorskip("onnx")

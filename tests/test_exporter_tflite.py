@@ -26,8 +26,9 @@ from edgekd.compress import compress
 from edgekd.errors import DataError, ExportError, ModelFileError
 from edgekd.exporters.tflite import EXPORTER, read_metadata
 from edgekd.lint import lint
-from edgekd.models import export_program, input_specs, output_specs, program_bytes, run_program
+from edgekd.models import input_specs, output_specs, program_bytes, run_program
 from edgekd.plugins import load_exporter
+from edgekd.tracing import export_program
 from edgekd.types import Card, Precision, Student
 
 Write = Callable[[str, Precision], tuple[Student, Path]]

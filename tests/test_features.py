@@ -16,13 +16,13 @@ from edgekd.distill import objective_of
 from edgekd.errors import CacheError, DataError, NumericalError, UsageError
 from edgekd.feature_losses import feature_cosine, feature_mse
 from edgekd.features import FeatureStudent, bare_student, pooled, with_features
-from edgekd.models import export_program
 from edgekd.pipeline import capture_stage, distill_stage
 from edgekd.reading import load_recipe
 from edgekd.recipe_models import Feature
 from edgekd.sources import Answer, Teacher, load_teacher, module_fingerprint
 from edgekd.store import load_student
 from edgekd.targets import codec_of
+from edgekd.tracing import export_program
 from edgekd.train import TrainingPlan, train
 from edgekd.views import Views
 from edgekd.workspace import Workspace

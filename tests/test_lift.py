@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekd import lift, models
-from edgekd.models import at_batch, export_program, input_specs, output_specs
+from edgekd import lift, tracing
+from edgekd.models import input_specs, output_specs
+from edgekd.tracing import at_batch, export_program
 
 
 class Calls(nn.Module):
@@ -60,7 +61,7 @@ def test_a_program_of_a_fixed_batch_is_made_without_tracing(
 def test_what_it_makes_is_what_the_tracer_makes(monkeypatch: pytest.MonkeyPatch) -> None:
     program = export_program(Calls(sizes_of_a_batch), [torch.zeros(1, 3, 6, 6)])
     ours = at_batch(program)
-    monkeypatch.setattr(models, "lifted", lambda *_: None)
+    monkeypatch.setattr(tracing, "lifted", lambda *_: None)
     traced = at_batch(program)
     calls = [[node.target for node in one.graph.nodes if node.op == "call_function"] for one in (ours, traced)]
     assert calls[0] == calls[1]

@@ -11,7 +11,8 @@ from edgekd import plugins
 from edgekd.compress import compress
 from edgekd.contents import Contents
 from edgekd.lint import claimed_bits, lint
-from edgekd.models import export_program, input_specs, output_specs
+from edgekd.models import input_specs, output_specs
+from edgekd.tracing import export_program
 from edgekd.types import Card, Finding, Student
 
 TARGETS = ("coreml", "onnx", "tflite")

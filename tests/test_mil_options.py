@@ -23,7 +23,8 @@ from edgekd.exporters._mil_compress import group_count, quantize_blocks
 from edgekd.exporters._mil_options import CoreMLOptions, pixels
 from edgekd.exporters._mil_palette import palettize
 from edgekd.exporters.coreml import EXPORTER, load
-from edgekd.models import export_program, input_specs, output_specs, program_bytes, run_program
+from edgekd.models import input_specs, output_specs, program_bytes, run_program
+from edgekd.tracing import export_program
 from edgekd.types import Card, Student
 
 pytestmark = pytest.mark.skipif(find_spec("coremltools") is None, reason="coremltools is not installed")

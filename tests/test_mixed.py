@@ -9,7 +9,8 @@ from edgekd.compress import compress, notes_of, quantize_static
 from edgekd.errors import BudgetError, DataError, UsageError
 from edgekd.metrics import accuracy
 from edgekd.mixed import Budget, mixed_precision
-from edgekd.models import export_program, input_specs, output_specs, run_program
+from edgekd.models import input_specs, output_specs, run_program
+from edgekd.tracing import export_program
 from edgekd.types import Card, Student, TensorSpec
 
 

@@ -12,18 +12,16 @@ from torch import nn
 
 from edgekd.errors import DataError, ModelFileError
 from edgekd.models import (
-    at_batch,
     bind_inputs,
     count_macs,
     count_parameters,
-    export_program,
     input_specs,
     load_program,
     output_specs,
     program_bytes,
-    rename_outputs,
     run_program,
 )
+from edgekd.tracing import at_batch, export_program, rename_outputs
 from edgekd.types import Student, TensorSpec
 
 

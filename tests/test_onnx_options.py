@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from edgekd.compress import compress
 from edgekd.errors import ExportError, UsageError
 from edgekd.export import Proof, export_student
-from edgekd.models import export_program, input_specs, output_specs, run_program
+from edgekd.models import input_specs, output_specs, run_program
 from edgekd.parity import compare, run_file
+from edgekd.tracing import export_program
 from edgekd.types import Card, Precision, Student
 
 onnx = pytest.importorskip("onnx")

@@ -241,8 +241,8 @@ def test_a_file_that_computes_something_else_is_kept_aside(copied: Workspace, mo
     import dataclasses
 
     import edgekd.exporters.onnx as target
-    from edgekd.models import retrace
     from edgekd.pipeline import export_stage
+    from edgekd.tracing import retrace
     from edgekd.types import Student
 
     write: Callable[..., None] = type(target.EXPORTER).write

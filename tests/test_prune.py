@@ -9,8 +9,9 @@ from edgekd.channels import find_channels
 from edgekd.compress import quantize_static
 from edgekd.errors import UsageError
 from edgekd.fold import folded_module
-from edgekd.models import count_macs, count_parameters, export_program, input_specs, output_specs, run_program
+from edgekd.models import count_macs, count_parameters, input_specs, output_specs, run_program
 from edgekd.prune import parse_pruning, prune
+from edgekd.tracing import export_program
 from edgekd.types import Card, Student
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from edgekd.fold import fold_batch_norm
-from edgekd.models import export_program
 from edgekd.pure import is_in_place, pure_form
+from edgekd.tracing import export_program
 
 
 class Calls(nn.Module):

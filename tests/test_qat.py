@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from edgekd.compress import quantize_static
 from edgekd.corrections import StaticPlan, static_of
-from edgekd.models import export_program, input_specs, output_specs, run_program
+from edgekd.models import input_specs, output_specs, run_program
 from edgekd.qat import FakeQuantized, QuantizedWeight, train_quantized
 from edgekd.static import checked_samples
+from edgekd.tracing import export_program
 from edgekd.types import Card, Student
 from edgekd.weights import put_integers
 
