@@ -36,7 +36,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from edgekd import plugins
-from edgekd.capture import CaptureKey, TeacherCache, capture, record_bytes
+from edgekd.capture import capture
 from edgekd.console import progress_for
 from edgekd.data import Split, split_from_arrays
 from edgekd.files import ImageFiles
@@ -47,9 +47,11 @@ from edgekd.order import Order
 from edgekd.outputs import StudentOutputs, TeacherOutputs
 from edgekd.protocols import Progress
 from edgekd.recipe import ImageData
+from edgekd.records import record_bytes
 from edgekd.sources import Answer, Teacher
 from edgekd.store import write_json
 from edgekd.targets import Top, codec_of
+from edgekd.teacher_cache import CaptureKey, TeacherCache
 from edgekd.tracing import export_program
 from edgekd.train import TrainingPlan, learning_rate_at, train
 from edgekd.truth import Truth

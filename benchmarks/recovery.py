@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgekd.capture import CaptureKey, TeacherCache, capture
+from edgekd.capture import capture
 from edgekd.compress import quantize_static
 from edgekd.console import progress_for
 from edgekd.data import Split, split_from_arrays
@@ -40,6 +40,7 @@ from edgekd.prune import parse_pruning, prune
 from edgekd.qat import train_quantized
 from edgekd.sources import load_teacher
 from edgekd.store import write_json
+from edgekd.teacher_cache import CaptureKey, TeacherCache
 from edgekd.tracing import export_program
 from edgekd.train import Objective, TrainingPlan, train
 from edgekd.truth import Truth

@@ -7,7 +7,6 @@ import time
 import numpy as np
 import torch
 
-from edgekd.capture import record_bytes
 from edgekd.distill import arms_of, check_outputs
 from edgekd.ensemble import teacher_accuracy
 from edgekd.errors import NumericalError
@@ -15,6 +14,7 @@ from edgekd.feature_records import layout_of
 from edgekd.features import with_features
 from edgekd.models import count_parameters
 from edgekd.plugins import load_exporter, require
+from edgekd.records import record_bytes
 from edgekd.sources import load_student_module
 from edgekd.targets import codec_of
 from edgekd.tracing import export_program

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from edgekd import processes
-from edgekd.capture import TeacherCache
 from edgekd.data import Split, Splits
 from edgekd.errors import DataError
 from edgekd.feature_losses import FEATURE_LOSSES, FeatureLoss
@@ -29,6 +28,7 @@ from edgekd.protocols import Loss, Progress
 from edgekd.recipe import Mix, Recipe
 from edgekd.sources import load_student_module, module_fingerprint
 from edgekd.store import RunFolder, fingerprint, read_json, save_student
+from edgekd.teacher_cache import TeacherCache
 from edgekd.tracing import export_program, rename_outputs
 from edgekd.train import Objective, TrainingPlan, train
 from edgekd.truth import Truth

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from edgekd.capture import TeacherCache
 from edgekd.data import Split
 from edgekd.errors import CacheError
 from edgekd.metrics import Quality, calibration_gap
 from edgekd.models import run_program
 from edgekd.targets import DenseTargets, Targets, TopTargets
+from edgekd.teacher_cache import TeacherCache
 from edgekd.types import Student
 from edgekd.windows import counted_positions
 

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from edgekd import processes
-from edgekd.capture import TeacherCache
 from edgekd.checkpoint import load_checkpoint, save_checkpoint, seed_all
 from edgekd.data import Split
 from edgekd.errors import NumericalError, UsageError
@@ -33,6 +32,7 @@ from edgekd.order import Order
 from edgekd.outputs import StudentOutputs, TeacherOutputs, student_outputs
 from edgekd.parallel import accumulating, settle, shared_norms, spread
 from edgekd.protocols import Progress
+from edgekd.teacher_cache import TeacherCache
 from edgekd.truth import NO_LABEL, Truth
 from edgekd.views import Views, view_batch
 from edgekd.windows import counted_positions

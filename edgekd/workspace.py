@@ -10,9 +10,9 @@ from edgekd.recipe import Recipe
 from edgekd.store import RunFolder
 
 if TYPE_CHECKING:
-    from edgekd.capture import CaptureKey, TeacherCache
     from edgekd.data import Split, Splits
     from edgekd.sources import Teacher
+    from edgekd.teacher_cache import CaptureKey, TeacherCache
     from edgekd.views import Views
 
 __all__ = ["SPLITS", "Workspace"]
@@ -84,7 +84,7 @@ class Workspace:
 
     def capture_key(self, split: str) -> CaptureKey:
         """What the cache of a split depends on."""
-        from edgekd.capture import CaptureKey
+        from edgekd.teacher_cache import CaptureKey
         from edgekd.windows import plain_codec, positions_of
 
         train, views = split == "train", self.views_of(split)
@@ -114,6 +114,6 @@ class Workspace:
         Raises:
             CacheError: It is missing, damaged or of other data; the message has the command that makes it.
         """
-        from edgekd.capture import open_cache
+        from edgekd.teacher_cache import open_cache
 
         return open_cache(self.folder.cache(split), self.capture_key(split))

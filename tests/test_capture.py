@@ -15,12 +15,13 @@ import torch
 from torch import Generator, Tensor, nn
 
 import edgekd.capture
-from edgekd.capture import CaptureKey, capture, open_cache, verify_cache
+from edgekd.capture import capture, verify_cache
 from edgekd.data import Split, split_from_arrays
 from edgekd.errors import CacheError, NumericalError
 from edgekd.sources import Answer, Teacher
 from edgekd.store import hash_path
 from edgekd.targets import DenseTargets
+from edgekd.teacher_cache import FORMAT, CaptureKey, open_cache
 from edgekd.views import Views, view_batch, view_seeds
 
 
@@ -182,7 +183,7 @@ def test_a_damaged_manifest_and_a_missing_cache_are_one_line(tmp_path: Path) -> 
     with pytest.raises(CacheError, match="run: edgekd capture"):
         open_cache(tmp_path / "c")
     capture(tmp_path / "c", make_split(), make_teacher(), KEY, Views(noise), Quiet())
-    (tmp_path / "c" / "manifest.json").write_text(json.dumps({"format": edgekd.capture.FORMAT}))
+    (tmp_path / "c" / "manifest.json").write_text(json.dumps({"format": FORMAT}))
     with pytest.raises(CacheError, match=r"manifest\.json is damaged"):
         open_cache(tmp_path / "c")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import edgekd.train
-from edgekd.capture import CaptureKey, TeacherCache, capture, record_bytes
+from edgekd.capture import capture
 from edgekd.console import progress_for
 from edgekd.data import Split, split_from_arrays
 from edgekd.distill import objective_of
@@ -19,9 +19,11 @@ from edgekd.features import FeatureStudent, bare_student, pooled, with_features
 from edgekd.pipeline import capture_stage, distill_stage
 from edgekd.reading import load_recipe
 from edgekd.recipe_models import Feature
+from edgekd.records import record_bytes
 from edgekd.sources import Answer, Teacher, load_teacher, module_fingerprint
 from edgekd.store import load_student
 from edgekd.targets import codec_of
+from edgekd.teacher_cache import CaptureKey, TeacherCache
 from edgekd.tracing import export_program
 from edgekd.train import TrainingPlan, train
 from edgekd.views import Views

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import edgekd.train
-from edgekd.capture import CaptureKey, TeacherCache, capture
+from edgekd.capture import capture
 from edgekd.data import Split, split_from_arrays
 from edgekd.errors import CacheError, NumericalError
 from edgekd.outputs import StudentOutputs, TeacherOutputs
 from edgekd.sources import Answer, Teacher, module_fingerprint
 from edgekd.targets import DenseTargets
+from edgekd.teacher_cache import CaptureKey, TeacherCache
 from edgekd.train import TrainingPlan, learning_rate_at, train
 from edgekd.truth import Truth
 from edgekd.views import Views

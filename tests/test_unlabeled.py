@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekd.capture import CaptureKey, capture, verify_cache
+from edgekd.capture import capture, verify_cache
 from edgekd.data import Splits, load_splits
 from edgekd.errors import DataError
 from edgekd.outputs import StudentOutputs, TeacherOutputs
@@ -16,6 +16,7 @@ from edgekd.pipeline import capture_stage, distill_stage
 from edgekd.reading import load_recipe
 from edgekd.sources import Answer, Teacher
 from edgekd.summary import collect
+from edgekd.teacher_cache import CaptureKey
 from edgekd.train import TrainingPlan, train
 from edgekd.truth import Truth
 from edgekd.views import Views

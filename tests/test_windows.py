@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 import edgekd.capture
-from edgekd.capture import CaptureKey, TeacherCache, capture, open_cache, record_bytes, verify_cache
+from edgekd.capture import capture, verify_cache
 from edgekd.data import Split, split_from_arrays
 from edgekd.errors import CacheError, DataError, NumericalError
+from edgekd.records import record_bytes
 from edgekd.sources import Answer, Teacher
 from edgekd.targets import TopTargets, codec_of
+from edgekd.teacher_cache import CaptureKey, TeacherCache, open_cache
 from edgekd.views import Views
 from edgekd.windows import counted_positions
 

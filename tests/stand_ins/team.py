@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 import edgekd.train
 from edgekd import processes
-from edgekd.capture import CaptureKey, TeacherCache, capture, open_cache
+from edgekd.capture import capture
 from edgekd.data import Split, split_from_arrays
 from edgekd.losses import Term, dist, soft_target_kl, weighted
 from edgekd.outputs import StudentOutputs, TeacherOutputs
 from edgekd.sources import Answer, Teacher
+from edgekd.teacher_cache import CaptureKey, TeacherCache, open_cache
 from edgekd.train import TrainingPlan, train
 from edgekd.truth import NO_LABEL, Truth
 from edgekd.views import Views
