@@ -15,13 +15,15 @@ from pydantic import BaseModel, ValidationError
 
 from edgekd import plugins
 from edgekd.errors import RecipeError, UsageError
+from edgekd.faults import fault_lines, no_such_key
+from edgekd.places import file_fault, function_fault
 from edgekd.profiles import load_profile
 from edgekd.protocols import Options
-from edgekd.recipe import Export, Recipe
-from edgekd.recipe_models import Member, Teacher
+from edgekd.recipe import TRAINING, ArmOptions, Export, Recipe
+from edgekd.recipe_models import Member, Model, Teacher
 from edgekd.types import Json
 
-__all__ = ["FILE_NAME", "find_recipe", "function_fault", "known_losses", "load_recipe", "parse_options"]
+__all__ = ["FILE_NAME", "find_recipe", "known_losses", "load_recipe", "parse_options"]
 
 FILE_NAME = "edgekd.toml"
 
@@ -56,7 +58,7 @@ def load_recipe(path: Path) -> Recipe:
     try:
         recipe = Recipe.model_validate(table)
     except ValidationError as error:
-        raise RecipeError([*_faults(error), *_cross_faults(table, path.parent)]) from None
+        raise RecipeError([*fault_lines(error, _no_such_key), *_cross_faults(table, path.parent)]) from None
     recipe._folder = path.parent.resolve()
     faults = [*_cross_faults(table, path.parent), *_codec_faults(recipe), *_mixed_label_faults(recipe)]
     faults += _feature_faults(recipe)
@@ -92,28 +94,11 @@ def parse_options(words: Sequence[str], targets: Sequence[str]) -> dict[str, Opt
     return {target: plugins.load_exporter(target).options.model_validate(table) for target, table in tables.items()}
 
 
-def _faults(error: ValidationError) -> list[str]:
-    lines: dict[str, str] = {}
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("literal[", "function-")))
-        if item["type"] == "extra_forbidden":
-            table, key = _table_at(item["loc"][:-1]), str(item["loc"][-1])
-            near = difflib.get_close_matches(key, table, n=1)
-            text = f"no such key; {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(sorted(table))}"
-        elif item["type"] == "too_short" and item["input"]:
-            continue  # said of the items already: a wrong one is not counted
-        elif item["type"] == "missing":
-            text = "missing; it has no default"
-        elif item["type"] == "literal_error":
-            wanted = item["ctx"]["expected"].replace("'", "")
-            text = f"{item['input']!r} is not known; there are {wanted}"
-        else:
-            text = f"{item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}"
-        lines.setdefault(where, f"{where}: {text}")
-    return list(lines.values())
+def _no_such_key(location: tuple[int | str, ...]) -> str:
+    return no_such_key(str(location[-1]), _keys_at(location[:-1]))
 
 
-def _table_at(location: tuple[int | str, ...]) -> list[str]:
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
     """Keys of the table at a key path."""
     model: Any = Recipe
     for part in location:
@@ -145,8 +130,8 @@ def _cross_faults(table: Json, folder: Path) -> list[str]:
     faults += _view_faults(data, folder)
     for key in ("text", "tokens"):
         named = data[key].get("tokenizer") if isinstance(data.get(key), dict) else None
-        if isinstance(named, str) and not (folder / named).is_file():
-            faults.append(f"data.{key}.tokenizer: no file {named!r} beside the recipe; a tokenizer.json is expected")
+        if isinstance(named, str) and (fault := file_fault(named, folder)):
+            faults.append(f"data.{key}.tokenizer: {fault}; a tokenizer.json is expected")
     faults += _models_faults(section("teacher"), section("student"), folder)
     features = distill.get("features", {})
     features = features if isinstance(features, dict) else {}
@@ -168,6 +153,7 @@ def _cross_faults(table: Json, folder: Path) -> list[str]:
     for arm, losses in mixes.items():
         for name in losses.keys() - features:
             faults += _loss_faults(f"distill.overrides.{arm}.losses", name, folder)
+    faults += _control_faults(distill)
     ship = distill.get("ship", "best")
     if ship not in ("best", "control", *(each("distill", "arms") or known)):
         faults.append(f"distill.ship: {ship!r} is not an arm; 'best' or one of distill.arms would work")
@@ -203,25 +189,14 @@ def _models_faults(teacher: Json, student: Json, folder: Path) -> list[str]:
 
 def _told_faults(key: str, reference: str, table: Json) -> list[str]:
     """What is wrong with what an origin alone is told of a model."""
-    shared = {"teacher": Teacher, "student": Recipe.model_fields["student"].annotation}.get(key, Member)
-    known = set(getattr(shared, "model_fields", {})) - {"models"}
+    tables: dict[str, type[BaseModel]] = {"teacher": Teacher, "student": Model}
+    known = set(tables.get(key, Member).model_fields) - {"models"}
     options = plugins.load_origin(plugins.origin_of(reference)[0]).options
     try:
         options.model_validate({name: value for name, value in table.items() if name not in known})
     except ValidationError as error:
-        faults = []
-        for item in error.errors():
-            name = ".".join(str(part) for part in item["loc"])
-            if item["type"] == "extra_forbidden":
-                every = sorted(known | set(options.model_fields))
-                near = difflib.get_close_matches(name, every, n=1)
-                text = f"no such key; {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(every)}"
-            elif item["type"] == "missing":
-                text = f"missing; {reference} needs it"
-            else:
-                text = f"{item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}"
-            faults.append(f"{key}.{name}: {text}")
-        return faults
+        every = [*known, *options.model_fields]
+        return fault_lines(error, lambda where: no_such_key(str(where[-1]), every), f"{reference} needs it", key)
     return []
 
 
@@ -317,19 +292,11 @@ def _export_faults(table: Json, targets: list[str], precisions: list[str]) -> li
 def _option_faults(target: str, values: Json) -> list[str]:
     """What is wrong with what a target is told, by ``export.<target>.<option>``."""
     options = plugins.load_exporter(target).options
+    known = f"it has {', '.join(options.model_fields)}" if options.model_fields else "it has none"
     try:
         options.model_validate(values)
     except ValidationError as error:
-        faults = []
-        for item in error.errors():
-            where = ".".join(str(part) for part in item["loc"])
-            if item["type"] == "extra_forbidden":
-                has = ", ".join(options.model_fields)
-                text = f"{target} has no such option; " + (f"it has {has}" if has else "it has none")
-            else:
-                text = f"{item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}"
-            faults.append(f"export.{target}.{where}: {text}")
-        return faults
+        return fault_lines(error, lambda _: f"{target} has no such option; {known}", under=f"export.{target}")
     return []
 
 
@@ -351,6 +318,17 @@ def _mixes(distill: Json) -> dict[str, Json]:
     overrides = distill.get("overrides", {})
     tables = overrides.items() if isinstance(overrides, dict) else ()
     return {arm: own["losses"] for arm, own in tables if isinstance(own, dict) and isinstance(own.get("losses"), dict)}
+
+
+def _control_faults(distill: Json) -> list[str]:
+    """What the control does not hear: it learns from labels alone, but may be trained otherwise."""
+    overrides = distill.get("overrides", {})
+    own = overrides.get("control") if isinstance(overrides, dict) else None
+    return [
+        f"distill.overrides.control.{key}: the control learns from labels alone; there are {', '.join(TRAINING)}"
+        for key in (own if isinstance(own, dict) else ())
+        if key in ArmOptions.model_fields and key not in TRAINING
+    ]
 
 
 def _loss_faults(key: str, name: str, folder: Path) -> list[str]:
@@ -378,7 +356,8 @@ def _source_faults(key: str, reference: str, data: Json, folder: Path) -> list[s
             )
         return faults
     if reference.endswith(".npz"):
-        return [] if (folder / reference).is_file() else [f"{key}: no file {reference!r} beside the recipe"]
+        fault = file_fault(reference, folder)
+        return [f"{key}: {fault}"] if fault else []
     if ":" not in reference:
         known = "module:function, file.npz, imagefolder:, csv:, jsonl:, parquet:, text:"
         return [f"{key}: {reference!r} is none of {known}"]
@@ -397,29 +376,3 @@ def _model_faults(key: str, reference: str, folder: Path) -> list[str]:
 def _function_faults(key: str, reference: str, folder: Path) -> list[str]:
     fault = function_fault(reference, folder)
     return [f"{key}: {fault}"] if fault else []
-
-
-def function_fault(reference: str, folder: Path) -> str:
-    """Why there is no such ``module:function``; empty when there may be one.
-
-    Looks at the source only: nothing of the user's is run by a check of the text.
-    """
-    module, _, function = reference.partition(":")
-    path = folder.joinpath(*module.split(".")).with_suffix(".py")
-    if not function:
-        return f"{reference!r} is not module:function"
-    if path.is_file():
-        source = path.read_text(encoding="utf-8", errors="replace")
-        if (
-            not any(f"{keyword} {function}" in source for keyword in ("def", "class", "import"))
-            and f"{function} =" not in source
-        ):
-            return f"{path.name} beside the recipe defines no {function!r}"
-        return ""
-    import importlib.util
-
-    try:
-        found = importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        found = False
-    return "" if found else f"no {path.name} beside the recipe, and no module {module!r} is installed"

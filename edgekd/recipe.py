@@ -14,7 +14,7 @@ from edgekd.protocols import Options
 from edgekd.recipe_models import Feature, Model, Table, Teacher
 from edgekd.types import Json, Precision
 
-__all__ = ["Recipe", "json_schema", "parse_drop"]
+__all__ = ["TRAINING", "ArmOptions", "Recipe", "json_schema", "parse_drop"]
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -109,7 +109,7 @@ TAIL_TEMPERATURES = (1.0, 2.0, 4.0)
 _USUAL = {"dist": ArmOptions(temperature=1.0, label_weight=0.33)}
 """What an arm is mixed with unless its own table says otherwise: DIST's paper has T = 1 and labels half as heavy."""
 
-_TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay", "warmup_share")
+TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay", "warmup_share")
 """What holds for all arms unless an arm's own table says otherwise; temperature and weights are its mix."""
 
 
@@ -160,7 +160,7 @@ class Distill(Table):
     def for_arm(self, arm: str) -> Distill:
         """The table as it holds for one arm: how it is trained where its own table says so."""
         own = self.overrides.get(arm, ArmOptions())
-        said = {key: getattr(own, key) for key in ArmOptions.model_fields if key in _TRAINING}
+        said = {key: getattr(own, key) for key in ArmOptions.model_fields if key in TRAINING}
         return self.model_copy(update={key: value for key, value in said.items() if value is not None})
 
     def not_served_by_draws(self) -> str:

@@ -181,9 +181,9 @@ def test_what_is_no_image_passes_and_wrong_channels_are_refused() -> None:
 @pytest.mark.parametrize(
     ("teacher", "fault"),
     [
-        ("codec = 'dense-f16'", "a teacher is either model or models"),
+        ("codec = 'dense-f16'", "teacher: a teacher is either model or models; give one of them"),
         ("model = 'mine:good'\nmodels = ['mine:good']", "a teacher is either model or models"),
-        (SEVERAL + "\npreprocessing = 'mine:turned'", "preprocessing beside models is said of no teacher"),
+        (SEVERAL + "\npreprocessing = 'mine:turned'", "teacher: preprocessing beside models is said of no teacher"),
         ("model = 'mine:good'\npreprocesing = 'mine:turned'", "teacher.preprocesing: no such key; did you mean prepro"),
         (
             SEVERAL.replace("mine:poor", "mine:pour"),

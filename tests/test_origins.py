@@ -276,9 +276,9 @@ def test_a_saved_model_that_reads_files_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("reference", "fault"),
     [
-        ("keras:gone.keras", "no 'gone.keras' beside the recipe"),
+        ("keras:gone.keras", "no file 'gone.keras' beside the recipe"),
         ("savedmodel:gone", "no SavedModel 'gone' beside the recipe"),
-        ("torchscript:gone.pt", "no 'gone.pt' beside the recipe"),
+        ("torchscript:gone.pt", "no file 'gone.pt' beside the recipe"),
     ],
 )
 def test_what_cannot_be_there_is_seen_without_loading(tmp_path: Path, reference: str, fault: str) -> None:

@@ -104,6 +104,7 @@ precisions = ["int9"]
             "[distill]\narms = ['both']\n[distill.overrides.both]\nlosses = { kdd = 1 }",
             "distill.overrides.both.losses: no loss called 'kdd'",
         ),
+        ("[compress]\nmax_drop = 'little'", "compress.max_drop: 'little' is no budget; 0.5pt (half a point) or 0.005"),
     ],
 )
 def test_names_that_do_not_exist_are_answered_with_those_that_do(tmp_path: Path, extra: str, message: str) -> None:
@@ -111,6 +112,20 @@ def test_names_that_do_not_exist_are_answered_with_those_that_do(tmp_path: Path,
         load_recipe(_write(tmp_path, GOOD + extra))
 
     assert message in "\n".join(caught.value.faults)
+
+
+def test_the_control_may_be_trained_otherwise_and_refuses_what_it_would_not_hear(tmp_path: Path) -> None:
+    control = GOOD + "[distill.overrides.control]\nepochs = 3\n"
+    deaf = {"temperature": "4.0", "label_weight": "0.5", "losses": "{ kd = 1 }", "standardize": "true"}
+
+    assert load_recipe(_write(tmp_path, control)).distill.for_arm("control").epochs == 3
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(_write(tmp_path, control + "".join(f"{key} = {value}\n" for key, value in deaf.items())))
+    assert caught.value.faults == tuple(
+        f"distill.overrides.control.{key}: the control learns from labels alone; "
+        "there are epochs, batch_size, learning_rate, weight_decay, warmup_share"
+        for key in deaf
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING
 
 from edgekd import plugins
 from edgekd.errors import DataError
+from edgekd.places import function_fault
 from edgekd.protocols import ModelRequest, OriginOptions
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import nn
 
 __all__ = ["ORIGIN"]
@@ -20,11 +19,7 @@ class _Function:
     requires: tuple[str, ...] = ()
     extra = ""
     options = OriginOptions
-
-    def fault(self, place: str, folder: Path) -> str:
-        from edgekd.reading import function_fault
-
-        return function_fault(place, folder)
+    fault = staticmethod(function_fault)
 
     def module(self, asked: ModelRequest) -> nn.Module:
         from torch import nn

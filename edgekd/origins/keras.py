@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.errors import MissingToolchainError, ModelFileError, UsageError, first_line
+from edgekd.places import file_fault
 from edgekd.protocols import Arrays, ModelRequest, OriginOptions
 from edgekd.quiet import quiet
 
@@ -29,9 +30,7 @@ class _Keras:
     requires = ("keras", "h5py")
     extra = "keras"
     options = OriginOptions
-
-    def fault(self, place: str, folder: Path) -> str:
-        return "" if (folder / place).is_file() else f"no {place!r} beside the recipe"
+    fault = staticmethod(file_fault)
 
     def teacher(self, asked: ModelRequest, example: Arrays) -> Teacher:
         """Features are what its layers return, by name; images with channels first, as PyTorch has them."""

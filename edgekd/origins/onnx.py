@@ -10,6 +10,7 @@ import numpy as np
 
 from edgekd import plugins
 from edgekd.errors import ModelFileError, UsageError, first_line
+from edgekd.places import file_fault
 from edgekd.protocols import Arrays, ModelRequest, OriginOptions
 
 if TYPE_CHECKING:
@@ -22,9 +23,7 @@ class _Onnx:
     requires = ("onnx", "onnxruntime")
     extra = "onnx"
     options = OriginOptions
-
-    def fault(self, place: str, folder: Path) -> str:
-        return "" if (folder / place).is_file() else f"no {place!r} beside the recipe"
+    fault = staticmethod(file_fault)
 
     def teacher(self, asked: ModelRequest, example: Arrays) -> Teacher:
         from edgekd.models import bind_inputs

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from edgekd.places import file_fault
 from edgekd.protocols import Arrays, ModelRequest, OriginOptions
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import nn
 
     from edgekd.sources import Answer, Teacher
@@ -20,9 +19,7 @@ class _Program:
     requires: tuple[str, ...] = ()
     extra = ""
     options = OriginOptions
-
-    def fault(self, place: str, folder: Path) -> str:
-        return "" if (folder / place).is_file() else f"no {place!r} beside the recipe"
+    fault = staticmethod(file_fault)
 
     def module(self, asked: ModelRequest) -> nn.Module:
         from edgekd.models import load_program

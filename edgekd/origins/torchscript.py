@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.errors import DataError, ModelFileError, first_line
+from edgekd.places import file_fault
 from edgekd.protocols import Arrays, ModelRequest, OriginOptions
 from edgekd.quiet import quiet
 
@@ -30,9 +31,7 @@ class _TorchScript:
     requires: tuple[str, ...] = ()
     extra = ""
     options = OriginOptions
-
-    def fault(self, place: str, folder: Path) -> str:
-        return "" if (folder / place).is_file() else f"no {place!r} beside the recipe"
+    fault = staticmethod(file_fault)
 
     def teacher(self, asked: ModelRequest, example: Arrays) -> Teacher:
         """Features are further outputs, by number (``output 1``): compiled modules cannot be listened to."""
