@@ -82,7 +82,12 @@ def arm_inputs(recipe: Recipe, splits: Splits, arm: str, seed: int, data: Json) 
     """
     distill, mix = recipe.distill.for_arm(arm), recipe.distill.mix(arm)
     features = {
-        match.name: [match.weight, recipe.distill.features[match.name].student, _feature_loss_fingerprint(match.loss)]
+        match.name: [
+            match.stored,
+            match.weight,
+            recipe.distill.features[match.name].student,
+            _feature_loss_fingerprint(match.loss),
+        ]
         for match in _matches(recipe, arm)
     }
     return {
