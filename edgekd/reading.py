@@ -19,7 +19,7 @@ from edgekd.faults import fault_lines, no_such_key
 from edgekd.places import file_fault, function_fault
 from edgekd.profiles import load_profile
 from edgekd.protocols import Options
-from edgekd.recipe import TRAINING, ArmOptions, Export, Recipe
+from edgekd.recipe import MOST_DRAWS, TRAINING, ArmOptions, Export, Recipe
 from edgekd.recipe_models import Member, Model, Teacher
 from edgekd.types import Json
 
@@ -215,6 +215,8 @@ def _codec_faults(recipe: Recipe) -> list[str]:
     codec = recipe.teacher.codec or ""
     if codec.startswith("top") and (reason := recipe.distill.needs_all_classes()):
         return [f"teacher.codec: {codec!r} keeps the top classes alone, and {reason}; take 'dense-f16'"]
+    if codec.startswith("sampled") and int(codec.removeprefix("sampled")) > MOST_DRAWS:
+        return [f"teacher.codec: {codec!r} are more draws than one byte counts; sampled{MOST_DRAWS} are the most"]
     if codec.startswith("sampled") and (reason := recipe.distill.not_served_by_draws()):
         return [f"teacher.codec: {codec!r} keeps draws alone, and {reason}; take 'top50', or 'kd' with temperature = 1"]
     return []

@@ -106,6 +106,9 @@ class Mix:
 TAIL_TEMPERATURES = (1.0, 2.0, 4.0)
 """At which a cache of the top classes knows the mass of the others."""
 
+MOST_DRAWS = 255
+"""A cache of draws counts them in one byte."""
+
 _USUAL = {"dist": ArmOptions(temperature=1.0, label_weight=0.33)}
 """What an arm is mixed with unless its own table says otherwise: DIST's paper has T = 1 and labels half as heavy."""
 
@@ -169,9 +172,10 @@ class Distill(Table):
         Draws estimate probabilities without bias, and of the known losses only ``kd`` is linear in them.
         """
         for arm, mix in ((arm, self.mix(arm)) for arm in self.arms):
-            if mix.losses and (mix.temperature != 1 or mix.standardize):
+            losses = [name for name in mix.losses if name not in self.features]
+            if losses and (mix.temperature != 1 or mix.standardize):
                 return f"{arm}: draws are those at T = 1, of logits as they are"
-            other = [name for name in mix.losses if name != "kd" and ":" not in name]
+            other = [name for name in losses if name != "kd" and ":" not in name]
             if other:
                 return f"{arm}: {other[0]} is not linear in the probabilities, so draws would bias it"
         return ""

@@ -23,10 +23,7 @@ from torch.nn import functional as F
 
 from edgekd.errors import UsageError
 
-__all__ = ["MOST_DRAWS", "Sampled", "SampledTargets"]
-
-MOST_DRAWS = 255
-"""A count has one byte."""
+__all__ = ["Sampled", "SampledTargets"]
 
 NOTHING = -80.0
 """Log of no mass: an exponential of it is below what float32 can add to 1, and no product with it is NaN."""
@@ -87,7 +84,7 @@ class Sampled:
     """See the module.
 
     Attributes:
-        draws: N, at most ``MOST_DRAWS``.
+        draws: N, at most :data:`edgekd.recipe.MOST_DRAWS`.
     """
 
     draws: int

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from edgekd.errors import UsageError
-from edgekd.recipe import TAIL_TEMPERATURES
-from edgekd.sampled import MOST_DRAWS, Sampled
+from edgekd.recipe import MOST_DRAWS, TAIL_TEMPERATURES
+from edgekd.sampled import Sampled
 
 __all__ = ["PLAIN_CODEC", "Codec", "DenseTargets", "Targets", "TopTargets", "codec_of"]
 

@@ -12,7 +12,7 @@ import edgekd.train
 from edgekd.capture import capture
 from edgekd.console import progress_for
 from edgekd.data import Split, split_from_arrays
-from edgekd.distill import objective_of
+from edgekd.distill import arm_inputs, objective_of
 from edgekd.errors import CacheError, DataError, NumericalError, UsageError
 from edgekd.feature_losses import feature_cosine, feature_mse
 from edgekd.features import FeatureStudent, bare_student, pooled, with_features
@@ -244,6 +244,26 @@ def workspace(folder: Path, recipe: str = RECIPE) -> Workspace:
     (folder / "mine.py").write_text(CODE)
     (folder / "edgekd.toml").write_text(recipe)
     return Workspace(load_recipe(folder / "edgekd.toml"))
+
+
+def test_a_student_that_shall_learn_another_feature_of_the_teacher_is_another(tmp_path: Path) -> None:
+    """Both recipes keep the same two features of the teacher, and only say otherwise which of them is the hint."""
+    swapped = RECIPE.replace('hint]\nteacher = "0"', 'hint]\nteacher = "1"')
+    other = RECIPE.replace('turned]\nteacher = "0"', 'turned]\nteacher = "1"')
+    works = [workspace(tmp_path, recipe) for recipe in (swapped, other)]
+    asked = [arm_inputs(work.recipe, work.splits, "hint", 0, work.capture_key("train").to_json()) for work in works]
+
+    assert asked[0]["data"] == asked[1]["data"]
+    assert asked[0]["features"] != asked[1]["features"]
+
+
+def test_features_beside_kd_go_with_a_cache_of_draws(tmp_path: Path) -> None:
+    distill = workspace(tmp_path, RECIPE.replace("epochs = 2", "epochs = 2\ntemperature = 1.0")).recipe.distill
+
+    assert distill.not_served_by_draws() == ""
+    assert distill.model_copy(update={"temperature": 2.0}).not_served_by_draws() == (
+        "both: draws are those at T = 1, of logits as they are"
+    )
 
 
 def test_a_recipe_with_features_trains_and_what_is_saved_has_no_projector(tmp_path: Path) -> None:

@@ -132,6 +132,7 @@ def test_the_control_may_be_trained_otherwise_and_refuses_what_it_would_not_hear
     ("codec", "arms", "message"),
     [
         ("top", "['kd']", "teacher.codec: 'top'"),
+        ("sampled256", "['kd']\ntemperature = 1.0", "teacher.codec: 'sampled256' are more draws than one byte counts"),
         ("top10", "['kd', 'dist']", "dist compares classes over the batch; take 'dense-f16'"),
         ("top10", "['kd']\ntemperature = 3", "kept for T = 1, 2, 4, not for 3"),
         ("top10", "['kd']\n[distill.overrides.kd]\nstandardize = true", "standardize looks at the logits of all"),
