@@ -42,6 +42,7 @@ __all__ = [
     "fingerprint",
     "hash_path",
     "load_artifact",
+    "load_card",
     "load_student",
     "read_json",
     "replace_folder",
@@ -232,12 +233,8 @@ def load_student(path: Path) -> tuple[Student, dict[str, bytes]]:
 
     file = path / "student.pt2" if path.is_dir() else path
     program = load_program(file)
-    card_path = file.with_name("card.json")
-    if file.name == "student.pt2" and card_path.is_file():
-        try:
-            card = Card.from_json(read_json(card_path))
-        except TypeError as error:
-            raise ModelFileError(f"{card_path} is not a card that this version reads: {error}") from None
+    if file.name == "student.pt2" and file.with_name("card.json").is_file():
+        card = load_card(file.parent)
     else:
         lineage = (f"file: {hash_path(file)[:16]}",)
         card = Card(
@@ -249,6 +246,19 @@ def load_student(path: Path) -> tuple[Student, dict[str, bytes]]:
         )
     assets = {name: (file.parent / name).read_bytes() for name in card.assets}
     return Student(program, card), assets
+
+
+def load_card(folder: Path) -> Card:
+    """The card of a saved student, without its program.
+
+    Raises:
+        ModelFileError: There is none, or it is of another version.
+    """
+    path = folder / "card.json"
+    try:
+        return Card.from_json(read_json(path))
+    except TypeError as error:
+        raise ModelFileError(f"{path} is not a card that this version reads: {error}") from None
 
 
 def load_artifact(folder: Path) -> Artifact:

@@ -18,14 +18,14 @@ from edgekd.compress import PORTABLE, notes_of
 from edgekd.distill import CONTROL, ArmResult, arms_of
 from edgekd.ensemble import teacher_sentences
 from edgekd.keeping import measurements_of
-from edgekd.ledger import ArmRow, ClassRow, Ledger, Row
+from edgekd.ledger import ArmRow, ClassRow, Ledger, Row, Stage
 from edgekd.measurement import Measurement
 from edgekd.metrics import ClassCount, Quality, quality
 from edgekd.perplexity import judge_teacher, perplexity_sentence
 from edgekd.pipeline import results_of, shipped
-from edgekd.store import load_artifact, load_student, read_json, size_of, write_json
+from edgekd.store import atomic_write, load_artifact, load_card, read_json, size_of, write_json
 from edgekd.truth import NO_LABEL
-from edgekd.types import Artifact, Json, Student
+from edgekd.types import Artifact, Card, Json
 from edgekd.verdict import arm_rows, gain_sentence, inheritance_sentence, kept_sentence
 from edgekd.workspace import Workspace
 
@@ -46,16 +46,16 @@ def collect(work: Workspace) -> tuple[Ledger, list[Measurement]]:
     """
     results = results_of(work)
     chosen, folder = shipped(work)
-    student, _ = load_student(folder)
+    card = load_card(folder)
     teacher = _teacher_quality(work)
     measurements = measurements_of(work.folder)
     artifacts = [(load_artifact(path), path) for path in work.folder.artifacts()]
     control = next(r for r in results if r.arm == CONTROL and r.seed == chosen.seed)
     rows = [
         _teacher_row(work, teacher),
-        _student_row("control", control, work.folder.arm(CONTROL, chosen.seed)),
+        _program_row("control", "no teacher", control.test, work.folder.arm(CONTROL, chosen.seed)),
         *(
-            _student_row("student", r, work.folder.arm(r.arm, r.seed), is_shipped=r == chosen)
+            _program_row("student", r.arm, r.test, work.folder.arm(r.arm, r.seed), is_shipped=r == chosen)
             for r in results
             if r.seed == chosen.seed and r.arm != CONTROL
         ),
@@ -66,12 +66,12 @@ def collect(work: Workspace) -> tuple[Ledger, list[Measurement]]:
     arms = arm_rows(results, chosen.arm, answers)
     classes = _class_rows(work.splits.labels, teacher, control.test, chosen.test)
     sentences = (
-        *_distillation_sentences(results, arms, teacher, student, work.teacher.parameters, answers),
+        *_distillation_sentences(results, arms, teacher, card, work.teacher.parameters, answers),
         *([] if work.splits.joined is None else [work.splits.joined.sentence()]),
         *teacher_sentences(work, teacher.accuracy),
         *_view_sentences(work),
         *_weakness_sentences(classes),
-        *_artifact_sentences([artifact for artifact, _ in artifacts], chosen, measurements),
+        *_artifact_sentences([artifact for artifact, _ in artifacts], measurements),
     )
     ledger = Ledger(
         name=work.recipe.name,
@@ -79,7 +79,7 @@ def collect(work: Workspace) -> tuple[Ledger, list[Measurement]]:
         sentences=sentences,
         rows=tuple(rows),
         classes=classes,
-        lineage=student.card.lineage,
+        lineage=card.lineage,
         environment=_environment(),
         gain=next(row.gain for row in arms if row.is_shipped),
         arms=arms,
@@ -89,8 +89,6 @@ def collect(work: Workspace) -> tuple[Ledger, list[Measurement]]:
 
 def write_report(work: Workspace) -> Ledger:
     """Write ``report.json`` and ``report.html``; returns what they tell."""
-    from edgekd.store import atomic_write
-
     ledger, measurements = collect(work)
     seeds = [
         {"arm": r.arm, "seed": r.seed, "validation": r.validation.to_json(), "test": r.test.to_json()}
@@ -152,20 +150,21 @@ def _teacher_row(work: Workspace, teacher: Quality) -> Row:
     )
 
 
-def _student_row(stage: str, result: ArmResult, folder: Path, is_shipped: bool = False) -> Row:
-    student, _ = load_student(folder)
+def _program_row(stage: Stage, name: str, test: Quality, folder: Path, is_shipped: bool = False) -> Row:
+    card = load_card(folder)
     return Row(
-        stage="control" if stage == "control" else "student",
-        name=result.arm if stage == "student" else "no teacher",
-        precision=student.card.precision,
-        accuracy=result.test.accuracy,
-        teacher_agreement=result.test.teacher_agreement,
-        perplexity=result.test.perplexity,
-        kl=result.test.kl,
-        ece=result.test.ece,
-        size_bytes=(folder / "student.pt2").stat().st_size,
-        parameters=student.card.parameters,
-        macs=student.card.macs,
+        stage=stage,
+        name=name,
+        precision=card.precision,
+        accuracy=test.accuracy,
+        teacher_agreement=test.teacher_agreement,
+        perplexity=test.perplexity,
+        kl=test.kl,
+        ece=test.ece,
+        size_bytes=size_of(folder / "student.pt2"),
+        parameters=card.parameters,
+        macs=card.macs,
+        note=" ".join(notes_of(card)),
         is_shipped=is_shipped,
     )
 
@@ -176,26 +175,9 @@ def _compressed_rows(work: Workspace) -> list[Row]:
     if word := work.recipe.compress.prune:
         folders = {word: work.folder.pruned, **folders}
     for name, folder in folders.items():
-        if not (folder / "result.json").is_file():
-            continue
-        test = Quality.from_json(read_json(folder / "result.json")["test"])
-        student, _ = load_student(folder)
-        rows.append(
-            Row(
-                stage="compressed",
-                name=name,
-                precision=student.card.precision,
-                accuracy=test.accuracy,
-                teacher_agreement=test.teacher_agreement,
-                perplexity=test.perplexity,
-                kl=test.kl,
-                ece=test.ece,
-                size_bytes=size_of(folder / "student.pt2"),
-                parameters=student.card.parameters,
-                macs=student.card.macs,
-                note=" ".join(notes_of(student.card)),
-            )
-        )
+        if (folder / "result.json").is_file():
+            test = Quality.from_json(read_json(folder / "result.json")["test"])
+            rows.append(_program_row("compressed", name, test, folder))
     return rows
 
 
@@ -257,11 +239,11 @@ def _distillation_sentences(
     results: Sequence[ArmResult],
     arms: Sequence[ArmRow],
     teacher: Quality,
-    student: Student,
+    card: Card,
     teacher_parameters: int | None,
     answers: Answers | None,
 ) -> list[str]:
-    share = student.card.parameters / teacher_parameters if teacher_parameters else None
+    share = card.parameters / teacher_parameters if teacher_parameters else None
     lines = [kept_sentence(arms, teacher, share)]
     shipped = next(row.arm for row in arms if row.is_shipped)
     if teacher.perplexity is not None and shipped != CONTROL:
@@ -311,9 +293,7 @@ def _weakness_sentences(classes: Sequence[ClassRow]) -> list[str]:
     return [f"The teacher itself is weak in {listed}: the student cannot learn there what the teacher does not know."]
 
 
-def _artifact_sentences(
-    artifacts: Sequence[Artifact], chosen: ArmResult, measurements: Sequence[Measurement]
-) -> list[str]:
+def _artifact_sentences(artifacts: Sequence[Artifact], measurements: Sequence[Measurement]) -> list[str]:
     if not artifacts:
         return []
     passed = sum(artifact.parity.status == "passed" for artifact in artifacts)
