@@ -44,7 +44,7 @@ class HostSettings(Settings):
 
 @dataclass(frozen=True)
 class HostDevice:
-    """Fulfils ``edgekd.protocols.Device``.
+    """Fulfils ``edgekd.protocols.Device`` and ``TakingTurns``.
 
     Attributes:
         python: Interpreter of the blocks; its environment must have the runtime.

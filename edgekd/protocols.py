@@ -42,6 +42,7 @@ __all__ = [
     "Teaching",
     "Tracing",
     "Trainable",
+    "WritingCaches",
 ]
 
 Arrays: TypeAlias = Mapping[str, np.ndarray]

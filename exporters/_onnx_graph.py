@@ -49,14 +49,10 @@ def name_axes(graph: ir.Graph) -> None:
             )
 
 
-def untie(graph: ir.Graph) -> int:
+def untie(graph: ir.Graph) -> None:
     """Give a matrix product whose weight is a turned table (tied embeddings) a constant of its own: what quantizes
     weights looks for constants.
-
-    Returns:
-        How many got one.
     """
-    untied = 0
     for node in [node for node in graph if node.op_type == "Transpose"]:
         weight = array_of(node.inputs[0])
         readers = node.outputs[0].uses()
@@ -66,8 +62,6 @@ def untie(graph: ir.Graph) -> int:
         turned = add_constant(graph, f"{node.inputs[0].name}_turned", np.ascontiguousarray(weight.T))
         node.outputs[0].replace_all_uses_with(turned)
         graph.remove(node, safe=True)
-        untied += 1
-    return untied
 
 
 def drop_unused(graph: ir.Graph) -> None:
