@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from quiet_progress import Quiet
 from torch import Generator, Tensor, nn
 
 import edgekd.capture
@@ -24,6 +23,17 @@ from edgekd.store import hash_path
 from edgekd.targets import DenseTargets
 from edgekd.teacher_cache import FORMAT, CaptureKey, open_cache
 from edgekd.views import Views, view_batch, view_seeds
+
+
+class Quiet:
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        self.done_before = done
+
+    def advance(self, steps: int = 1, note: str = "") -> None: ...
+
+    def finish(self) -> None: ...
+
+    def say(self, line: str) -> None: ...
 
 
 def noise(sample: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from quiet_progress import Quiet
 from torch import Generator, Tensor, nn
 
 from edgekd.capture import capture, verify_cache
@@ -23,6 +22,16 @@ from edgekd.teacher_cache import CaptureKey, open_cache
 from edgekd.train import TrainingPlan, train
 from edgekd.truth import Truth
 from edgekd.views import Views, view_batch, view_partners, view_seeds
+
+
+class Quiet:
+    def start(self, what: str, total: int, done: int = 0) -> None: ...
+
+    def advance(self, steps: int = 1, note: str = "") -> None: ...
+
+    def finish(self) -> None: ...
+
+    def say(self, line: str) -> None: ...
 
 
 def noise(sample: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:

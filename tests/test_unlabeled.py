@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from quiet_progress import Quiet
 from torch import Tensor, nn
 
 from edgekd.capture import capture, verify_cache
@@ -22,6 +21,17 @@ from edgekd.train import TrainingPlan, train
 from edgekd.truth import Truth
 from edgekd.views import Views
 from edgekd.workspace import Workspace
+
+
+class Quiet:
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        self.total = total
+
+    def advance(self, steps: int = 1, note: str = "") -> None: ...
+
+    def finish(self) -> None: ...
+
+    def say(self, line: str) -> None: ...
 
 
 def splits_of(folder: Path, extra: np.ndarray, data: str = "") -> Splits:

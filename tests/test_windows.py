@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from quiet_progress import Quiet
 from torch import nn
 
 import edgekd.capture
@@ -21,6 +20,17 @@ from edgekd.views import Views
 from edgekd.windows import counted_positions
 
 WORDS, LENGTH = 90, 6
+
+
+class Quiet:
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        self.done_before = done
+
+    def advance(self, steps: int = 1, note: str = "") -> None: ...
+
+    def finish(self) -> None: ...
+
+    def say(self, line: str) -> None: ...
 
 
 def make_split(count: int = 10) -> Split:
