@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from edgekd.data import Split, load_unlabeled
+from edgekd.ensemble import MEMBERS
 from edgekd.errors import DataError
 from edgekd.shift import AT_MOST, Described, Shift, compare, describe
 from edgekd.workspace import Workspace
 
-__all__ = ["check_shift"]
+__all__ = ["check_shift", "described"]
 
 BATCH = 256
 
@@ -32,10 +33,10 @@ def check_shift(work: Workspace, reference: str) -> Shift:
         raise DataError(f"--shift {reference} has the inputs {shapes[1]}; the recipe's are {shapes[0]}")
     if known.labels is not None and known.labels.ndim != 1:
         raise DataError("--shift compares samples with one label each, and a language model has windows of tokens")
-    return compare(_described(work, known), _described(work, served), work.splits.labels)
+    return compare(described(work, known), described(work, served), work.splits.labels)
 
 
-def _described(work: Workspace, split: Split) -> Described:
+def described(work: Workspace, split: Split) -> Described:
     """Of at most so many samples, the first by id: a random choice that stays."""
     rows = np.argsort(split.ids)[:AT_MOST]
     arrays = split.arrays(rows)
@@ -43,5 +44,6 @@ def _described(work: Workspace, split: Split) -> Described:
         work.teacher.outputs({name: array[start : start + BATCH] for name, array in arrays.items()})
         for start in range(0, len(rows), BATCH)
     ]
-    features = {name: np.concatenate([answer.features[name] for answer in answers]) for name in answers[0].features}
+    names = answers[0].features.keys() - {MEMBERS}  # numbers of classes lie at no distance from each other
+    features = {name: np.concatenate([answer.features[name] for answer in answers]) for name in sorted(names)}
     return describe(arrays, np.concatenate([answer.logits for answer in answers]), features)

@@ -15,6 +15,7 @@ from edgekd.pipeline import capture_stage, distill_stage
 from edgekd.reading import load_recipe
 from edgekd.recipe import ImageData
 from edgekd.recipe_models import Member, Preprocessing
+from edgekd.served import described
 from edgekd.store import load_student
 from edgekd.teacher_inputs import prepared_images
 from edgekd.workspace import Workspace
@@ -125,6 +126,12 @@ def test_check_and_report_tell_what_each_teacher_is_worth_and_the_card_what_was_
     assert work.cache("train").features == {}
     assert student.card.lineage[0].startswith("teacher: ")
     assert student.card.lineage[2].startswith("of teacher mine:poor (share 3, preprocessing mine:turned ")
+
+
+def test_the_drift_test_sees_probabilities_and_no_numbers_of_classes(tmp_path: Path) -> None:
+    work = workspace(tmp_path, SEVERAL)
+
+    assert [vectors.shape for vectors in described(work, work.splits.test).vectors] == [(80, 2)]
 
 
 def test_a_single_teacher_has_no_such_sentence(tmp_path: Path) -> None:
