@@ -30,10 +30,10 @@ def generate(
     prefix, _, rest = teacher.partition(":")
     if prefix != "hf" or not rest:
         raise UsageError(f"{teacher!r} does not generate text; hf:folder of a causal language model does")
-    from edgekd.generations import Generation, complete_file, teacher_writer
+    from edgekd.completions import CompletionSettings, complete_file, teacher_writer
     from edgekd.hugging_face import hugging_face_module
 
-    settings = Generation(max_tokens, temperature, beams, seed, end)
+    settings = CompletionSettings(max_tokens, temperature, beams, seed, end)
     module = hugging_face_module(Path(rest))
     write, made_by = teacher_writer(module, tokenizer or Path(rest) / "tokenizer.json", settings)
     count = complete_file(prompts, out, write, made_by, seed, progress_bar())

@@ -2,7 +2,7 @@
 
 A document is cut into windows one after another; the last is padded. Each of its tokens but the first is a label once.
 A row with a prompt and a completion is one window: the prompt is read and does not count (its labels are -1). Such rows
-are also what ``edgekd generate`` writes (:mod:`edgekd.generations`).
+are also what ``edgekd generate`` writes (:mod:`edgekd.completions`).
 Windows never hold two documents, so no text stands before another that has nothing to do with it.
 """
 
@@ -21,7 +21,7 @@ from edgekd.errors import DataError, MissingToolchainError
 if TYPE_CHECKING:
     from edgekd.recipe import TokenData
 
-__all__ = ["Windows", "document_windows", "read_tokens", "row_window"]
+__all__ = ["Windows", "document_windows", "jsonl_rows", "read_tokens", "row_window"]
 
 Windows = tuple[np.ndarray, np.ndarray, np.ndarray]
 """input_ids and attention_mask, int32, and labels, int64: each (windows, length)."""
@@ -67,7 +67,7 @@ def read_tokens(kind: str, path: Path, spec: TokenData, folder: Path) -> Windows
     if kind == "text":
         parts.append(document_windows(encoded(content) + end, spec.length))
     else:
-        for number, row in _rows(content, path.name):
+        for number, row in jsonl_rows(content, path.name):
             if spec.prompt_column in row and spec.completion_column in row:
                 prompt, completion = str(row[spec.prompt_column]), str(row[spec.completion_column])
                 stop = end if row.get("ended", True) else []  # a completion that was cut off does not end there
@@ -109,8 +109,14 @@ def row_window(prompt: Sequence[int], completion: Sequence[int], length: int) ->
     return ids[some], mask[some], labels[some]
 
 
-def _rows(content: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(content.splitlines(), 1):
+def jsonl_rows(content: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows and the lines they stand on, from 1; blank lines are none.
+
+    Raises:
+        DataError: A line is no JSON object.
+    """
+    # Not splitlines(): JSON may hold U+2028, U+0085 and others as they are, and they end no line.
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:

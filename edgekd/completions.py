@@ -24,16 +24,17 @@ from edgekd.errors import DataError, MissingToolchainError, UsageError
 from edgekd.protocols import Progress
 from edgekd.sources import module_fingerprint
 from edgekd.store import atomic_write, fingerprint, hash_path
+from edgekd.tokens import jsonl_rows
 from edgekd.types import Json
 
-__all__ = ["Generation", "complete_file", "teacher_writer"]
+__all__ = ["CompletionSettings", "complete_file", "teacher_writer"]
 
 Write = Callable[[str, int], tuple[str, bool]]
 """(prompt, seed) to a completion, and whether it came to its end."""
 
 
 @dataclass(frozen=True)
-class Generation:
+class CompletionSettings:
     """How completions are made.
 
     Attributes:
@@ -66,10 +67,11 @@ def complete_file(prompts: Path, out: Path, write: Write, made_by: str, seed: in
         DataError: A row has no prompt.
         UsageError: ``out`` was made by another teacher, with other settings or from other prompts.
     """
-    rows = _rows(prompts)
-    for number, row in enumerate(rows, 1):
+    numbered = list(jsonl_rows(_text(prompts), prompts.name))
+    for number, row in numbered:
         if not isinstance(row.get("prompt"), str) or not row["prompt"]:
             raise DataError(f"{prompts.name} line {number} has no 'prompt'; it has {', '.join(row) or 'nothing'}")
+    rows = [row for _, row in numbered]
     done = _done(out, rows, made_by)
     progress.start(f"generate {out.name}", len(rows), done)
     with out.open("a", encoding="utf-8") as file:
@@ -83,7 +85,7 @@ def complete_file(prompts: Path, out: Path, write: Write, made_by: str, seed: in
     return len(rows) - done
 
 
-def teacher_writer(module: nn.Module, tokenizer_file: Path, settings: Generation) -> tuple[Write, str]:
+def teacher_writer(module: nn.Module, tokenizer_file: Path, settings: CompletionSettings) -> tuple[Write, str]:
     """What completes a prompt with a transformers teacher (``generate`` with its key-value cache), one at a time.
 
     Args:
@@ -137,12 +139,11 @@ def teacher_writer(module: nn.Module, tokenizer_file: Path, settings: Generation
     return write, made_by
 
 
-def _rows(path: Path) -> list[Json]:
+def _text(path: Path) -> str:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as jsonl: {error}") from None
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
 
 
 def _done(out: Path, prompts: list[Json], made_by: str) -> int:
@@ -153,8 +154,8 @@ def _done(out: Path, prompts: list[Json], made_by: str) -> int:
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         atomic_write(out, whole)
-    rows = [json.loads(line) for line in whole.decode().splitlines()]
-    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=False), 1):
+    rows = list(jsonl_rows(_text(out), out.name))
+    for (number, row), prompt in zip(rows, prompts, strict=False):
         if row.get("made_by") != made_by or row.get("prompt") != prompt["prompt"]:
             what = "another prompt" if row.get("made_by") == made_by else "another teacher or other settings"
             raise UsageError(f"{out} line {number} was made from {what}; remove it, or name another file")

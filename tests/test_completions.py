@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from edgekd.cli import app
 from edgekd.errors import DataError, UsageError
-from edgekd.generations import Generation, complete_file, teacher_writer
+from edgekd.completions import CompletionSettings, complete_file, teacher_writer
 from edgekd.hugging_face import hugging_face_module
 from edgekd.recipe import TokenData
 from edgekd.tokens import read_tokens
@@ -84,7 +84,7 @@ def test_a_file_that_broke_off_goes_on_and_is_the_same(folder: Path, tmp_path: P
 def test_rows_of_other_settings_or_prompts_are_never_mixed(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     generate(folder, out)
-    write, made_by = teacher_writer(hugging_face_module(folder), folder / "tokenizer.json", Generation(7, 1.5))
+    write, made_by = teacher_writer(hugging_face_module(folder), folder / "tokenizer.json", CompletionSettings(7, 1.5))
     with pytest.raises(UsageError, match="line 1 was made from another teacher or other settings"):
         complete_file(folder / "prompts.jsonl", out, write, made_by, 0, Quiet())
     made_by = json.loads(out.read_text().splitlines()[0])["made_by"]
@@ -93,18 +93,33 @@ def test_rows_of_other_settings_or_prompts_are_never_mixed(folder: Path, tmp_pat
         complete_file(tmp_path / "changed.jsonl", out, write, made_by, 0, Quiet())
 
 
+def test_a_separator_that_json_may_hold_as_it_is_ends_no_row(folder: Path, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    rows = [{"prompt": f"w1{separator}w2"} for separator in "\u2028\x85"]
+    prompts.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+
+    def write(prompt: str, seed: int) -> tuple[str, bool]:
+        return "w3\u2029w4", True
+
+    assert complete_file(prompts, out, write, "me", 0, Quiet()) == 2
+    assert complete_file(prompts, out, write, "me", 0, Quiet()) == 0  # its own rows are read again
+    spec = TokenData(tokenizer="tokenizer.json", length=6, end="stop")
+    _, _, labels = read_tokens("jsonl", out, spec, folder)
+    assert labels.tolist() == [[-1, 3, 4, WORDS - 2, -1, -1]] * 2
+
+
 def test_what_cannot_be_completed_is_said(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "no.jsonl").write_text('{"prompt": "w1"}\n{"text": "w2"}\n')
     module = hugging_face_module(folder)
-    write, made_by = teacher_writer(module, folder / "tokenizer.json", Generation())
+    write, made_by = teacher_writer(module, folder / "tokenizer.json", CompletionSettings())
     with pytest.raises(DataError, match="line 2 has no 'prompt'; it has text"):
         complete_file(tmp_path / "no.jsonl", tmp_path / "out.jsonl", write, made_by, 0, Quiet())
     with pytest.raises(UsageError, match="has no token 'finis'"):
-        teacher_writer(module, folder / "tokenizer.json", Generation(end="finis"))
+        teacher_writer(module, folder / "tokenizer.json", CompletionSettings(end="finis"))
     with pytest.raises(UsageError, match="2 beams"):
-        teacher_writer(module, folder / "tokenizer.json", Generation(beams=2, temperature=1.0))
+        teacher_writer(module, folder / "tokenizer.json", CompletionSettings(beams=2, temperature=1.0))
     with pytest.raises(UsageError, match="does not generate text"):
-        teacher_writer(torch.nn.Linear(2, 2), folder / "tokenizer.json", Generation())
+        teacher_writer(torch.nn.Linear(2, 2), folder / "tokenizer.json", CompletionSettings())
 
 
 def test_completions_are_windows_whose_prompt_does_not_count_and_end_only_where_they_ended(
