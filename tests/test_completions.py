@@ -8,8 +8,8 @@ import torch
 from typer.testing import CliRunner
 
 from edgekd.cli import app
-from edgekd.errors import DataError, UsageError
 from edgekd.completions import CompletionSettings, complete_file, teacher_writer
+from edgekd.errors import DataError, UsageError
 from edgekd.hugging_face import hugging_face_module
 from edgekd.recipe import TokenData
 from edgekd.tokens import read_tokens
