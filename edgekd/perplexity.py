@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +18,7 @@ from edgekd.teacher_cache import TeacherCache
 from edgekd.types import Student
 from edgekd.windows import counted_positions
 
-__all__ = ["Tokens", "judge_student", "judge_teacher", "perplexity_sentence", "quality_of_tokens", "tokens_of"]
+__all__ = ["Tokens", "judge_student", "judge_teacher", "quality_of_tokens", "tokens_of"]
 
 POSITIONS_AT_ONCE = 2048
 
@@ -110,35 +108,4 @@ def judge_teacher(split: Split, cache: TeacherCache) -> Quality:
     loss = -cache.label_log_probabilities(rows, views, counted)
     return quality_of_tokens(
         Tokens(right, np.ones(len(top), bool), confidence, loss, np.zeros(len(top), np.float32)), counted.sum(axis=1)
-    )
-
-
-def perplexity_sentence(own: Sequence[Quality], control: Sequence[Quality], teacher: Quality) -> str:
-    """What distillation did to perplexity, and whether that can be told: over paired seeds, else over paired windows.
-
-    Args:
-        own, control: Of the shipped arm and of the control on the test split, seed by seed.
-    """
-
-    def log_of(quality: Quality) -> float:
-        assert quality.perplexity is not None
-        return math.log(quality.perplexity)
-
-    gains = [log_of(a) - log_of(b) for a, b in zip(own, control, strict=True)]
-    gain = statistics.fmean(gains)
-    if len(gains) > 1:
-        error, over = statistics.stdev(gains) / len(gains) ** 0.5, f"over {len(gains)} seeds"
-    else:
-        apart = [a - b for a, b in zip(own[0].window_losses, control[0].window_losses, strict=True)]
-        error = statistics.stdev(apart) * len(apart) ** 0.5 / own[0].samples if len(apart) > 1 else math.inf
-        over = f"over {len(apart)} windows, one seed each"
-    words = ("helped" if gain < 0 else "hurt") if abs(gain) > 2 * error else "made no difference that can be told"
-    means = [math.exp(statistics.fmean(map(log_of, some))) for some in (own, control)]
-    agree = [statistics.fmean(q.teacher_agreement for q in some) for some in (own, control)]
-    low, high = math.exp(gain - 2 * error), math.exp(min(gain + 2 * error, 700))
-    return (
-        f"Distillation {words}: perplexity {means[0]:.1f} against {means[1]:.1f} of the same student without a teacher "
-        f"({teacher.perplexity:.1f} of the teacher) on {teacher.samples} test tokens, {math.exp(gain):.3f}×, "
-        f"two standard errors {low:.3f} to {high:.3f} ({over}); its next token is the teacher's at {agree[0]:.1%} of "
-        f"them, without a teacher {agree[1]:.1%}."
     )

@@ -21,12 +21,12 @@ from edgekd.keeping import measurements_of
 from edgekd.ledger import ArmRow, ClassRow, Ledger, Row, Stage
 from edgekd.measurement import Measurement
 from edgekd.metrics import ClassCount, Quality, quality
-from edgekd.perplexity import judge_teacher, perplexity_sentence
+from edgekd.perplexity import judge_teacher
 from edgekd.pipeline import results_of, shipped
 from edgekd.store import atomic_write, load_artifact, load_card, read_json, size_of, write_json
 from edgekd.truth import NO_LABEL
 from edgekd.types import Artifact, Card, Json
-from edgekd.verdict import arm_rows, gain_sentence, inheritance_sentence, kept_sentence
+from edgekd.verdict import arm_rows, gain_sentence, inheritance_sentence, kept_sentence, perplexity_sentence
 from edgekd.workspace import Workspace
 
 __all__ = ["collect", "write_report"]

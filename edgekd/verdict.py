@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ from edgekd.ledger import ArmRow, Gain
 from edgekd.metrics import Quality
 from edgekd.pairing import FEWEST_SEEDS, Paired, paired, paired_means
 
-__all__ = ["arm_rows", "gain_sentence", "inheritance_sentence", "kept_sentence"]
+__all__ = ["arm_rows", "gain_sentence", "inheritance_sentence", "kept_sentence", "perplexity_sentence"]
 
 FEWEST_MISTAKES = 20
 """Of fewer, the share that is repeated moves by more than 5 points with a single one."""
@@ -103,17 +104,59 @@ def gain_sentence(rows: Sequence[ArmRow]) -> str:
         return "It was trained without the teacher: no distilled arm was trained or chosen."
     over = f"{gain.points:+.2f} points over the same student without a teacher ({_spread(control)})"
     if gain.low is None or gain.high is None:
-        with_seeds = "one seed" if gain.seeds == 1 else f"{gain.seeds} seeds"
-        return (
-            f"Whether distillation helped cannot be told: {over}, with {with_seeds}; another seed could say the "
-            f"opposite. edgekd distill --seeds {FEWEST_SEEDS} tells."
+        return _untold(over, gain.seeds)
+    return _told(gain.low, gain.high, f"{over}, 95 % interval {gain.low:+.2f} to {gain.high:+.2f}", gain.seeds)
+
+
+def perplexity_sentence(own: Sequence[Quality], control: Sequence[Quality], teacher: Quality) -> str:
+    """What distillation did to a language model's perplexity, and whether that can be told; paired by seed and window.
+
+    Windows count as independent of each other, and those of one document are not quite: the sentence says so.
+
+    Args:
+        own, control: Of the shipped arm and of the control on the test split, seed by seed.
+    """
+    found = paired(_window_scores(own), _window_scores(control))
+    means = [math.exp(-statistics.fmean(quality.score for quality in some)) for some in (own, control)]
+    agree = [statistics.fmean(quality.teacher_agreement for quality in some) for some in (own, control)]
+    over = (
+        f"perplexity {means[0]:.1f} against {means[1]:.1f} of the same student without a teacher "
+        f"({teacher.perplexity:.1f} of the teacher) on {teacher.samples} test tokens, "
+        f"{math.exp(-found.difference):.3f}×"
+    )
+    if found.low is None or found.high is None:
+        sentence = _untold(over, found.seeds)
+    else:
+        low, high = math.exp(-found.high), math.exp(min(-found.low, 700))
+        interval = (
+            f"95 % interval {low:.3f}× to {high:.3f}× for new seeds and new windows, as if these were independent"
         )
-    interval = f"95 % interval {gain.low:+.2f} to {gain.high:+.2f}, paired over {gain.seeds} seeds"
-    if gain.helped == "yes":
-        return f"Distillation helped: {over}, {interval}."
-    if gain.helped == "no":
-        return f"Distillation did not help, it hurt: {over}, {interval}."
-    return f"Whether distillation helped cannot be told: {over}, {interval}."
+        sentence = _told(found.low, found.high, f"{over}, {interval}", found.seeds)
+    alike = f"{agree[0]:.1%} of these tokens, without a teacher at {agree[1]:.1%}"
+    return f"{sentence} Its next token is the teacher's at {alike}."
+
+
+def _window_scores(some: Sequence[Quality]) -> np.ndarray:
+    """(seeds, windows); their mean is the log-likelihood of a token, nats."""
+    return np.array([-np.array(one.window_losses) * len(one.window_losses) / one.samples for one in some])
+
+
+def _untold(over: str, seeds: int) -> str:
+    with_seeds = "one seed" if seeds == 1 else f"{seeds} seeds"
+    return (
+        f"Whether distillation helped cannot be told: {over}, with {with_seeds}; another seed could say the "
+        f"opposite. edgekd distill --seeds {FEWEST_SEEDS} tells."
+    )
+
+
+def _told(low: float, high: float, over: str, seeds: int) -> str:
+    """What an interval of the gain says; with zero in it, neither."""
+    told = "Whether distillation helped cannot be told"
+    if low > 0:
+        told = "Distillation helped"
+    elif high < 0:
+        told = "Distillation did not help, it hurt"
+    return f"{told}: {over}, paired over {seeds} seeds."
 
 
 def inheritance_sentence(arm: str, answers: Answers) -> str:

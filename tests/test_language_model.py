@@ -168,7 +168,7 @@ def test_a_language_model_goes_through_the_whole_recipe(folder: Path) -> None:
     assert (teacher.perplexity or 0) < (student.perplexity or 0) < (control.perplexity or 0) < WORDS
     assert (student.teacher_agreement or 0) > 0.5
     assert 0 < (teacher.ece or 0) < 0.3
-    assert "Distillation helped: perplexity" in ledger.sentences[1]
+    assert ledger.sentences[1].startswith("Whether distillation helped cannot be told: perplexity")  # of one seed
     assert "next token is the teacher's" in ledger.sentences[1]
     assert "perplexity" in (folder / "runs" / "counting" / "report.html").read_text()
 

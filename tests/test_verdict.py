@@ -12,7 +12,7 @@ from edgekd.ledger import ArmRow
 from edgekd.metrics import ClassCount, Quality
 from edgekd.recipe import Recipe
 from edgekd.seeds import first_seeds, keep_count, with_seeds
-from edgekd.verdict import arm_rows, gain_sentence, inheritance_sentence, kept_sentence
+from edgekd.verdict import arm_rows, gain_sentence, inheritance_sentence, kept_sentence, perplexity_sentence
 
 SAMPLES = 2000
 
@@ -46,6 +46,38 @@ def test_the_report_says_whether_the_teacher_helped(
     assert rows[1].gain.helped == helped
     assert words in gain_sentence(rows)
     assert ("95 % interval" in gain_sentence(rows)) == (len(own) > 2)
+
+
+def of_windows(losses: np.ndarray, tokens: int) -> list[Quality]:
+    """Each seed's; losses are (seeds, windows), nats."""
+    return [
+        Quality(tokens, 0.3, 0.5, 0.1, 0.02, (), float(np.exp(row.sum() / tokens)), tuple(row.tolist()))
+        for row in losses
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "seeds", "words"),
+    [
+        (0.8, 3, "Distillation helped: perplexity 40.0 against 50.0 of the same student without a teacher (20.0 of"),
+        (1.25, 3, "Distillation did not help, it hurt: perplexity 62.5 against 50.0"),
+        (0.999, 3, "Whether distillation helped cannot be told: perplexity 50.0 against 50.0"),
+        (0.8, 2, "with 2 seeds; another seed could say the opposite"),
+        (0.8, 1, "0.800×, with one seed; another seed could say the opposite"),
+    ],
+)
+def test_the_report_says_what_the_teacher_did_to_perplexity_and_for_whom(ratio: float, seeds: int, words: str) -> None:
+    tokens = 60 * 100
+    noise = np.random.default_rng(0).normal(size=(2, seeds, 60))
+    noise -= noise.mean(axis=2, keepdims=True)  # perplexities are exact, windows are not
+    own, control = (
+        of_windows(100 * np.log(value) + part, tokens) for value, part in zip((50 * ratio, 50), noise, strict=True)
+    )
+    sentence = perplexity_sentence(own, control, of_windows(np.full((1, 60), 100 * np.log(20)), tokens)[0])
+
+    assert words in sentence
+    assert ("95 % interval" in sentence) == ("new seeds and new windows" in sentence) == (seeds > 2)
+    assert "next token is the teacher's at 50.0% of these tokens" in sentence
 
 
 def test_the_gain_is_paired_by_seed() -> None:
