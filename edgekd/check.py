@@ -19,7 +19,7 @@ from edgekd.sources import load_student_module
 from edgekd.targets import codec_of
 from edgekd.tracing import export_program
 from edgekd.views import view_batch, view_partners, view_seeds
-from edgekd.windows import counted_positions, plain_codec, positions_of
+from edgekd.windows import NO_FILES, counted_positions, plain_codec, positions_of
 from edgekd.workspace import Workspace
 
 __all__ = ["check_workspace"]
@@ -78,6 +78,7 @@ def check_workspace(work: Workspace) -> dict[str, str]:
         labels = [split.labels for split in (splits.train, splits.validation, splits.test)]
         counts = [0 if label is None else int(counted_positions(label).sum()) for label in labels]
         facts["tokens that count"] = "train {}, validation {}, test {}".format(*counts)
+        facts["files"] = f"{NO_FILES}: edgekd run stops after distill"
     if work.teacher.parameters:
         share = count_parameters(student) / work.teacher.parameters
         facts["student parameters"] += f", {share:.1%} of the teacher's (10 to 20 % is a sane start)"

@@ -27,7 +27,7 @@ from edgekd.tracing import export_program
 from edgekd.tune import CANDIDATES, settle
 from edgekd.types import Card, Decoder, Student
 
-__all__ = ["export_external", "load_external"]
+__all__ = ["export_external", "language_model", "load_external"]
 
 SYNTHETIC_SAMPLES = 16
 DEFAULT_CONTEXT = 1024
@@ -119,9 +119,11 @@ def _check_caches(exporters: Mapping[str, Exporter], requests: Sequence[Request]
         exporter = exporters[request.target]
         words = exporter.cached_precisions if isinstance(exporter, WritingCaches) else ()
         if request.precision not in words:
-            there = f"; there are {', '.join(words)}" if words else "; onnx does"
-            what = f" in {request.precision}" if words else ""
-            raise UsageError(f"{request.target} writes no language models with caches{what}{there}")
+            what = f"{request.target} writes no language models with caches"
+            if words:
+                raise UsageError(f"{what} in {request.precision}; there are {', '.join(words)}")
+            names = [n for n in plugins.exporter_names() if isinstance(plugins.load_exporter(n), WritingCaches)]
+            raise UsageError(f"{what}; there are {', '.join(names)}")
 
 
 def load_external(reference: str, max_length: int | None = None) -> tuple[Student, dict[str, bytes]]:

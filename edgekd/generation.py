@@ -169,7 +169,7 @@ def prove_generation(student: Student, runner: Runner, prompts: np.ndarray, tole
         tolerance: Of the logits. Where they may be off by more than rounding, other tokens are told and not a failure.
     """
     if not isinstance(runner, Decoding):
-        raise UsageError(f"{runner.runtime} runs no language model with caches; onnx, coreml and tflite do")
+        raise UsageError(f"{runner.runtime} runs no language model with caches")
     reference = ProgramDecoder(student)
     pairs = []
     for prompt in prompts.tolist():

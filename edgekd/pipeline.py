@@ -29,6 +29,7 @@ from edgekd.regressions import note_regressions
 from edgekd.store import MANIFEST, hash_path, load_artifact, load_student, save_student, write_json
 from edgekd.tune import CANDIDATES, settle
 from edgekd.types import Artifact, Json, Precision, Student
+from edgekd.windows import NO_FILES, positions_of
 from edgekd.workspace import SPLITS, Workspace
 
 __all__ = [
@@ -237,16 +238,16 @@ def export_stage(
 
     Raises:
         ParityError: A file computes something else than its program.
-        UsageError: There is no student yet, or a target lacks a precision.
+        UsageError: There is no student yet, a target lacks a precision, or the samples are windows of tokens.
     """
     prune_stage(work, progress)
     student, _ = load_student(base_folder(work))
+    proof = proof_of(work)
     wanted = requests(work, student, targets, precisions, CANDIDATES if tuned else ())
     needed = _programs(wanted)
     if needed:
         compress_stage(work, progress, needed, max_drop=max_drop)
     told = {request.target: work.recipe.export.options_of(request.target) for request in wanted} | dict(options or {})
-    proof = proof_of(work)
     load, digest = functools.cache(load_student), functools.cache(hash_path)  # one program serves several targets
     written = {}
     for request in wanted:
@@ -289,8 +290,17 @@ def source_folder(work: Workspace, target: str, precision: Precision) -> Path:
 
 
 def proof_of(work: Workspace) -> Proof:
-    """Held-out samples from the test split, with labels and the teacher's logits."""
+    """Held-out samples from the test split, with labels and the teacher's logits.
+
+    Raises:
+        UsageError: The samples are windows of tokens, of whose positions no cache holds all logits.
+    """
     test = work.splits.test
+    if positions_of(test.labels):
+        raise UsageError(
+            f"{NO_FILES}; edgekd export {work.folder.path / 'students' / 'ARM-SEED'} --target onnx writes a student, "
+            "without a cache of keys and values"
+        )
     order = np.argsort(test.ids)  # by id: a stable random choice
     parity = test.arrays(order[: work.recipe.export.samples])
     task = test.take(order[: work.recipe.export.accuracy_samples])

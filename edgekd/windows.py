@@ -20,7 +20,9 @@ from edgekd.errors import DataError
 from edgekd.recipe import DENSE_CLASSES
 from edgekd.targets import PLAIN_CODEC, Codec
 
-__all__ = ["counted_positions", "encode_windows", "plain_codec", "positions_of", "window_type"]
+__all__ = ["NO_FILES", "counted_positions", "encode_windows", "plain_codec", "positions_of", "window_type"]
+
+NO_FILES = "files of windows of tokens are not written or proven from a recipe yet"
 
 
 def plain_codec(classes: int, positions: int) -> str:
@@ -44,7 +46,12 @@ def counted_positions(labels: np.ndarray) -> np.ndarray:
 
 def window_type(codec: Codec, classes: int, positions: int) -> np.dtype[np.void]:
     """Of one window's part of a record."""
-    return np.dtype(([*codec.fields(classes), ("label", "<f2")], (positions,)))
+    return np.dtype((_fields(codec, classes), (positions,)))
+
+
+def _fields(codec: Codec, classes: int) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Of one position."""
+    return [*codec.fields(classes), ("label", "<f2", ())]
 
 
 def encode_windows(seeds: np.ndarray, logits: np.ndarray, labels: np.ndarray, codec: Codec) -> np.ndarray:
@@ -70,7 +77,7 @@ def encode_windows(seeds: np.ndarray, logits: np.ndarray, labels: np.ndarray, co
     if labels.max() >= vocabulary:
         raise DataError(f"the data has the token {labels.max()}, the teacher's vocabulary only {vocabulary:,} tokens")
     counted = counted_positions(labels)
-    fields = [*codec.fields(vocabulary), ("label", "<f2")]
+    fields = _fields(codec, vocabulary)
     found = np.zeros(int(counted.sum()), np.dtype([("seed", "<u8"), *fields]))
     found["seed"] = (seeds.astype(np.uint64)[:, None] << np.uint64(32) | np.arange(labels.shape[1], dtype=np.uint64))[
         counted

@@ -16,10 +16,7 @@ from ._onnx_options import OnnxOptions
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-__all__ = ["CONTEXT", "Bound", "decoder_program_for", "translations"]
-
-CONTEXT = "edgekd.context"
-"""Metadata of a file with caches: how many tokens these hold."""
+__all__ = ["Bound", "decoder_program_for", "translations"]
 
 
 def decoder_program_for(student: Student, options: OnnxOptions) -> ExportedProgram:

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from edgekd.check import check_workspace
-from edgekd.errors import DataError, RecipeError
+from edgekd.errors import DataError, RecipeError, UsageError
+from edgekd.external import export_external
 from edgekd.perplexity import quality_of_tokens, tokens_of
-from edgekd.pipeline import capture_stage, distill_stage
+from edgekd.pipeline import capture_stage, distill_stage, export_stage
 from edgekd.reading import load_recipe
+from edgekd.store import load_artifact
 from edgekd.summary import write_report
 from edgekd.targets import DenseTargets
 from edgekd.tokens import document_windows, row_window
@@ -171,6 +173,10 @@ def test_a_language_model_goes_through_the_whole_recipe(folder: Path) -> None:
     assert ledger.sentences[1].startswith("Whether distillation helped cannot be told: perplexity")  # of one seed
     assert "next token is the teacher's" in ledger.sentences[1]
     assert "perplexity" in (folder / "runs" / "counting" / "report.html").read_text()
+    with pytest.raises(UsageError, match=r"not written or proven from a recipe yet; edgekd export .*students/ARM-SEED"):
+        export_stage(work, Quiet())
+    (written,) = export_external(str(work.folder.arm("kd", 0)), ["onnx"], ["fp32"], folder / "files", Quiet())
+    assert load_artifact(written).parity.status == "passed"
 
 
 def test_the_check_says_how_many_tokens_count_and_what_the_cache_takes(folder: Path) -> None:
@@ -178,6 +184,7 @@ def test_the_check_says_how_many_tokens_count_and_what_the_cache_takes(folder: P
 
     assert "sampled50" in facts["teacher cache"]
     assert facts["tokens that count"].startswith("train ")
+    assert "edgekd run stops after distill" in facts["files"]
 
 
 def test_a_student_of_another_vocabulary_is_refused(folder: Path) -> None:
