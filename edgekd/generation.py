@@ -133,11 +133,10 @@ class Told:
     """An answer of a program, and what it thought of each token.
 
     Attributes:
-        prompt, answer: Tokens.
+        answer: Tokens.
         logits: From which each token of the answer was chosen, (new tokens, vocabulary).
     """
 
-    prompt: tuple[int, ...]
     answer: tuple[int, ...]
     logits: np.ndarray
 
@@ -154,7 +153,7 @@ def tell(decoder: Decoding, prompt: Sequence[int], answer: Sequence[int] | None 
     while True:
         tokens.append(int(rows[-1].argmax()) if answer is None else answer[len(tokens)])
         if len(tokens) == wanted:
-            return Told(tuple(prompt), tuple(tokens), np.stack(rows))
+            return Told(tuple(tokens), np.stack(rows))
         rows.append(decoder.read(tokens[-1:], len(prompt) + len(tokens) - 1))
 
 
