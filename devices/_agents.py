@@ -7,7 +7,7 @@ import functools
 import io
 import signal
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -110,6 +110,18 @@ def make_job(artifact: Artifact, model: str, plan: Plan, session_config: Mapping
         "session_config": dict(session_config),
         "plan": dataclasses.asdict(plan),
     }
+
+
+def jobs_of(job: dict[str, Any], plan: Plan, inputs: Arrays) -> Iterator[tuple[dict[str, Any], float]]:
+    """A job for each block, with the seconds after which to give up on it; the last computes the outputs as well."""
+    for _ in range(plan.blocks - 1):
+        yield job, limit_s(plan, 0)
+    yield job | WITH_OUTPUTS, limit_s(plan, samples_in(inputs))
+
+
+def samples_in(inputs: Arrays) -> int:
+    """How many samples the inputs of a run hold."""
+    return len(next(iter(inputs.values())))
 
 
 def write_inputs(folder: Path, artifact: Artifact, inputs: Arrays) -> None:

@@ -26,10 +26,12 @@ from ._agents import (
     RUNTIMES,
     WITH_OUTPUTS,
     checked_inputs,
+    jobs_of,
     last_words,
     limit_s,
     make_job,
     packed_agent,
+    samples_in,
     write_inputs,
 )
 from .agent.machine import describe_machine
@@ -111,7 +113,7 @@ class HostDevice:
                     write_inputs(folder, side.artifact, inputs)
                     job = self._job(side.artifact, side.folder, plan) | WITH_OUTPUTS
                     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-                    samples += len(next(iter(inputs.values())))
+                    samples += samples_in(inputs)
                 what = " and ".join(f"{side.artifact.path} ({side.artifact.target})" for side in sides)
                 jobs = [str(folder / "job.json") for folder in folders]
                 timeout_s = self.timeout_s or len(sides) * limit_s(plan, samples)
@@ -133,15 +135,11 @@ class HostDevice:
             job = self._job(artifact, folder, plan)
             what = f"{artifact.path} ({artifact.target} {artifact.precision}) on {self.name}"
             blocks = []
-            for index in range(plan.blocks):
-                samples = 0
-                if index == plan.blocks - 1:
-                    job |= WITH_OUTPUTS
-                    samples = len(next(iter(inputs.values())))
-                result = work / job["result"]
+            result = work / job["result"]
+            for asked, timeout_s in jobs_of(job, plan, inputs):
                 result.unlink(missing_ok=True)
-                (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
-                self._process(["job.json"], work, what, self.timeout_s or limit_s(plan, samples))
+                (work / "job.json").write_text(json.dumps(asked), encoding="utf-8")
+                self._process(["job.json"], work, what, self.timeout_s or timeout_s)
                 blocks.append(_read_block(result))
             return tuple(blocks), _read_outputs(work)
 

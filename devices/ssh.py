@@ -31,10 +31,12 @@ from ._agents import (
     RUNTIMES,
     WITH_OUTPUTS,
     checked_inputs,
+    jobs_of,
     last_words,
     limit_s,
     make_job,
     packed_agent,
+    samples_in,
     write_inputs,
 )
 from ._shell import safe_name, watched
@@ -137,7 +139,7 @@ class SshDevice:
                 job = self._send_files(sitting, side.artifact, side.folder, inputs, plan, f"{index}/") | WITH_OUTPUTS
                 self._send(sitting, f"{index}/job.json", json.dumps(job).encode())
             jobs = [f"{index}/job.json" for index in range(len(sides))]
-            samples = sum(len(next(iter(inputs.values()))) for inputs in given)
+            samples = sum(map(samples_in, given))
             self._process(sitting, ["--seed", str(seed), *jobs], len(sides) * limit_s(plan, samples))
             return tuple((self._read_block(folder), self._read_outputs(folder)) for folder in folders)
 
@@ -182,13 +184,9 @@ class SshDevice:
         sitting = self._sit()
         job = self._send_files(sitting, artifact, folder, inputs, plan)
         blocks = []
-        for index in range(plan.blocks):
-            samples = 0
-            if index == plan.blocks - 1:
-                job |= WITH_OUTPUTS
-                samples = len(next(iter(inputs.values())))
-            self._send(sitting, "job.json", json.dumps(job).encode())
-            self._process(sitting, ["job.json"], limit_s(plan, samples))
+        for asked, timeout_s in jobs_of(job, plan, inputs):
+            self._send(sitting, "job.json", json.dumps(asked).encode())
+            self._process(sitting, ["job.json"], timeout_s)
             blocks.append(self._read_block(sitting.folder))
         return tuple(blocks), self._read_outputs(sitting.folder)
 

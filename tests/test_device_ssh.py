@@ -354,7 +354,7 @@ def test_nothing_outlives_the_one_that_measures(
 def test_an_agent_that_takes_too_long_is_ended_on_the_board(
     board: Board, onnx_file: File, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgekd.devices.ssh.limit_s", lambda plan, samples: 3.0)
+    monkeypatch.setattr("edgekd.devices._agents.limit_s", lambda plan, samples: 3.0)
     with contextlib.closing(board.device()) as device:
         with pytest.raises(DeviceError, match="no result after 3 s; the process was stopped"):
             device.run(*onnx_file, {"image": images}, ENDLESS)
