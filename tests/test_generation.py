@@ -91,6 +91,7 @@ def _answer_of(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
 @pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "Qwen3"])
 def test_a_program_answers_as_transformers_does(architecture: str) -> None:
     more = {"head_dim": 16} if architecture == "Qwen3" else {}
+    more["num_hidden_layers"] = 2 if architecture == "Llama" else 1
     found = _model(architecture, tie_word_embeddings=False, **more)
     student = language_model(found, Path("none"), CONTEXT)[0]
     for prompt in PROMPTS.tolist():
@@ -121,20 +122,20 @@ def test_a_context_beyond_the_model_s_is_refused(model: Any) -> None:
         decoder_program(model, 1000)
 
 
-def test_a_program_stays_the_same_on_disk(student: Student, tmp_path: Path) -> None:
-    save_student(tmp_path / "student", student, {})
+def test_a_program_stays_the_same_on_disk(shallow: Student, tmp_path: Path) -> None:
+    save_student(tmp_path / "student", shallow, {})
     loaded, _ = load_student(tmp_path / "student")
-    assert loaded.card == student.card
+    assert loaded.card == shallow.card
     prompt = PROMPTS[0].tolist()
-    assert generate(ProgramDecoder(loaded), prompt, 8) == generate(ProgramDecoder(student), prompt, 8)
+    assert generate(ProgramDecoder(loaded), prompt, 8) == generate(ProgramDecoder(shallow), prompt, 8)
 
 
-def test_the_last_token_s_logits_are_those_of_all(student: Student) -> None:
-    short = last_token(student.program)
+def test_the_last_token_s_logits_are_those_of_all(shallow: Student) -> None:
+    short = last_token(shallow.program)
     assert output_specs(short)[0].shape == (1, 1, VOCABULARY)
     tokens, positions = torch.arange(5, dtype=torch.int32)[None], torch.arange(5, dtype=torch.int32)[None]
-    caches = [torch.zeros(spec.shape) for spec in student.card.inputs[2:]]
-    (one, *_), (every, *_) = (p.module()(tokens, positions, *caches) for p in (short, student.program))
+    caches = [torch.zeros(spec.shape) for spec in shallow.card.inputs[2:]]
+    (one, *_), (every, *_) = (p.module()(tokens, positions, *caches) for p in (short, shallow.program))
     torch.testing.assert_close(one[0, -1], every[0, -1])
 
 
@@ -195,13 +196,10 @@ def test_a_file_of_fewer_bits_says_where_its_answers_part(shallow: Student, tmp_
     assert told.agreement > 0.7
 
 
-def test_another_model_s_file_fails_its_proof(model: Any, student: Student, exported: Path) -> None:
+def test_another_model_s_file_fails_its_proof(shallow: Student, exported: Path) -> None:
     exporter = _need("onnx")
-    runner, tolerance = exporter.load(exported / load_artifact(exported).path), exporter.precisions["fp32"].tolerance
-    torch.manual_seed(1)
-    other = language_model(transformers.LlamaForCausalLM(model.config).eval(), Path("none"), CONTEXT)[0]
-    assert prove_generation(student, runner, PROMPTS, tolerance).status == "passed"
-    parity = prove_generation(other, runner, PROMPTS, tolerance)
+    runner = exporter.load(exported / load_artifact(exported).path)
+    parity = prove_generation(shallow, runner, PROMPTS, exporter.precisions["fp32"].tolerance)
     assert parity.status == "failed"
     assert parity.generation is not None
     assert parity.generation.same == 0
