@@ -83,7 +83,8 @@ def written(
     conversion = exporter.precisions[precision]
     student = compress(student, conversion.source, {name: array[:48] for name, array in samples.items()})
     path = folder / f"model{exporter.suffix}"
-    exporter.write(student, path, precision, exporter.options())
+    told = {"minimum_deployment_target": "iOS18"} if (target, precision) == ("coreml", "w4") else {}
+    exporter.write(student, path, precision, exporter.options(**told))
     runner = exporter.load(path)
     held_out = {name: array[-16:] for name, array in samples.items()}
     program = list(run_program(student.program, held_out).values())
