@@ -304,7 +304,8 @@ def test_a_gate_whose_board_goes_away_is_inconclusive(board: Board, onnx_file: F
 
     thread = threading.Thread(target=unplug)
     thread.start()
-    rule, plan = Rule(looks=(6,), confirm_pairs=6), replace(QUICK, blocks=1)
+    # So many pairs that they are not all measured before the board is gone, however busy this machine is.
+    rule, plan = Rule(looks=(200,), confirm_pairs=6), replace(QUICK, blocks=1)
     found, _ = gate.compare([pair], "board", board.device(), Samples({"image": images}), rule=rule, plan=plan)
     thread.join()
     assert found.verdict == "inconclusive"
