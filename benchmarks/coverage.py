@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.errors import EdgekdError, ParityError
-from edgekd.store import load_student, save_student
+from edgekd.student_files import load_student, save_student
 
 from .coverage_page import PRECISIONS, RESULTS, TARGETS, Cell, page, read_cells, write_cells
 from .isolation import isolated, one_line

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgekd.models import run_program
-from edgekd.store import atomic_write, hash_path, load_student
+from edgekd.store import atomic_write, hash_path
+from edgekd.student_files import load_student
 from edgekd.workspace import Workspace
 
 __all__ = ["Answers", "answers_of"]

@@ -19,7 +19,8 @@ from edgekd.sources import load_student_module
 from edgekd.targets import codec_of
 from edgekd.tracing import export_program
 from edgekd.views import view_batch, view_partners, view_seeds
-from edgekd.windows import NO_FILES, counted_positions, plain_codec, positions_of
+from edgekd.window_records import plain_codec
+from edgekd.windows import NO_FILES, counted_positions, positions_of
 from edgekd.workspace import Workspace
 
 __all__ = ["check_workspace"]

@@ -155,8 +155,8 @@ def compress(
     force: ForceOption = False,
 ) -> None:
     """Quantize the chosen student, once for all targets (w8, w8a8, w4a8, auto)."""
-    from edgekd.compress import PORTABLE
     from edgekd.pipeline import compress_stage
+    from edgekd.precisions import PORTABLE
 
     wrong = [word for word in precision or [] if word not in PORTABLE]
     if wrong:

@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from edgekd.errors import UsageError
 from edgekd.fold import clean, folded_module
 from edgekd.models import example_inputs, program_bytes
+from edgekd.precisions import PORTABLE, STATIC, WEIGHT_BITS, WIDE
 from edgekd.protocols import Arrays
 from edgekd.tracing import retrace
 from edgekd.types import Calibration, Card, Precision, Student
@@ -29,10 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OBSERVER_NAMES",
-    "PORTABLE",
-    "STATIC",
-    "WEIGHT_BITS",
-    "WIDE",
     "choose_int8",
     "compress",
     "finished",
@@ -42,18 +39,6 @@ __all__ = [
 ]
 
 OBSERVER_NAMES = ("minmax", "percentile", "mse")
-
-WEIGHT_BITS = {"w8a8": 8, "w4a8": 4}
-"""Precisions with static int8 activations, and the bits of their weights."""
-
-WIDE: Precision = "w8a16"
-"""Int8 weights with static int16 activations, symmetric around zero: for the NPUs of some phones."""
-
-STATIC: tuple[Precision, ...] = (*WEIGHT_BITS, WIDE, "auto")
-"""Precisions whose programs hold static scales of activations (``auto``: in all layers but some)."""
-
-PORTABLE: tuple[Precision, ...] = ("w8", *STATIC)
-"""Precisions that are programs: decided here, once for all targets. The exporters make the others from ``fp32``."""
 
 
 def compress(

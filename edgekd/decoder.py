@@ -19,11 +19,11 @@ from torch.export import Dim, ExportedProgram
 from edgekd.errors import ModelFileError, UsageError, first_line
 from edgekd.quiet import quiet
 from edgekd.tracing import rename_outputs, retrace, without_origin
-from edgekd.types import TensorSpec
+from edgekd.types import LOGITS, TensorSpec
 
-__all__ = ["LOGITS", "POSITIONS", "TOKENS", "cache_names", "caches_of", "decoder_program", "last_token"]
+__all__ = ["POSITIONS", "TOKENS", "cache_names", "caches_of", "decoder_program", "last_token"]
 
-TOKENS, POSITIONS, LOGITS = "tokens", "input_pos", "logits"
+TOKENS, POSITIONS = "tokens", "input_pos"
 """Names of what a decoder reads and gives; those of its caches are ``kv_cache_k_0``, ``kv_cache_v_0`` … as LiteRT-LM
 has them, and what it gives for the next call is called ``kv_cache_k_0_out`` …"""
 

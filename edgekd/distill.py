@@ -21,18 +21,18 @@ from edgekd.losses import LOSSES, Term, weighted
 from edgekd.metrics import Quality, quality
 from edgekd.models import count_macs, count_parameters, input_specs, output_specs, run_program
 from edgekd.outputs import StudentOutputs, TeacherOutputs
-from edgekd.parity import LOGITS
 from edgekd.perplexity import judge_student
 from edgekd.plugins import load_function
 from edgekd.protocols import Loss, Progress
 from edgekd.recipe import Mix, Recipe
 from edgekd.sources import load_student_module, module_fingerprint
-from edgekd.store import RunFolder, fingerprint, read_json, save_student
+from edgekd.store import RunFolder, fingerprint, read_json
+from edgekd.student_files import save_student
 from edgekd.teacher_cache import TeacherCache
 from edgekd.tracing import export_program, rename_outputs
 from edgekd.train import Objective, TrainingPlan, train
 from edgekd.truth import Truth
-from edgekd.types import Card, Json, Student
+from edgekd.types import LOGITS, Card, Json, Student
 from edgekd.views import Views
 
 __all__ = [

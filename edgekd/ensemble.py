@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from edgekd.errors import DataError
-from edgekd.features import MASK, pooled
+from edgekd.pooling import MASK, pooled
 from edgekd.protocols import Arrays
 from edgekd.recipe_models import Feature, Member
 from edgekd.sources import Answer, Teacher, load_teacher

@@ -10,22 +10,24 @@ from typing import Any
 import numpy as np
 
 from edgekd import plugins
-from edgekd.compress import STATIC, compress
+from edgekd.compress import compress
 from edgekd.data import load_arrays
-from edgekd.decoder import LOGITS, POSITIONS, TOKENS, decoder_program
+from edgekd.decoder import POSITIONS, TOKENS, decoder_program
 from edgekd.errors import ModelFileError, UsageError
 from edgekd.export import Proof, Request, requests_of, synthetic_samples, write_request
 from edgekd.generation import proof_prompts
 from edgekd.hugging_face import hugging_face_example, hugging_face_module
 from edgekd.mixed import DEFAULT_MAX_DROP, Budget
 from edgekd.models import bind_inputs, count_macs, count_parameters, example_inputs, input_specs, output_specs
+from edgekd.precisions import STATIC
 from edgekd.protocols import Arrays, Exporter, Options, Progress, WritingCaches
 from edgekd.quiet import quiet
 from edgekd.regressions import note_regressions
-from edgekd.store import fingerprint, hash_path, load_student, read_json
+from edgekd.store import fingerprint, hash_path, read_json
+from edgekd.student_files import load_student
 from edgekd.tracing import export_program
 from edgekd.tune import CANDIDATES, settle
-from edgekd.types import Card, Decoder, Student
+from edgekd.types import LOGITS, Card, Decoder, Student
 
 __all__ = ["export_external", "language_model", "load_external"]
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from edgekd.decoder import LOGITS, caches_of
+from edgekd.decoder import caches_of
 from edgekd.errors import DataError, UsageError
 from edgekd.models import input_specs
 from edgekd.parity import compare
 from edgekd.protocols import Decoding, Runner
-from edgekd.types import Generation, Parity, Student, TensorSpec, Tolerance
+from edgekd.types import LOGITS, Generation, Parity, Student, TensorSpec, Tolerance
 
 __all__ = ["GREEDY", "ProgramDecoder", "Sampling", "Told", "generate", "proof_prompts", "prove_generation", "tell"]
 

@@ -24,10 +24,9 @@ from edgekd.corrections import Static, StaticPlan, static_of
 from edgekd.errors import BudgetError, UsageError
 from edgekd.layers import CONVOLUTIONS, LINEAR
 from edgekd.metrics import accuracy, agreement
-from edgekd.parity import LOGITS
 from edgekd.protocols import Arrays
 from edgekd.static import checked_samples, interpret, output_error, outputs_of, round_biases, static_module
-from edgekd.types import KeptLayer, Mixture, Student
+from edgekd.types import LOGITS, KeptLayer, Mixture, Student
 from edgekd.weights import float_weight, layer_name, put_integers, weight_names
 
 __all__ = ["DEFAULT_MAX_DROP", "Budget", "mixed_precision"]

@@ -6,17 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from edgekd.compress import STATIC
 from edgekd.errors import DataError
 from edgekd.models import bind_inputs
+from edgekd.precisions import STATIC
 from edgekd.protocols import Arrays, Runner, Tracing
-from edgekd.types import Conversion, OutputParity, Parity, Precision, TensorSpec, Tolerance
+from edgekd.types import LOGITS, Conversion, OutputParity, Parity, Precision, TensorSpec, Tolerance
 
 __all__ = ["TOLERANCES", "compare", "conversions", "first_overflow", "fitting", "run_file"]
-
-
-LOGITS = "logits"
-"""The meaning of an output whose largest value is a class; only there can a different top class fail a file."""
 
 
 TOLERANCES: dict[Precision, Tolerance] = {

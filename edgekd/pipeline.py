@@ -15,18 +15,19 @@ import torch
 import edgekd
 from edgekd import plugins, processes
 from edgekd.capture import capture
-from edgekd.compress import PORTABLE, WEIGHT_BITS
 from edgekd.distill import ArmResult, arm_inputs, arms_of, choose_arm, load_result, threads_of, train_arm
 from edgekd.errors import UsageError
 from edgekd.export import Proof, Request, requests_of, toolchain, write_request
 from edgekd.keeping import keep, measurements_of
 from edgekd.measurement import Measurement, Plan, Profile
+from edgekd.precisions import PORTABLE, WEIGHT_BITS
 from edgekd.profiles import device_of, load_profile
 from edgekd.protocols import Options, Progress
 from edgekd.prune import parse_pruning
 from edgekd.recovery import Settings, calibration_split, compressed, pruned, settings_of, training_inputs
 from edgekd.regressions import note_regressions
-from edgekd.store import MANIFEST, hash_path, load_artifact, load_student, save_student, write_json
+from edgekd.store import MANIFEST, hash_path, load_artifact, write_json
+from edgekd.student_files import load_student, save_student
 from edgekd.tune import CANDIDATES, settle
 from edgekd.types import Artifact, Json, Precision, Student
 from edgekd.windows import NO_FILES, positions_of

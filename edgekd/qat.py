@@ -42,7 +42,7 @@ def train_quantized(
 
     Args:
         student: In ``fp32``.
-        precision: One of ``edgekd.compress.WEIGHT_BITS``.
+        precision: One of ``edgekd.precisions.WEIGHT_BITS``.
         calibration: See :func:`edgekd.compress.quantize_static`.
         fits: Each trains a module in place, which takes the student's inputs in order and returns logits (batch,
             classes). It starts from the same weights every time, so an interrupted one goes on from its checkpoint.
@@ -53,7 +53,8 @@ def train_quantized(
     Raises:
         UsageError, DataError, NumericalError: As :func:`edgekd.compress.quantize_static`.
     """
-    from edgekd.compress import WEIGHT_BITS, calibration_of, check_observer, finished, refuse_compressed
+    from edgekd.compress import calibration_of, check_observer, finished, refuse_compressed
+    from edgekd.precisions import WEIGHT_BITS
 
     check_observer(observer)
     refuse_compressed(student, precision)

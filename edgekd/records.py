@@ -12,7 +12,8 @@ import numpy as np
 from edgekd.errors import DataError, NumericalError
 from edgekd.feature_records import Layout, feature_fields
 from edgekd.targets import Codec
-from edgekd.windows import counted_positions, encode_windows, window_type
+from edgekd.window_records import encode_windows, window_type
+from edgekd.windows import counted_positions
 
 __all__ = ["make_records", "record_bytes", "record_type"]
 

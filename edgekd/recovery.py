@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgekd.compress import WEIGHT_BITS, compress
+from edgekd.compress import compress
 from edgekd.distill import CONTROL, arm_inputs, evaluate, objective_of, threads_of
 from edgekd.metrics import Quality
 from edgekd.mixed import DEFAULT_MAX_DROP, Budget, mixed_precision
+from edgekd.precisions import WEIGHT_BITS
 from edgekd.protocols import Progress
 from edgekd.prune import Pruning, prune
 from edgekd.store import fingerprint

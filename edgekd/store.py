@@ -24,7 +24,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ from edgekd.errors import ModelFileError, StorageError, UsageError
 from edgekd.types import Artifact, Card, Json
 
 if TYPE_CHECKING:
-    from edgekd.types import Student
+    pass
 
 __all__ = [
     "RunFolder",
@@ -43,10 +43,8 @@ __all__ = [
     "hash_path",
     "load_artifact",
     "load_card",
-    "load_student",
     "read_json",
     "replace_folder",
-    "save_student",
     "staging_folder",
     "state_folder",
     "write_json",
@@ -204,48 +202,6 @@ def _told(path: Path) -> Iterator[None]:
 
 
 # ── students and artifacts ────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def save_student(folder: Path, student: Student, assets: Mapping[str, bytes], result: Json | None = None) -> None:
-    """Write ``student.pt2``, ``card.json``, the assets and, if given, ``result.json``: all or nothing."""
-    from edgekd.models import program_bytes
-
-    with atomic_folder(folder) as part:
-        (part / "student.pt2").write_bytes(program_bytes(student.program))
-        write_json(part / "card.json", student.card.to_json())
-        for name, content in assets.items():
-            (part / name).write_bytes(content)
-        if result is not None:
-            write_json(part / "result.json", result)
-
-
-def load_student(path: Path) -> tuple[Student, dict[str, bytes]]:
-    """A student from its folder, or from any ``.pt2`` file; without a card, one is derived from the program.
-
-    Returns:
-        The student and its assets by name.
-
-    Raises:
-        ModelFileError: The file is missing, damaged or unsafe.
-    """
-    from edgekd.models import count_parameters, input_specs, load_program, output_specs
-    from edgekd.types import Student
-
-    file = path / "student.pt2" if path.is_dir() else path
-    program = load_program(file)
-    if file.name == "student.pt2" and file.with_name("card.json").is_file():
-        card = load_card(file.parent)
-    else:
-        lineage = (f"file: {hash_path(file)[:16]}",)
-        card = Card(
-            file.stem,
-            input_specs(program),
-            output_specs(program),
-            parameters=count_parameters(program),
-            lineage=lineage,
-        )
-    assets = {name: (file.parent / name).read_bytes() for name in card.assets}
-    return Student(program, card), assets
 
 
 def load_card(folder: Path) -> Card:

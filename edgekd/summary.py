@@ -14,7 +14,7 @@ import numpy as np
 import edgekd
 from edgekd import plugins
 from edgekd.answers import Answers, answers_of
-from edgekd.compress import PORTABLE, notes_of
+from edgekd.compress import notes_of
 from edgekd.distill import CONTROL, ArmResult, arms_of
 from edgekd.ensemble import teacher_sentences
 from edgekd.keeping import measurements_of
@@ -23,6 +23,7 @@ from edgekd.measurement import Measurement
 from edgekd.metrics import ClassCount, Quality, quality
 from edgekd.perplexity import judge_teacher
 from edgekd.pipeline import results_of, shipped
+from edgekd.precisions import PORTABLE
 from edgekd.store import atomic_write, load_artifact, load_card, read_json, size_of, write_json
 from edgekd.truth import NO_LABEL
 from edgekd.types import Artifact, Card, Json

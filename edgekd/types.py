@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 __all__ = [
+    "LOGITS",
     "Artifact",
     "Calibration",
     "Card",
@@ -33,6 +34,9 @@ __all__ = [
 ]
 
 Json: TypeAlias = dict[str, Any]
+
+LOGITS = "logits"
+"""The meaning of an output whose largest value is a class; only there can a different top class fail a file."""
 
 Precision: TypeAlias = str
 """Spelled by bits: w = weights, d = activations quantized as they come, a = activations with static scales.

@@ -7,7 +7,7 @@ from edgekd.errors import CacheError
 from edgekd.export import verify_artifact
 from edgekd.pipeline import finished, proof_of, source_folder
 from edgekd.protocols import Progress
-from edgekd.store import load_student
+from edgekd.student_files import load_student
 from edgekd.types import Artifact
 from edgekd.workspace import SPLITS, Workspace
 

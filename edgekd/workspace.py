@@ -85,7 +85,8 @@ class Workspace:
     def capture_key(self, split: str) -> CaptureKey:
         """What the cache of a split depends on."""
         from edgekd.teacher_cache import CaptureKey
-        from edgekd.windows import plain_codec, positions_of
+        from edgekd.window_records import plain_codec
+        from edgekd.windows import positions_of
 
         train, views = split == "train", self.views_of(split)
         positions = positions_of(self.splits.train.labels)

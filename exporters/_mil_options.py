@@ -12,10 +12,9 @@ from torch.export import ExportedProgram
 
 from edgekd.errors import UsageError
 from edgekd.models import input_specs, output_specs
-from edgekd.parity import LOGITS
 from edgekd.protocols import Arrays, Options
 from edgekd.tracing import retrace
-from edgekd.types import Student, TensorSpec
+from edgekd.types import LOGITS, Student, TensorSpec
 
 __all__ = ["SYSTEMS", "CoreMLOptions", "Pixels", "pixels", "probabilities"]
 

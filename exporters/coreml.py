@@ -13,11 +13,11 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from edgekd.compress import STATIC
 from edgekd.contents import Contents
 from edgekd.errors import ExportError, UsageError
 from edgekd.models import input_specs, output_specs
 from edgekd.parity import conversions
+from edgekd.precisions import STATIC
 from edgekd.protocols import Runner
 from edgekd.quiet import quiet
 from edgekd.tracing import at_batch

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekd.compress import STATIC
 from edgekd.contents import Contents
 from edgekd.errors import DataError, ExportError, ModelFileError, UsageError, first_line
 from edgekd.parity import conversions
+from edgekd.precisions import STATIC
 from edgekd.protocols import Arrays, Runner
 from edgekd.quiet import quiet
 from edgekd.types import Conversion, Precision, Student, TensorSpec, Tolerance

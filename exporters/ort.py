@@ -13,8 +13,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from edgekd.compress import STATIC
 from edgekd.contents import Contents
+from edgekd.precisions import STATIC
 from edgekd.protocols import Runner
 from edgekd.quiet import quiet
 from edgekd.types import Conversion, Precision, Student

@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.compress import STATIC, WIDE
 from edgekd.contents import Contents
 from edgekd.errors import DataError, ExportError, ModelFileError
 from edgekd.fold import folded_module
 from edgekd.models import input_specs, output_specs
 from edgekd.parity import conversions, fitting
+from edgekd.precisions import STATIC, WIDE
 from edgekd.protocols import Arrays
 from edgekd.quiet import quiet_native
 from edgekd.tracing import retrace

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.store import load_student, save_student
+from edgekd.student_files import load_student, save_student
 from edgekd.types import Student
 
 

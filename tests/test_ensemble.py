@@ -16,7 +16,7 @@ from edgekd.reading import load_recipe
 from edgekd.recipe import ImageData
 from edgekd.recipe_models import Member, Preprocessing
 from edgekd.served import described
-from edgekd.store import load_student
+from edgekd.student_files import load_student
 from edgekd.teacher_inputs import prepared_images
 from edgekd.workspace import Workspace
 

@@ -15,13 +15,14 @@ from edgekd.data import Split, split_from_arrays
 from edgekd.distill import arm_inputs, objective_of
 from edgekd.errors import CacheError, DataError, NumericalError, UsageError
 from edgekd.feature_losses import feature_cosine, feature_mse
-from edgekd.features import FeatureStudent, bare_student, pooled, with_features
+from edgekd.features import FeatureStudent, bare_student, with_features
 from edgekd.pipeline import capture_stage, distill_stage
+from edgekd.pooling import pooled
 from edgekd.reading import load_recipe
 from edgekd.recipe_models import Feature
 from edgekd.records import record_bytes
 from edgekd.sources import Answer, Teacher, load_teacher, module_fingerprint
-from edgekd.store import load_student
+from edgekd.student_files import load_student
 from edgekd.targets import codec_of
 from edgekd.teacher_cache import CaptureKey, TeacherCache
 from edgekd.tracing import export_program

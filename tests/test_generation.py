@@ -17,7 +17,8 @@ from edgekd.external import export_external, language_model
 from edgekd.generation import ProgramDecoder, Sampling, generate, prove_generation
 from edgekd.models import output_specs
 from edgekd.protocols import Decoding
-from edgekd.store import load_artifact, load_student, save_student
+from edgekd.store import load_artifact
+from edgekd.student_files import load_student, save_student
 from edgekd.types import Student
 
 transformers = pytest.importorskip("transformers")

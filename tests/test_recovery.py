@@ -14,7 +14,8 @@ from edgekd.pipeline import capture_stage, compress_stage, distill_stage, export
 from edgekd.reading import load_recipe
 from edgekd.recipe import parse_drop
 from edgekd.scaffold import write_template
-from edgekd.store import load_student, read_json
+from edgekd.store import read_json
+from edgekd.student_files import load_student
 from edgekd.summary import collect
 from edgekd.workspace import Workspace
 
