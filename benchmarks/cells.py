@@ -260,12 +260,14 @@ def exact_cells(
     if old_units or new_units:
         why = "" if old_units == new_units else f"was {_told(old_units)}, is {_told(new_units)}"
         verdict = "regression" if _is_less_delegated(old_units, new_units) else "pass"
+        if not new_units:
+            verdict = "inconclusive"
         found.append(Cell(pair.label, "delegation", verdict, why=why))
     return found
 
 
 def delegation_of(block: Block) -> dict[str, int]:
-    """Nodes by the unit that ran them, the fallback last, from the condition ``delegation``: ``XNNPACK=41 CPU=3``."""
+    """Nodes by unit, that which was asked for first, from the condition ``delegation``: ``XNNPACK=41 CPU=3``."""
     words = [word.rpartition("=") for word in block.conditions.get("delegation", "").split()]
     return {unit: int(nodes) for unit, _, nodes in words}
 
@@ -278,9 +280,9 @@ def _is_less_delegated(old: Mapping[str, int], new: Mapping[str, int]) -> bool:
     """Whether nodes fell back that did not before: a larger number of them, and a larger share."""
     if not old or not new:
         return False
-    fallback = list(old)[-1]
-    nodes, before = new.get(fallback, 0), old[fallback]
-    return len(old) > 1 and nodes > before and nodes / sum(new.values()) > before / sum(old.values())
+    asked = next(iter(old))
+    nodes, before = sum(new.values()) - new.get(asked, 0), sum(old.values()) - old[asked]
+    return nodes > before and nodes / sum(new.values()) > before / sum(old.values())
 
 
 def _not_finite(outputs: Arrays) -> int:

@@ -131,12 +131,16 @@ def spread(medians: Sequence[float]) -> float | None:
     return (max(medians) - min(medians)) / float(np.median(medians))
 
 
-def per_minute(latency_ms: Sequence[float], minute_ms: float = 60_000.0) -> tuple[float, ...]:
+def per_minute(latency_ms: Sequence[float], inferences: int = 1) -> tuple[float, ...]:
     """Median of each minute of inferences without a pause, in milliseconds, in order: what a warm device keeps up.
 
     A last part shorter than half a minute is left out, unless there is no other.
+
+    Args:
+        inferences: Behind each sample, which is their mean.
     """
     samples = np.asarray(latency_ms, dtype=float)
+    minute_ms = 60_000.0 / inferences
     minutes = np.floor((np.cumsum(samples) - samples) / minute_ms).astype(int)
     found = [samples[minutes == minute] for minute in range(int(minutes[-1]) + 1)] if len(samples) else []
     if len(found) > 1 and found[-1].sum() < minute_ms / 2:

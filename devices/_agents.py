@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -15,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.errors import UsageError
+from edgekd.errors import DeviceError, UsageError
 from edgekd.measurement import Plan
-from edgekd.protocols import Arrays
+from edgekd.protocols import Arrays, Side
 from edgekd.types import Artifact
 
 from .agent.block import SETTLING_S
@@ -61,6 +62,20 @@ NOT_RUN: Mapping[str, str] = {
     "coreai": "off Apple devices Core AI's runtime proves files and its times mean nothing; "
     "use a device with iOS 27 or macOS 27",
 }
+
+
+@contextlib.contextmanager
+def told_of(what: str) -> Iterator[None]:
+    """Says of what a DeviceError is told."""
+    try:
+        yield
+    except DeviceError as error:
+        raise DeviceError(f"{what}: {error}") from None
+
+
+def both(sides: Sequence[Side]) -> str:
+    """The files that take turns, for the messages."""
+    return " and ".join(f"{side.artifact.path} ({side.artifact.target})" for side in sides)
 
 
 def checked_inputs(who: str, artifact: Artifact, inputs: Arrays, plan: Plan, targets: Sequence[str]) -> Arrays:

@@ -5,10 +5,13 @@ Source: google-ai-edge/LiteRT, tflite/tools/benchmark/benchmark_model.cc and ben
 
 from __future__ import annotations
 
+import math
 import re
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
@@ -18,7 +21,20 @@ from edgekd.plugins import missing
 from edgekd.protocols import Arrays
 from edgekd.types import Artifact
 
-__all__ = ["Log", "Tensors", "block_of", "flags", "parse_log", "read_outputs", "tensors_of", "write_sample"]
+__all__ = [
+    "RUN",
+    "Log",
+    "Tensors",
+    "block_of",
+    "flags",
+    "launches",
+    "logs_of",
+    "parse_log",
+    "read_outputs",
+    "share_of",
+    "tensors_of",
+    "write_sample",
+]
 
 # INFO: count=50 first=1 curr=1 min=1 max=1 avg=1.5 std=0 p5=1 median=1 p95=1 (percentiles: builds since 2024)
 COUNT = re.compile(r"count=(\d+) (.*)")
@@ -26,6 +42,7 @@ TIMINGS = re.compile(r"Inference timings in us: (.*)")
 DELEGATED = re.compile(
     r"Replacing (\d+) out of (\d+) node\(s\) with delegate \((\w+)\) node, yielding (\d+) partitions"
 )
+MARK = "@launch"
 FOOTPRINT = re.compile(r"Memory footprint delta from the start of the tool \(MB\): init=[\d.]+ overall=([\d.]+)")
 
 
@@ -49,8 +66,9 @@ class Log:
         init, first: Loading, and the first inference.
         warmup, timed: ``avg``, ``curr``, ``median`` … of the two phases.
         counts: Inferences in the two phases.
-        delegation: Which delegate took how many nodes; empty when none was told.
-        is_partial: Some nodes stayed with the plain interpreter.
+        units: Nodes by the delegate that took them, in the order it was asked, and last those that none took (``CPU``);
+            empty when the build does not tell.
+        partitions: Pieces that the delegates cut the graph into; 0 when not told.
         footprint_mb: Growth of the process; None when not told.
     """
 
@@ -59,8 +77,8 @@ class Log:
     warmup: dict[str, float]
     timed: dict[str, float]
     counts: tuple[int, int]
-    delegation: str
-    is_partial: bool
+    units: dict[str, int]
+    partitions: int
     footprint_mb: float | None
 
 
@@ -79,7 +97,6 @@ def parse_log(text: str) -> Log:
         said = (errors or lines[-1:] or ["it said nothing"])[0]
         raise DeviceError(f"benchmark_model gave no timings: {said}")
     told = _numbers(timings[1], ": ")
-    taken = [(int(found[1]), int(found[2]), int(found[4]), found[3]) for found in DELEGATED.finditer(text)]
     footprint = FOOTPRINT.search(text)
     return Log(
         init=told.get("Init", 0.0),
@@ -87,10 +104,21 @@ def parse_log(text: str) -> Log:
         warmup=counts[0][1] if len(counts) > 1 else {},
         timed=counts[-1][1],
         counts=(counts[0][0] if len(counts) > 1 else 0, counts[-1][0]),
-        delegation="; ".join(f"{name} {some}/{total} nodes in {parts}" for some, total, parts, name in taken),
-        is_partial=any(some < total for some, total, _, _ in taken),
+        units=_units(text),
+        partitions=sum(int(found[4]) for found in DELEGATED.finditer(text)),
         footprint_mb=float(footprint[1]) if footprint else None,
     )
+
+
+def _units(text: str) -> dict[str, int]:
+    """A delegate tells once for each subgraph; one that is asked later counts the one node of each earlier part too."""
+    units: dict[str, int] = {}
+    total, first = 0, ""
+    for found in DELEGATED.finditer(text):
+        first = first or found[3]
+        units[found[3]] = units.get(found[3], 0) + int(found[1])
+        total += int(found[2]) if found[3] == first else 0
+    return units | {"CPU": total - sum(units.values())} if units else {}
 
 
 def _numbers(text: str, equals: str) -> dict[str, float]:
@@ -98,32 +126,68 @@ def _numbers(text: str, equals: str) -> dict[str, float]:
     return {pair[1].strip(" ,"): float(pair[2]) for pair in pairs}
 
 
-def block_of(log: Log, conditions: dict[str, str], void: str = "") -> Block:
-    """A launch as a block. The tool keeps no samples: the block's one value is the median that it reports.
+def block_of(logs: Sequence[Log], conditions: dict[str, str], void: str = "") -> Block:
+    """The launches of a block. The tool keeps no samples: the median that it reports is the one of each launch.
 
-    Builds before 2024 report no median; then it is the mean, and the conditions say so.
+    Builds before 2024 report no median; then it is the mean, and the conditions say so. Loading and the first inference
+    are medians over the launches.
     """
-    which = "median" if "median" in log.timed else "avg"
-    value, last = log.timed[which], log.warmup.get("curr", log.first)
+    which = "median" if all("median" in log.timed for log in logs) else "avg"
+    values = [log.timed[which] for log in logs]
+    count, units, footprints = sum(log.counts[1] for log in logs), logs[0].units, [log.footprint_mb for log in logs]
+    told = " ".join(f"{unit}={nodes}" for unit, nodes in units.items())
     described = conditions | {
         "runtime": "benchmark_model",
-        "statistic": f"{which} of {log.counts[1]} inferences, as benchmark_model reports it",
-        "inferences": str(log.counts[1]),
-        "delegation": log.delegation,
-        "partial_delegation": log.delegation if log.is_partial else "",
-        "footprint_mb": "" if log.footprint_mb is None else f"{log.footprint_mb:.1f}",
+        "statistic": f"{which} of {count} inferences in {len(logs)} launches, as benchmark_model reports it",
+        "inferences": str(count),
+        "launches": str(len(logs)),
+        "delegation": told,
+        "partitions": str(logs[0].partitions or ""),
+        "partial_delegation": told if units.get("CPU") else "",
+        "footprint_mb": "" if None in footprints else f"{max(one for one in footprints if one is not None):.1f}",
     }
+    lasts = [log.warmup.get("curr", log.first) for log in logs]
     return Block(
         runtime_load_ms=0.0,  # a native program: there is no runtime to import
-        model_load_ms=log.init / 1e3,
-        first_inference_ms=log.first / 1e3,
-        warmup_ms=(log.warmup["avg"] / 1e3,) if "avg" in log.warmup else (),
-        latency_ms=(value / 1e3,),
+        model_load_ms=median(log.init for log in logs) / 1e3,
+        first_inference_ms=median(log.first for log in logs) / 1e3,
+        warmup_ms=tuple(log.warmup["avg"] / 1e3 for log in logs if "avg" in log.warmup),
+        latency_ms=tuple(value / 1e3 for value in values),
         peak_memory_bytes=None,  # its footprint is a growth, and a peak would disturb the times
-        converged=abs(last - value) < 0.1 * value,  # the last of the warm-up is all that can be compared
+        # The last of the warm-up is all that can be compared.
+        converged=all(abs(last - value) < 0.1 * value for last, value in zip(lasts, values, strict=True)),
         conditions={key: text for key, text in described.items() if text},
         void=void,
     )
+
+
+def share_of(plan: Plan, turns: int) -> Plan:
+    """What each of so many launches does, so that all do what the plan says; each must warm up by itself."""
+    return replace(
+        plan,
+        warmup_s=plan.warmup_s / turns,
+        min_runs=math.ceil(plan.min_runs / turns),
+        min_s=plan.min_s / turns,
+        max_s=plan.max_s / turns,
+    )
+
+
+# A command that fails ends the script, with its exit code and its log. Who ends the script finds in ``pid`` what runs.
+RUN = """run() { log=$1; shift; "$@" >"$log" 2>&1 & echo $$ $! >pid; wait $! || fail $? "$log"; }
+fail() { cat "$2" >&2; exit "$1"; }
+"""
+
+
+def launches(commands: Sequence[Sequence[str]]) -> str:
+    """A script that runs these commands one after the other, and then prints the log of each: see ``logs_of``."""
+    lines = [f"run log-{index}.txt {shlex.join(command)}" for index, command in enumerate(commands)]
+    lines += [f"echo {MARK}; cat log-{index}.txt" for index in range(len(commands))]
+    return RUN + "\n".join([*lines, "rm -f log-*.txt", ""])
+
+
+def logs_of(printed: str) -> list[Log]:
+    """What the commands of ``launches`` printed, in their order."""
+    return [parse_log(text) for text in printed.split(f"{MARK}\n")[1:]]
 
 
 def tensors_of(path: Path, artifact: Artifact) -> Tensors:

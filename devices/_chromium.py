@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -17,7 +16,9 @@ from typing import Any
 from edgekd.errors import DeviceError
 from edgekd.types import Json
 
-__all__ = ["Chromium", "find_chromium"]
+from ._folders import made, remove
+
+__all__ = ["Chromium", "find_chromium", "remove_profile"]
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
 PLACES = (
@@ -49,6 +50,19 @@ def find_chromium(named: str = "") -> str | None:
     return found or next((place for place in PLACES if Path(place).is_file()), None)
 
 
+def remove_profile(folder: Path) -> None:
+    """The folder of a browser that has ended, and what it made beside it.
+
+    A browser that is killed leaves the folder of its socket among the temporary files; the profile has a link to it
+    (Chromium's process_singleton_posix.cc).
+    """
+    with contextlib.suppress(OSError):
+        beside = (folder / "profile" / "SingletonSocket").readlink().parent
+        if "org.chromium.Chromium" in beside.name:
+            remove(beside)
+    remove(folder)
+
+
 class Chromium:
     """One run of the browser. ``close`` ends it and removes its profile; so does the end of this process.
 
@@ -56,8 +70,8 @@ class Chromium:
     """
 
     def __init__(self, program: str, flags: tuple[str, ...] = ()) -> None:
-        self._folder = tempfile.mkdtemp(prefix="edgekd-browser-")
-        log = Path(self._folder) / "stderr.txt"
+        self._folder = made("edgekd-browser", remove=remove_profile)
+        log = self._folder / "stderr.txt"
         arguments = [program, *FLAGS, f"--user-data-dir={self._folder}/profile", *flags, "about:blank"]
         if os.geteuid() == 0:
             arguments.insert(1, "--no-sandbox")  # Chromium's sandbox refuses root
@@ -72,11 +86,11 @@ class Chromium:
             (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
             (os.POSIX_SPAWN_OPEN, 2, str(log), os.O_WRONLY | os.O_CREAT, 0o600),
         ]
-        environment = {**os.environ, "HOME": self._folder}
+        environment = {**os.environ, "HOME": str(self._folder)}
         try:
             self.pid = os.posix_spawn(program, arguments, environment, file_actions=actions, setpgroup=0)
         except OSError as error:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            remove(self._folder)
             raise DeviceError(f"{program} cannot be started: {error.strerror}") from None
         finally:
             for one in (inner_read, inner_write, *high):
@@ -132,7 +146,7 @@ class Chromium:
 
     def last_words(self) -> str:
         with contextlib.suppress(OSError):
-            text = (Path(self._folder) / "stderr.txt").read_text(errors="replace")
+            text = (self._folder / "stderr.txt").read_text(errors="replace")
             lines = [line.strip() for line in text.splitlines() if line.strip()]
             if lines:
                 return lines[-1]
@@ -147,8 +161,8 @@ class Chromium:
         with contextlib.suppress(OSError):
             os.close(self._write)
         end = time.monotonic() + 5
-        while Path(self._folder).exists() and time.monotonic() < end:  # its last processes may still write
-            shutil.rmtree(self._folder, ignore_errors=True)
+        while self._folder.exists() and time.monotonic() < end:  # its last processes may still write
+            remove_profile(self._folder)
 
     def _listen(self) -> None:
         rest = b""

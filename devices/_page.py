@@ -13,6 +13,7 @@ import secrets
 import shutil
 import ssl
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -127,14 +128,15 @@ class Job:
 
     Attributes:
         told: The job as the page reads it.
-        outputs: By index, as they came.
-        result: ``block`` or ``error``; None until the page has answered.
+        models, samples: Of each side.
+        outputs: By side and index, as they came.
+        result: ``blocks``, one of each side, or ``error``; None until the page has answered.
     """
 
     told: Json
-    model: bytes
-    samples: bytes
-    outputs: dict[int, np.ndarray] = field(default_factory=dict)
+    models: tuple[bytes, ...]
+    samples: tuple[bytes, ...]
+    outputs: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
     result: Json | None = None
     taken: bool = False
 
@@ -162,7 +164,7 @@ class PageServer:
         self.hellos = 0
         handler = type("Handler", (_Handler,), {"page": self})
         try:
-            self._server = ThreadingHTTPServer((address, port), handler)
+            self._server = _Server((address, port), handler)
         except OSError as error:
             raise DeviceError(f"no page can be served at {address}:{port}: {error.strerror}") from None
         self._server.daemon_threads = True
@@ -253,6 +255,13 @@ class PageServer:
                 self._changed.notify_all()
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *_: Any) -> None:
+        """A browser that is ended breaks its connections off; what matters is told by the job's end."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(*_)
+
+
 class _Handler(BaseHTTPRequestHandler):
     page: PageServer
     protocol_version = "HTTP/1.1"
@@ -278,7 +287,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(200, json.dumps(job.told).encode(), "application/json")
         job = self.page.current()
         if url.path in ("/model", "/samples") and job is not None:
-            return self._answer(200, job.model if url.path == "/model" else job.samples, "application/octet-stream")
+            side = parse_qs(url.query).get("side", [""])[0]
+            contents = dict(enumerate(job.models if url.path == "/model" else job.samples))
+            if side.isdecimal() and int(side) in contents:
+                return self._answer(200, contents[int(side)], "application/octet-stream")
         content = _file(url.path)
         if content is None:
             return self._answer(404, b"no such file")
@@ -301,7 +313,8 @@ class _Handler(BaseHTTPRequestHandler):
             elif url.path == "/output" and (job := self.page.current()) is not None:
                 query = {key: values[0] for key, values in parse_qs(url.query).items()}
                 shape = tuple(int(size) for size in query["shape"].split(",") if size)
-                job.outputs[int(query["index"])] = np.frombuffer(body, np.dtype(query["dtype"])).reshape(-1, *shape[1:])
+                array = np.frombuffer(body, np.dtype(query["dtype"])).reshape(-1, *shape[1:])
+                job.outputs[int(query["side"]), int(query["index"])] = array
             elif url.path == "/result":
                 self.page.finish(json.loads(body))
             else:

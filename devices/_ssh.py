@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-import tempfile
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgekd.errors import DeviceError, UsageError
 
+from ._folders import made, remove
 from ._shell import GRACE_S, Ended, run_beating
 
 __all__ = ["Connection"]
@@ -54,7 +55,8 @@ class Connection:
         if not self.host or self.host.startswith("-"):
             raise UsageError(f"{self.host!r} is no host name for ssh")
         # A socket's path may have 104 bytes: the folder of temporary files may be too deep, and %C has 40.
-        self._sockets = tempfile.TemporaryDirectory(prefix="ekd-", dir="/tmp" if Path("/tmp").is_dir() else None)
+        self._sockets = made("ekd", Path("/tmp") if Path("/tmp").is_dir() else None)
+        weakref.finalize(self, remove, self._sockets)
 
     def run(self, script: str, data: bytes | None = None, limit_s: float = ANSWER_S) -> Ended:
         """Run a script in the machine's sh.
@@ -103,12 +105,12 @@ class Connection:
 
     def close(self) -> None:
         """End the shared connection; no error when there is none."""
-        if any(Path(self._sockets.name).iterdir()):
+        if any(self._sockets.iterdir()):
             call = self._call("")
             subprocess.run([*call[:-2], "-O", "exit", *call[-2:-1]], capture_output=True, timeout=ANSWER_S)
 
     def _call(self, script: str) -> list[str]:
-        options = OPTIONS | {"ControlPath": f"{self._sockets.name}/%C"} | self.options
+        options = OPTIONS | {"ControlPath": f"{self._sockets}/%C"} | self.options
         words = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
         config = ["-F", self.config] if self.config else []
         return ["ssh", "-T", *config, *words, self.host, f"exec sh -c {shlex.quote(script)}"]

@@ -1,4 +1,4 @@
-"""An Android phone on ``adb``: every block is one launch of the user's ``benchmark_model``, there.
+"""An Android phone on ``adb``: a block is a launch of the user's ``benchmark_model`` there, or in turns several.
 
 Nothing is downloaded, and nothing is installed: the program is pushed for a sitting and removed with it.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import secrets
+import random
 import shlex
-import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,13 +19,26 @@ from pydantic import Field
 from edgekd.errors import DeviceError, UsageError
 from edgekd.measurement import Block, DeviceStatus, Plan, Profile
 from edgekd.plugins import missing
-from edgekd.protocols import Arrays, Settings
+from edgekd.protocols import Arrays, Settings, Side
 from edgekd.types import Artifact
 
 from . import _adb
 from ._adb import Phone
-from ._agents import APPLE_ONLY, checked_inputs, last_words, limit_s
-from ._benchmark_model import Tensors, block_of, flags, parse_log, read_outputs, tensors_of, write_sample
+from ._agents import APPLE_ONLY, both, checked_inputs, last_words, limit_s, samples_in, told_of
+from ._benchmark_model import (
+    RUN,
+    Tensors,
+    block_of,
+    flags,
+    launches,
+    logs_of,
+    parse_log,
+    read_outputs,
+    share_of,
+    tensors_of,
+    write_sample,
+)
+from ._folders import new_name, own_folder, stale
 from ._phone_state import ASK, parse_state, void_reason
 from ._shell import Ended, safe_name, watched
 
@@ -38,7 +51,9 @@ NOT_RUN = {
     "executorch": "measuring ExecuTorch on a phone needs its own runner, which edgekd does not drive yet",
 }
 STALE_MINUTES = 24 * 60
+TURNS = 8  # launches of each file in a pair of blocks
 FIXED = "power set-fixed-performance-mode-enabled"  # https://developer.android.com/games/optimize/adpf/fixed-performance-mode
+MINUTE_S = 60.0
 COMPARED = 16  # samples whose outputs are compared with the host's runtime
 
 
@@ -51,6 +66,24 @@ class AndroidSettings(Settings):
     flags: tuple[str, ...] = Field((), description="More of benchmark_model's flags: --use_gpu=true …")
     cores: tuple[int, ...] = Field((), description="Processors to run on, by taskset; all when empty.")
     fixed_performance: bool = Field(True, description="Ask for fixed-performance mode during each block.")
+
+
+@dataclass(frozen=True)
+class _File:
+    """A model file on the phone.
+
+    Attributes:
+        path: Here.
+        model: Its name there.
+        sample: Names there of the files that hold what is timed.
+    """
+
+    artifact: Artifact
+    path: Path
+    inputs: Arrays
+    tensors: Tensors
+    model: str
+    sample: tuple[str, ...]
 
 
 @dataclass
@@ -71,7 +104,7 @@ class _Sitting:
 
 
 class AndroidDevice:
-    """Fulfils ``edgekd.protocols.Device``."""
+    """Fulfils ``edgekd.protocols.Device`` and ``TakingTurns``."""
 
     def __init__(self, profile: Profile, settings: AndroidSettings) -> None:
         self._profile, self._settings = profile, settings
@@ -107,11 +140,20 @@ class AndroidDevice:
         """
         what = f"{artifact.path} ({artifact.target} {artifact.precision}) on {self._profile.name}"
         inputs = checked_inputs(self._profile.name, artifact, inputs, plan, TARGETS)
-        try:
+        with told_of(what), self._leaving():
             return self._run(artifact, folder / artifact.path, inputs, plan)
-        except DeviceError as error:
-            self._leave()
-            raise DeviceError(f"{what}: {error}") from None
+
+    def run_in_turns(
+        self, sides: Sequence[Side], plan: Plan, seed: int
+    ) -> tuple[tuple[Block, dict[str, np.ndarray]], ...]:
+        """See ``edgekd.protocols.TakingTurns``; errors as in ``run``.
+
+        The program cannot pause, so a turn is a launch: each file has ``TURNS`` short ones, and the phone alternates.
+        """
+        name = self._profile.name
+        given = [checked_inputs(name, side.artifact, side.inputs, plan, TARGETS) for side in sides]
+        with told_of(f"{both(sides)} on {name}"), self._leaving():
+            return self._run_in_turns(sides, given, plan, seed)
 
     def close(self) -> None:
         """Undo the mode and remove the sitting's folder; no error when the phone is gone."""
@@ -121,37 +163,66 @@ class AndroidDevice:
         self, artifact: Artifact, path: Path, inputs: Arrays, plan: Plan
     ) -> tuple[tuple[Block, ...], dict[str, np.ndarray]]:
         sitting = self._sit()
-        tensors = tensors_of(path, artifact)
-        model = safe_name(artifact.sha256)
-        self._send(sitting, path, model)
-        with tempfile.TemporaryDirectory(prefix="edgekd-android-") as temporary:
-            work = Path(temporary)
-            files = write_sample(work, tensors, inputs, 0, "sample")
-            for name in files:
-                self._send(sitting, work / name, name)
-            blocks = [self._block(sitting, tensors, model, plan, files) for _ in range(plan.blocks)]
-            outputs = self._outputs(sitting, tensors, model, plan, inputs, work)
-        wanted = {spec.name for spec in artifact.outputs}
-        outputs = {name: output for name, output in outputs.items() if name in wanted}
-        difference = _difference_from_host(path, tensors, inputs, outputs)
+        with own_folder("edgekd-android") as work:
+            file = self._send_file(sitting, artifact, path, inputs, work, "sample")
+            minutes = max(1, round(plan.min_s / MINUTE_S))  # each a launch, since a launch tells one median
+            once = share_of(plan, minutes)
+            order, limit = [0] * minutes, limit_s(plan, 0)
+            blocks = [self._blocks(sitting, [file], order, once, limit)[0] for _ in range(plan.blocks)]
+            outputs, difference = self._outputs(sitting, file, plan, work)
         told = blocks[-1].conditions | {"differs_from_host": f"{difference:.3g}"}
         return (*blocks[:-1], replace(blocks[-1], conditions=told)), outputs
 
-    def _block(self, sitting: _Sitting, tensors: Tensors, model: str, plan: Plan, files: list[str]) -> Block:
-        """One launch, with the phone's state before and after it."""
+    def _run_in_turns(
+        self, sides: Sequence[Side], given: Sequence[Arrays], plan: Plan, seed: int
+    ) -> tuple[tuple[Block, dict[str, np.ndarray]], ...]:
+        sitting, drawn, each = self._sit(), random.Random(seed), range(len(sides))
+        order = [index for _ in range(TURNS) for index in drawn.sample(each, len(each))]
+        with own_folder("edgekd-android") as work:
+            files = [
+                self._send_file(
+                    sitting, side.artifact, side.folder / side.artifact.path, inputs, work, f"sample{index}"
+                )
+                for index, (side, inputs) in enumerate(zip(sides, given, strict=True))
+            ]
+            blocks = self._blocks(sitting, files, order, share_of(plan, TURNS), len(sides) * limit_s(plan, 0))
+            return tuple(
+                (block, self._outputs(sitting, file, plan, work)[0]) for block, file in zip(blocks, files, strict=True)
+            )
+
+    def _send_file(
+        self, sitting: _Sitting, artifact: Artifact, path: Path, inputs: Arrays, work: Path, prefix: str
+    ) -> _File:
+        """A model to the phone, and what is timed of its inputs."""
+        tensors, model = tensors_of(path, artifact), safe_name(artifact.sha256)
+        self._send(sitting, path, model)
+        names = write_sample(work, tensors, inputs, 0, prefix)
+        for name in names:
+            self._send(sitting, work / name, name)
+        return _File(artifact, path, inputs, tensors, model, tuple(names))
+
+    def _blocks(
+        self, sitting: _Sitting, files: Sequence[_File], order: Sequence[int], plan: Plan, limit: float
+    ) -> list[Block]:
+        """A block of each file, with the phone's state before and after all of them.
+
+        Args:
+            order: Of the launches: which file each is of.
+            plan: Of one launch.
+            limit: Of all, in seconds.
+        """
+        commands = [self._command(files[index], plan, files[index].sample) for index in order]
         before = self._state(sitting)
-        arguments = [*flags(tensors, model, plan, files), *self._settings.flags]
-        limit = limit_s(plan, 0)
-        done = self._launch(sitting, ["./benchmark_model", *arguments], limit)
+        done = self._script(sitting, launches(commands), limit)
         after = self._state(sitting)
         if done.code == 124:
             raise DeviceError(f"no result after {limit:.0f} s; the program was stopped")
-        text = f"{done.out.decode(errors='replace')}\n{done.err}"
         if done.code > 128:
             raise DeviceError(last_words(done.code, done.err).replace("measuring process", "program"))
-        log = parse_log(text)
+        printed = done.out.decode(errors="replace")
         if done.code != 0:
-            raise DeviceError(f"benchmark_model ended with exit code {done.code}: {last_words(1, text)}")
+            parse_log(done.err)
+            raise DeviceError(f"benchmark_model ended with exit code {done.code}: {last_words(1, done.err or printed)}")
         conditions = dict(sitting.facts)
         for when, state in (("before", before), ("after", after)):
             conditions |= {f"{key}_{when}": value for key, value in state.items() if key not in _FIXED_FACTS}
@@ -160,12 +231,23 @@ class AndroidDevice:
             "threads": str(plan.threads),
             "pinned_to_cores": ",".join(map(str, self._settings.cores)),
             "flags": " ".join(self._settings.flags),
-            "fixed_performance": "yes" if "@fixed" in text else "no",
+            "fixed_performance": "yes" if "@fixed" in printed else "no",
         }
-        return block_of(log, {key: value for key, value in conditions.items() if value}, void_reason(before, after))
+        conditions, void = {key: value for key, value in conditions.items() if value}, void_reason(before, after)
+        logs = list(zip(order, logs_of(printed), strict=True))
+        return [
+            block_of([log for index, log in logs if index == number], conditions, void) for number in range(len(files))
+        ]
 
-    def _launch(self, sitting: _Sitting, command: list[str], limit: float) -> Ended:
-        """Run the program; the mode is undone by the phone itself, whatever happens to the cable."""
+    def _command(self, file: _File, plan: Plan, sample: Sequence[str], output: str = "") -> list[str]:
+        return ["./benchmark_model", *flags(file.tensors, file.model, plan, sample, output), *self._settings.flags]
+
+    def _script(self, sitting: _Sitting, script: str, limit: float) -> Ended:
+        """Run a script there; the mode is undone by the phone itself, whatever happens to the cable."""
+        with own_folder("edgekd-android") as work:
+            (work / "launches.sh").write_text(script)
+            self._send(sitting, work / "launches.sh", "launches.sh")
+        command = ["sh", "launches.sh"]
         if self._settings.cores:
             command = ["taskset", f"{sum(1 << core for core in self._settings.cores):x}", *command]
         undo, mode = "true", ""
@@ -174,31 +256,31 @@ class AndroidDevice:
             undo = f"cmd {FIXED} false >/dev/null 2>&1"
         return sitting.phone.run_watched(f"{mode}\n{watched(command, sitting.folder, limit, undo=undo)}", limit)
 
-    def _outputs(
-        self, sitting: _Sitting, tensors: Tensors, model: str, plan: Plan, inputs: Arrays, work: Path
-    ) -> dict[str, np.ndarray]:
-        """Every batch in a launch of its own, all in one call; the files travel as one archive each way."""
-        count, batch = len(next(iter(inputs.values()))), tensors.inputs[0][2][0]
+    def _outputs(self, sitting: _Sitting, file: _File, plan: Plan, work: Path) -> tuple[dict[str, np.ndarray], float]:
+        """Every batch in a launch of its own, all in one call; the files travel as one archive each way.
+
+        Returns:
+            The artifact's outputs, and how far they are from LiteRT's here.
+        """
+        count, batch = samples_in(file.inputs), file.tensors.inputs[0][2][0]
         once = replace(plan, warmup_runs=1, warmup_s=0.0, min_runs=1, min_s=0.0)
         lines = []
         for begin in range(0, count, batch):
-            files = write_sample(work, tensors, inputs, begin, f"in{begin}")
-            for name in files:
+            names = write_sample(work, file.tensors, file.inputs, begin, f"in{begin}")
+            for name in names:
                 sitting.phone.push(work / name, f"{sitting.folder}/{name}")
-            arguments = [*flags(tensors, model, once, files, "one.bin"), *self._settings.flags]
-            lines.append(f"{shlex.join(['./benchmark_model', *arguments])} >log.txt 2>&1 || exit 1")
-            lines.append(f"cat one.bin >>outputs.bin || exit 1; rm -f one.bin {' '.join(files)}")
-        (work / "all.sh").write_text("\n".join(["rm -f outputs.bin log.txt", *lines, ""]))
-        sitting.phone.push(work / "all.sh", f"{sitting.folder}/all.sh")
-        done = self._launch(sitting, ["sh", "all.sh"], limit_s(plan, count))
+            lines.append(f"run log.txt {shlex.join(self._command(file, once, names, 'one.bin'))}")
+            lines.append(f"cat one.bin >>outputs.bin || exit 1; rm -f one.bin {' '.join(names)}")
+        done = self._script(sitting, RUN + "\n".join(["rm -f outputs.bin", *lines, ""]), limit_s(plan, count))
         if done.code != 0:
-            log = sitting.phone.run(f"cat {shlex.quote(sitting.folder)}/log.txt").out.decode(errors="replace")
-            raise DeviceError(f"the outputs could not be computed: {last_words(1, done.err or log)}")
+            raise DeviceError(f"the outputs could not be computed: {last_words(1, done.err)}")
         sitting.phone.pull(f"{sitting.folder}/outputs.bin", work / "outputs.bin")
         content, each = (work / "outputs.bin").read_bytes(), max(1, count // batch)
         size = len(content) // each
-        parts = [read_outputs(content[index * size : (index + 1) * size], tensors) for index in range(each)]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        parts = [read_outputs(content[index * size : (index + 1) * size], file.tensors) for index in range(each)]
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        outputs = {spec.name: found[spec.name] for spec in file.artifact.outputs}
+        return outputs, _difference_from_host(file.path, file.tensors, file.inputs, outputs)
 
     def _state(self, sitting: _Sitting) -> dict[str, str]:
         """The phone's state, which also tells whether it is still the same phone."""
@@ -212,14 +294,15 @@ class AndroidDevice:
         if self._sitting is None:
             program = self._program()
             phone, properties = self._choose()
-            base = shlex.quote(self._settings.folder)
-            folder = f"{self._settings.folder}/edgekd-{secrets.token_hex(4)}"
+            base, folder = shlex.quote(self._settings.folder), f"{self._settings.folder}/{new_name('edgekd')}"
             done = phone.run(
                 f"find {base} -maxdepth 1 -name 'edgekd-*' -mmin +{STALE_MINUTES} -exec rm -rf {{}} + ; "
-                f"mkdir {shlex.quote(folder)}"
+                f"ls {base}; mkdir {shlex.quote(folder)}"
             )
             if done.code != 0:
                 raise DeviceError(f"no folder can be made in {self._settings.folder}: {last_words(1, done.err)}")
+            if left := stale(done.out.decode(errors="replace").split(), "edgekd"):
+                phone.run(f"cd {base} && rm -rf {shlex.join(left)}")
             facts = _facts(phone, properties)
             self._sitting = _Sitting(phone, folder, properties.get("ro.build.fingerprint", ""), facts)
             self._send(self._sitting, program, "benchmark_model")
@@ -237,6 +320,15 @@ class AndroidDevice:
         if there != digest:
             raise DeviceError(f"{name} arrived damaged on {sitting.phone.serial}")
         sitting.sent[name] = digest
+
+    @contextlib.contextmanager
+    def _leaving(self) -> Iterator[None]:
+        """A sitting that broke off is not gone on with."""
+        try:
+            yield
+        except DeviceError:
+            self._leave()
+            raise
 
     def _leave(self) -> None:
         sitting, self._sitting = self._sitting, None

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import random
 import secrets
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,12 +22,13 @@ from pydantic import Field
 from edgekd.errors import DataError, DeviceError
 from edgekd.measurement import Block, DeviceStatus, Plan, Profile
 from edgekd.plugins import missing
-from edgekd.protocols import Arrays, Progress, Settings
+from edgekd.protocols import Arrays, Progress, Settings, Side
 from edgekd.types import Artifact, Json
 
 from . import _adb, _page
-from ._agents import APPLE_ONLY, checked_inputs, limit_s
+from ._agents import APPLE_ONLY, both, checked_inputs, limit_s, told_of
 from ._chromium import Chromium, find_chromium
+from ._folders import made, remove
 from .agent.machine import describe_machine, read_state, throttled
 
 __all__ = ["DEVICE", "BrowserDevice"]
@@ -35,6 +37,7 @@ TARGETS = ("onnx", "tflite")
 NOT_RUN = {**APPLE_ONLY, "executorch": "no runtime of ExecuTorch for browsers is published"}
 HELLO_S = 60.0  # for a browser that we start
 PATIENCE_S = 300.0  # for a person who opens a link
+ORDERS = 64  # of the rounds of turns, which a page goes through again and again
 ANY_ADDRESS = ("0.0.0.0", "::")
 
 
@@ -57,7 +60,7 @@ class BrowserSettings(Settings):
 
 
 class BrowserDevice:
-    """Fulfils ``edgekd.protocols.Device`` and ``Preparable``.
+    """Fulfils ``edgekd.protocols.Device``, ``TakingTurns`` and ``Preparable``.
 
     Attributes:
         say: Told the link and its QR code, where a person must open the page.
@@ -70,7 +73,7 @@ class BrowserDevice:
         self._server: _page.PageServer | None = None
         self._phone: _adb.Phone | None = None
         self._facts: dict[str, str] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
         self.say: Callable[[str], object] = lambda text: sys.stderr.write(f"{text}\n")
         self.isolated = True
         self.chromium: Chromium | None = None
@@ -99,23 +102,25 @@ class BrowserDevice:
             UsageError: The browser does not run the target, or the plan has no block.
         """
         what = f"{artifact.path} ({artifact.target} {artifact.precision}) on {self._profile.name}"
-        inputs = checked_inputs(self._profile.name, artifact, inputs, plan, TARGETS)
-        try:
-            if not _page.installed():
-                raise DeviceError(f"nothing is installed; edgekd devices prepare {self._profile.name}")
-            content = (folder / artifact.path).read_bytes()
-            blocks: list[Block] = []
-            outputs: dict[str, np.ndarray] = {}
-            for index in range(plan.blocks):
-                job = _job(artifact, content, inputs, plan, self._settings.accelerator, index == plan.blocks - 1)
-                block = self._here(job, plan) if self._is_headless else self._there(job, plan)
-                blocks.append(block)
-                outputs = {spec.name: job.outputs[i] for i, spec in enumerate(artifact.outputs) if i in job.outputs}
-            if len(outputs) != len(artifact.outputs):
-                raise DataError(f"{what}: the page sent {len(outputs)} of {len(artifact.outputs)} outputs")
-            return tuple(blocks), outputs
-        except DeviceError as error:
-            raise DeviceError(f"{what}: {error}") from None
+        side = Side(artifact, folder, checked_inputs(self._profile.name, artifact, inputs, plan, TARGETS))
+        with told_of(what):
+            ends = [index == plan.blocks - 1 for index in range(plan.blocks)]
+            found = [self._measure([side], plan, wants_outputs=is_last, seed=0)[0] for is_last in ends]
+        return tuple(block for block, _ in found), found[-1][1]
+
+    def run_in_turns(
+        self, sides: Sequence[Side], plan: Plan, seed: int
+    ) -> tuple[tuple[Block, dict[str, np.ndarray]], ...]:
+        """See ``edgekd.protocols.TakingTurns``; errors as in ``run``.
+
+        One page holds all files, since of several pages all but one would be hidden; each has its own session.
+        """
+        name = self._profile.name
+        given = [
+            replace(side, inputs=checked_inputs(name, side.artifact, side.inputs, plan, TARGETS)) for side in sides
+        ]
+        with told_of(f"{both(sides)} on {name}"):
+            return self._measure(given, plan, wants_outputs=True, seed=seed)
 
     def close(self) -> None:
         """Stop serving; the phone's page is told that it is done."""
@@ -125,7 +130,7 @@ class BrowserDevice:
         if self._server is not None:
             self._server.close()
         if self._folder is not None:
-            self._folder.cleanup()
+            remove(self._folder)
         self._server = self._phone = self._folder = None
 
     def prepare(self, progress: Progress) -> None:
@@ -185,8 +190,25 @@ class BrowserDevice:
         phone = "posing as a phone" if settings.screen or settings.user_agent else ""
         return ", ".join(word for word in (phone, slowed) if word)
 
-    def _here(self, job: _page.Job, plan: Plan) -> Block:
-        """One block in a fresh browser with a fresh profile, which ends with it."""
+    def _measure(
+        self, sides: Sequence[Side], plan: Plan, wants_outputs: bool, seed: int
+    ) -> tuple[tuple[Block, dict[str, np.ndarray]], ...]:
+        """A block of each side, in one load of the page, and the outputs where they are wanted."""
+        if not _page.installed():
+            raise DeviceError(f"nothing is installed; edgekd devices prepare {self._profile.name}")
+        job = _job(sides, plan, self._settings.accelerator, wants_outputs, seed)
+        blocks = self._here(job, plan) if self._is_headless else self._there(job, plan)
+        found = []
+        for number, (side, block) in enumerate(zip(sides, blocks, strict=True)):
+            names = [spec.name for spec in side.artifact.outputs] if wants_outputs else []
+            came = [index for index in range(len(names)) if (number, index) in job.outputs]
+            if len(came) != len(names):
+                raise DataError(f"{side.artifact.path}: the page sent {len(came)} of {len(names)} outputs")
+            found.append((block, {names[index]: job.outputs[number, index] for index in came}))
+        return tuple(found)
+
+    def _here(self, job: _page.Job, plan: Plan) -> list[Block]:
+        """The blocks of a job in a fresh browser with a fresh profile, which ends with it."""
         settings = self._settings
         facts = self._look()
         program = find_chromium(settings.browser)
@@ -208,37 +230,35 @@ class BrowserDevice:
                 chromium.call("Page.navigate", {"url": server.link}, tab)
                 if not server.wait_for_hello(HELLO_S):
                     raise DeviceError(f"the browser did not open the page in {HELLO_S:.0f} s: {chromium.last_words()}")
-                block = self._answer(server, job, plan, lambda: chromium.is_running)
+                blocks = self._answer(server, job, plan, lambda: chromium.is_running)
             finally:
                 chromium.close()
                 self.chromium = None
         finally:
             server.close()
-        emulation = self._emulation()
-        conditions = facts | block.conditions | {f"{key}_before": value for key, value in before.items()}
-        conditions |= {f"{key}_after": value for key, value in read_state().items()}
-        if emulation:
-            emulated = (conditions.get("emulated", ""), f"{emulation} (a desktop's browser)")
-            conditions["emulated"] = "; ".join(word for word in emulated if word)
-        void = block.void or throttled(conditions.get("throttle_before", ""), conditions.get("throttle_after", ""))
-        return dataclasses.replace(
-            block, conditions={key: value for key, value in conditions.items() if value}, void=void
-        )
+        around = {f"{key}_before": value for key, value in before.items()}
+        around |= {f"{key}_after": value for key, value in read_state().items()}
+        slowed = throttled(around.get("throttle_before", ""), around.get("throttle_after", ""))
+        emulation, found = self._emulation(), []
+        for block in blocks:
+            conditions = facts | block.conditions | around
+            if emulation:
+                emulated = (conditions.get("emulated", ""), f"{emulation} (a desktop's browser)")
+                conditions["emulated"] = "; ".join(word for word in emulated if word)
+            found.append(replace(block, conditions=_without_empty(conditions), void=block.void or slowed))
+        return found
 
-    def _there(self, job: _page.Job, plan: Plan) -> Block:
-        """One block in the browser that a person or a phone opened; it stays open for the next."""
-        server = self._serve()
-        block = self._answer(server, job, plan, lambda: True)
-        after = server.hellos
-        conditions = self._facts | block.conditions
-        server.wait_for_hello(10, after - 1)  # the page loads anew for the next block
-        return dataclasses.replace(block, conditions={key: value for key, value in conditions.items() if value})
+    def _there(self, job: _page.Job, plan: Plan) -> list[Block]:
+        """The blocks of a job in the browser that a person or a phone opened; it stays open for the next."""
+        blocks = self._answer(self._serve(), job, plan, lambda: True)
+        return [replace(block, conditions=_without_empty(self._facts | block.conditions)) for block in blocks]
 
-    def _answer(self, server: _page.PageServer, job: _page.Job, plan: Plan, is_alive: Callable[[], bool]) -> Block:
+    def _answer(
+        self, server: _page.PageServer, job: _page.Job, plan: Plan, is_alive: Callable[[], bool]
+    ) -> list[Block]:
         """The page's answer to a job, with what the page told of itself."""
         self._recognize(server.facts)
-        samples = len(job.samples) // max(1, job.told["bytes_per_batch"])
-        limit = limit_s(plan, samples)
+        limit = sum(limit_s(plan, side["batches"]) for side in job.told["sides"])
         result = server.run(job, limit, is_alive)
         if result is None and not is_alive():
             raise DeviceError("the browser or its page crashed before it had answered, perhaps for lack of memory")
@@ -246,9 +266,9 @@ class BrowserDevice:
             raise DeviceError(f"the browser gave no result in {limit:.0f} s")
         if "error" in result:
             raise DeviceError(" ".join(str(result["error"]).split())[:500])
-        block = Block.from_json(result["block"])
         told = {f"browser_{key}" if key == "cores" else key: value for key, value in server.facts.items()}
-        return dataclasses.replace(block, conditions=told | block.conditions)
+        blocks = [Block.from_json(block) for block in result["blocks"]]
+        return [replace(block, conditions=told | block.conditions) for block in blocks]
 
     def _recognize(self, facts: dict[str, str]) -> None:
         wanted = self._profile.identity.get("user_agent", "")
@@ -295,18 +315,37 @@ class BrowserDevice:
             return Path(settings.certificate).expanduser(), Path(settings.certificate_key).expanduser()
         if settings.address in ("127.0.0.1", "localhost"):
             return None
-        self._folder = tempfile.TemporaryDirectory(prefix="edgekd-page-")
-        return _page.self_signed(Path(self._folder.name), settings.address)
+        self._folder = made("edgekd-page")
+        return _page.self_signed(self._folder, settings.address)
 
 
-def _job(
-    artifact: Artifact, model: bytes, inputs: Arrays, plan: Plan, accelerator: str, wants_outputs: bool
-) -> _page.Job:
-    """The job as the page reads it; samples lie one batch after the other, each with all inputs."""
+def _without_empty(conditions: dict[str, str]) -> dict[str, str]:
+    return {key: value for key, value in conditions.items() if value}
+
+
+def _job(sides: Sequence[Side], plan: Plan, accelerator: str, wants_outputs: bool, seed: int) -> _page.Job:
+    """The job as the page reads it. It goes through the orders of the rounds again and again."""
+    drawn, each, given = random.Random(seed), range(len(sides)), [_side(side, wants_outputs) for side in sides]
+    told: Json = {
+        "id": secrets.token_hex(8),
+        "accelerator": accelerator,
+        "sides": [told for told, _ in given],
+        "orders": [drawn.sample(each, len(each)) for _ in range(ORDERS)],
+        "wants_outputs": wants_outputs,
+        "plan": dataclasses.asdict(plan),
+        "versions": _page.versions(),
+    }
+    models = tuple((side.folder / side.artifact.path).read_bytes() for side in sides)
+    return _page.Job(told, models, tuple(samples for _, samples in given))
+
+
+def _side(side: Side, wants_outputs: bool) -> tuple[Json, bytes]:
+    """One side as the page reads it, and its samples: one batch after the other, each with all inputs."""
+    artifact = side.artifact
     batch = max(1, artifact.inputs[0].shape[0])
     arrays, specs = [], []
     for spec in artifact.inputs:
-        array = inputs[spec.name]
+        array = side.inputs[spec.name]
         if np.issubdtype(array.dtype, np.floating) != np.issubdtype(np.dtype(spec.dtype), np.floating):
             raise DataError(f"input {spec.name!r} takes {spec.dtype}; it got {array.dtype}")
         arrays.append(np.ascontiguousarray(array, dtype=spec.dtype))
@@ -316,17 +355,13 @@ def _job(
         raise DataError(f"{artifact.path} takes {batch} samples at a time; there are {count}")
     parts = [array[begin : begin + batch].tobytes() for begin in range(0, count, batch) for array in arrays]
     told: Json = {
-        "id": secrets.token_hex(8),
         "target": artifact.target,
-        "accelerator": accelerator,
         "inputs": specs,
         "outputs": [{"name": spec.name} for spec in artifact.outputs],
-        "wants_outputs": wants_outputs,
+        "batches": count // batch,
         "bytes_per_batch": sum(len(part) for part in parts[: len(arrays)]),
-        "plan": dataclasses.asdict(plan),
-        "versions": _page.versions(),
     }
-    return _page.Job(told, model, b"".join(parts))
+    return told, b"".join(parts)
 
 
 def _invitation(link: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from ._agents import (
     NOT_RUN,
     RUNTIMES,
     WITH_OUTPUTS,
+    both,
     checked_inputs,
     jobs_of,
     last_words,
@@ -34,6 +36,7 @@ from ._agents import (
     samples_in,
     write_inputs,
 )
+from ._folders import own_folder
 from .agent.machine import describe_machine
 from .agent.runtimes import SESSION_CONFIG
 
@@ -104,8 +107,7 @@ class HostDevice:
         """See ``edgekd.protocols.TakingTurns``; errors as in ``run``."""
         given = [checked_inputs(self.name, side.artifact, side.inputs, plan, self.targets) for side in sides]
         try:
-            with tempfile.TemporaryDirectory(prefix="edgekd-host-") as temporary:
-                work = Path(temporary)
+            with own_folder("edgekd-host") as work:
                 folders = [work / str(index) for index in range(len(sides))]
                 samples = 0
                 for side, inputs, folder in zip(sides, given, folders, strict=True):
@@ -114,10 +116,9 @@ class HostDevice:
                     job = self._job(side.artifact, side.folder, plan) | WITH_OUTPUTS
                     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
                     samples += samples_in(inputs)
-                what = " and ".join(f"{side.artifact.path} ({side.artifact.target})" for side in sides)
                 jobs = [str(folder / "job.json") for folder in folders]
                 timeout_s = self.timeout_s or len(sides) * limit_s(plan, samples)
-                self._process(["--seed", str(seed), *jobs], work, f"{what} on {self.name}", timeout_s)
+                self._process(["--seed", str(seed), *jobs], work, f"{both(sides)} on {self.name}", timeout_s)
                 return tuple((_read_block(folder / job["result"]), _read_outputs(folder)) for folder in folders)
         except OSError as error:
             raise StorageError(f"cannot measure in {tempfile.gettempdir()}: {error.strerror or error}") from error
@@ -129,8 +130,7 @@ class HostDevice:
     def _run(
         self, artifact: Artifact, folder: Path, inputs: Arrays, plan: Plan
     ) -> tuple[tuple[Block, ...], dict[str, np.ndarray]]:
-        with tempfile.TemporaryDirectory(prefix="edgekd-host-") as temporary:
-            work = Path(temporary)
+        with own_folder("edgekd-host") as work:
             write_inputs(work, artifact, inputs)
             job = self._job(artifact, folder, plan)
             what = f"{artifact.path} ({artifact.target} {artifact.precision}) on {self.name}"
@@ -153,6 +153,7 @@ class HostDevice:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
+                env={**os.environ, "TMPDIR": str(work)},  # what a runtime leaves there goes with the folder
             )
             try:
                 code = process.wait(timeout_s)

@@ -10,8 +10,7 @@ import hashlib
 import io
 import json
 import shlex
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
@@ -30,6 +29,7 @@ from ._agents import (
     NOT_RUN,
     RUNTIMES,
     WITH_OUTPUTS,
+    both,
     checked_inputs,
     jobs_of,
     last_words,
@@ -37,8 +37,10 @@ from ._agents import (
     make_job,
     packed_agent,
     samples_in,
+    told_of,
     write_inputs,
 )
+from ._folders import new_name, own_folder, stale
 from ._shell import safe_name, watched
 from ._ssh import Connection
 from .agent.runtimes import SESSION_CONFIG
@@ -48,7 +50,7 @@ __all__ = ["DEVICE", "SshDevice"]
 PYTHON = "venv/bin/python"  # below the folder
 TARGETS = ("onnx", "ort", "tflite")  # what prepare installs: ExecuTorch's runtime for Python brings all of PyTorch
 INSTALL_S = 1800
-STALE_MINUTES = 24 * 60  # a folder of a sitting this old belongs to nobody
+STALE_MINUTES = 24 * 60  # a folder of a sitting this old belongs to nobody, whichever machine made it
 
 
 class SshSettings(Settings):
@@ -122,7 +124,7 @@ class SshDevice:
         """
         what = f"{artifact.path} ({artifact.target} {artifact.precision}) on {self._profile.name}"
         inputs = checked_inputs(self._profile.name, artifact, inputs, plan, tuple(RUNTIMES))
-        with _told_of(what):
+        with told_of(what):
             return self._run(artifact, folder, inputs, plan)
 
     def run_in_turns(
@@ -131,7 +133,7 @@ class SshDevice:
         """See ``edgekd.protocols.TakingTurns``; errors as in ``run``."""
         name = self._profile.name
         given = [checked_inputs(name, side.artifact, side.inputs, plan, tuple(RUNTIMES)) for side in sides]
-        with _told_of(" and ".join(f"{side.artifact.path} ({side.artifact.target})" for side in sides) + f" on {name}"):
+        with told_of(f"{both(sides)} on {name}"):
             sitting = self._sit()
             folders = [f"{sitting.folder}/{index}" for index in range(len(sides))]
             self._open().run(f"mkdir -p {shlex.join(folders)}")
@@ -199,17 +201,19 @@ class SshDevice:
         if not path.is_file():
             raise DeviceError(f"no file at {path}")
         self._send(sitting, model, path.read_bytes(), artifact.sha256)
-        with tempfile.TemporaryDirectory(prefix="edgekd-ssh-") as temporary:
-            write_inputs(Path(temporary), artifact, inputs)
+        with own_folder("edgekd-ssh") as work:
+            write_inputs(work, artifact, inputs)
             for name in ("sample.npz", "inputs.npz"):
-                self._send(sitting, f"{below}{name}", (Path(temporary) / name).read_bytes())
+                self._send(sitting, f"{below}{name}", (work / name).read_bytes())
         job = make_job(artifact, f"{sitting.folder}/{model}", plan, SESSION_CONFIG)
         return job | {"cores": list(self._settings.cores)}
 
     def _process(self, sitting: _Sitting, arguments: Sequence[str], limit: float) -> None:
         """One process of the agent there, from its start to its end."""
         # -I: of the board's Python and nothing of its user's.
-        script = watched((sitting.python, "-I", AGENT, *arguments), sitting.folder, limit)
+        command = (sitting.python, "-I", AGENT, *arguments)
+        # What a runtime leaves among the temporary files goes with the folder.
+        script = watched(command, sitting.folder, limit, environment={"TMPDIR": sitting.folder})
         folder = shlex.quote(sitting.folder)
         done = self._open().run_watched(f"rm -f {folder}/block.json {folder}/*/block.json; {script}", limit)
         if done.code == 124:
@@ -233,14 +237,16 @@ class SshDevice:
         """The sitting's folder; made, and the board recognized, by its first run."""
         if self._sitting is None:
             found = self._look()
-            runs = f"{_path(self._settings.folder)}/runs"
+            runs, name = f"{_path(self._settings.folder)}/runs", new_name("run")
             done = self._open().run(
                 f"mkdir -p {runs} && cd {runs} && "
                 f"find . -maxdepth 1 -name 'run-*' -mmin +{STALE_MINUTES} -exec rm -rf {{}} + ; "
-                'umask 077; cd "$(mktemp -d run-XXXXXXXX)" && pwd'
+                f"ls; umask 077; mkdir {name} && cd {name} && pwd"
             )
             if done.code != 0:
                 raise DeviceError(f"no folder can be made in {self._settings.folder}: {last_words(1, done.err)}")
+            if left := stale(done.out.decode(errors="replace").split(), "run"):
+                self._open().run(f"cd {runs} && rm -rf {shlex.join(left)}")
             self._sitting = _Sitting(_last_line(done.out), found["python"])
             self._send(self._sitting, AGENT, packed_agent())
         return self._sitting
@@ -311,15 +317,6 @@ class SshDevice:
 
     def _cd(self) -> str:
         return f"cd {_path(self._settings.folder)}"
-
-
-@contextlib.contextmanager
-def _told_of(what: str) -> Iterator[None]:
-    """Says of what a DeviceError is told."""
-    try:
-        yield
-    except DeviceError as error:
-        raise DeviceError(f"{what}: {error}") from None
 
 
 def _path(path: str) -> str:

@@ -59,8 +59,8 @@ class Block(JsonMixin):
         peak_memory_bytes: Of the process, resident.
         converged: Whether warm-up settled before its cap.
         conditions: Clock, governor, temperature, versions: what was readable, as text. ``emulated`` says by what, where
-            the time is not that of the device's own hardware; ``delegation`` counts nodes by unit, the fallback last:
-            ``XNNPACK=41 CPU=3``.
+            the time is not that of the device's own hardware; ``delegation`` counts nodes by unit, that which was asked
+            for first: ``XNNPACK=41 CPU=3``.
         void: Why the block says nothing about the file (the device throttled, the page was hidden); empty when it does.
             A void block is measured again, with its partner, and counted.
         warm_load_ms: Loading the same file once more in the same process; None where that was not done.

@@ -29,7 +29,11 @@ def minutes_lines(measured: Measurement) -> list[str]:
     what = f"{measured.target} {measured.precision}"
     if measured.status == "not_run":
         return [f"{what:<14} not run: {measured.reason}"]
-    medians = plugins.load_module("edgekd.benchmarks.stats").per_minute(measured.blocks[0].latency_ms)
+    block = measured.blocks[0]
+    medians = block.latency_ms  # of a tool that keeps no samples: of each launch, which lasts a minute
+    if "launches" not in block.conditions:
+        inferences = int(block.conditions.get("inferences_per_sample", "1"))
+        medians = plugins.load_module("edgekd.benchmarks.stats").per_minute(block.latency_ms, inferences)
     shown = " ".join(f"{median:.3f}" for median in medians)
     return [
         f"{what:<14} ms by minute: {shown}; the last is {medians[-1] / medians[0]:.2f}× the first, {measured.device}"

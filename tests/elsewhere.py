@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +26,12 @@ def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.02)
+
+
+def name_of_a_killed_ones(prefix: str) -> str:
+    """The name of a folder that a process which no longer runs would have made."""
+    told = f"from edgekd.devices._folders import new_name; print(new_name({prefix!r}))"
+    return subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def said_during_a_run(

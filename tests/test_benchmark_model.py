@@ -1,10 +1,12 @@
 """What LiteRT's benchmark_model prints, read from logs of the real program; the source of each stands beside it."""
 
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from edgekd.benchmarks.cells import delegation_of
 from edgekd.devices import _benchmark_model as tool
 from edgekd.devices import _phone_state
 from edgekd.errors import DataError, DeviceError, UsageError
@@ -60,13 +62,12 @@ def test_a_log_is_read_by_its_keys() -> None:
     assert (log.init, log.first) == (119515, 87112)
     assert log.counts == (9, 1000)
     assert log.timed["median"] == 51891
-    assert log.delegation == "TfLiteXNNPackDelegate 2168/2168 nodes in 1"
-    assert not log.is_partial
+    assert log.units == {"TfLiteXNNPackDelegate": 2168, "CPU": 0}
     assert log.footprint_mb == 55.4961
 
 
 def test_the_median_decides_not_the_mean_that_outliers_moved() -> None:
-    block = tool.block_of(tool.parse_log(FULL), {"model": "x"})
+    block = tool.block_of([tool.parse_log(FULL)], {"model": "x"})
     assert block.latency_ms == (51.891,)
     assert block.first_inference_ms == 87.112
     assert block.model_load_ms == 119.515
@@ -76,7 +77,7 @@ def test_the_median_decides_not_the_mean_that_outliers_moved() -> None:
 
 
 def test_an_old_log_has_only_a_mean_and_says_so() -> None:
-    block = tool.block_of(tool.parse_log(OLD), {})
+    block = tool.block_of([tool.parse_log(OLD)], {})
     assert block.latency_ms == (33.2094,)
     assert block.conditions["statistic"].startswith("avg of 50")
     assert "delegation" not in block.conditions
@@ -89,10 +90,54 @@ def test_a_failed_launch_is_told_by_its_first_error() -> None:
         tool.parse_log("")
 
 
-def test_nodes_that_stayed_behind_are_told() -> None:
-    log = tool.parse_log(REFUSED + FULL)
-    assert log.is_partial
-    assert "2136/2168 nodes in 65" in tool.block_of(log, {}).conditions["partial_delegation"]
+def test_nodes_that_stayed_behind_are_told_in_the_words_that_the_gate_compares() -> None:
+    text = FULL.replace("2168 out of", "2136 out of").replace("yielding 1 ", "yielding 65 ")
+    block = tool.block_of([tool.parse_log(text)], {})
+    assert block.conditions["delegation"] == "TfLiteXNNPackDelegate=2136 CPU=32"
+    assert block.conditions["partial_delegation"] == block.conditions["delegation"]
+    assert block.conditions["partitions"] == "65"
+    assert delegation_of(block) == {"TfLiteXNNPackDelegate": 2136, "CPU": 32}
+    whole = tool.block_of([tool.parse_log(FULL)], {})
+    assert whole.conditions["delegation"] == "TfLiteXNNPackDelegate=2168 CPU=0"
+    assert "partial_delegation" not in whole.conditions
+
+
+def test_what_a_second_delegate_takes_is_taken_from_what_the_first_left() -> None:
+    """The form of the line: tensorflow/lite/core/subgraph.cc; the later delegate sees one node for each part."""
+    line = "VERBOSE: Replacing {} out of {} node(s) with delegate ({}) node, yielding {} partitions for subgraph 0.\n"
+    told = line.format(30, 41, "TfLiteGpuDelegateV2", 3) + line.format(9, 13, "TfLiteXNNPackDelegate", 2)
+    log = tool.parse_log(told + FULL[FULL.index("INFO: The input") :])
+    assert log.units == {"TfLiteGpuDelegateV2": 30, "TfLiteXNNPackDelegate": 9, "CPU": 2}
+    assert log.partitions == 5
+
+
+def test_several_launches_are_one_block_with_the_median_of_each() -> None:
+    slower = FULL.replace("median=51891", "median=61891").replace("Init: 119515", "Init: 219515")
+    printed = f"@fixed\n{tool.MARK}\n{FULL}{tool.MARK}\n{slower}{tool.MARK}\n{FULL}"
+    block = tool.block_of(tool.logs_of(printed), {})
+    assert block.latency_ms == (51.891, 61.891, 51.891)
+    assert block.model_load_ms == 119.515
+    assert (block.conditions["inferences"], block.conditions["launches"]) == ("3000", "3")
+    assert block.conditions["statistic"] == "median of 3000 inferences in 3 launches, as benchmark_model reports it"
+
+
+def test_all_launches_together_do_what_the_plan_says() -> None:
+    plan = Plan(warmup_runs=10, warmup_s=0.8, min_runs=100, min_s=0.4, max_s=8.0)
+    share = tool.share_of(plan, 8)
+    assert (share.min_runs, share.min_s, share.max_s, share.warmup_s, share.warmup_runs) == (13, 0.05, 1.0, 0.1, 10)
+
+
+@pytest.mark.parametrize("how", ["exit 3", "kill -KILL $$"])
+def test_the_first_launch_that_fails_ends_the_script_with_its_log(how: str, tmp_path: Path) -> None:
+    script = tool.launches([["sh", "-c", "echo good"], ["sh", "-c", f"echo ERROR: bad; {how}"], ["touch", "third"]])
+    done = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3 if how == "exit 3" else 128 + 9, "")
+    assert "ERROR: bad" in done.stderr
+    assert not (tmp_path / "third").exists()
+    script = tool.launches([["echo", "a b"], ["echo", "c"]])
+    done = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == f"{tool.MARK}\na b\n{tool.MARK}\nc\n"
+    assert not list(tmp_path.glob("log-*"))
 
 
 def test_names_with_colons_are_doubled_and_those_with_commas_refused() -> None:

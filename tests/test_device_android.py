@@ -22,20 +22,23 @@ import psutil
 import pytest
 
 from edgekd.benchmarks import gate
-from edgekd.benchmarks.cells import Pair, Samples
+from edgekd.benchmarks.cells import Margins, Pair, Samples
 from edgekd.benchmarks.rule import Rule
 from edgekd.benchmarks.session import measure
 from edgekd.devices import _page, android
 from edgekd.devices._chromium import find_chromium
+from edgekd.devices._folders import made
 from edgekd.devices.android import AndroidDevice
 from edgekd.errors import DeviceError, UsageError
 from edgekd.measurement import Plan, Profile
 from edgekd.profiles import device_of, load_device, load_profile
+from edgekd.protocols import Side, TakingTurns
 from edgekd.types import Artifact
+from edgekd.watching import minutes_lines
 
 sys.path.insert(0, str(Path(__file__).parent))
 from adbd import Phones, start_phones, thermal, unpacked
-from elsewhere import said_during_a_run, wait_for
+from elsewhere import ENDLESS, name_of_a_killed_ones, said_during_a_run, wait_for
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("adb") is None, reason="needs adb: apt-get install adb"),
@@ -79,7 +82,7 @@ def start(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 def program(folder: Path) -> Path:
     path = folder / "benchmark_model"
-    path.write_text(f'#!/bin/sh\nexec {sys.executable} -I {STAND_IN} "$@"\n')
+    path.write_text(f'#!/bin/sh\necho "$1" >>"$EDGEKD_PHONE/launched"\nexec {sys.executable} -I {STAND_IN} "$@"\n')
     return path
 
 
@@ -111,6 +114,9 @@ def test_latency_and_outputs_come_from_one_sitting_and_nothing_is_left(
     start: Callable[..., Phones], tflite_file: File, images: np.ndarray
 ) -> None:
     phones = start()
+    of_another = "edgekd-00000000.1.00000000"
+    for name in (name_of_a_killed_ones("edgekd"), of_another):
+        (phones.storage() / name).mkdir()
     device = device_for(phones)
     _, expected = load_device("host").run(*tflite_file, {"args_0": images}, replace(QUICK, blocks=1))
     top = expected["output_0"].argmax(axis=1)
@@ -126,7 +132,7 @@ def test_latency_and_outputs_come_from_one_sitting_and_nothing_is_left(
     assert first["battery_percent_before"] == "87"
     assert first["fixed_performance"] == "yes"
     assert first["inferences"] == "10"
-    assert phones.left() == []
+    assert phones.left() == [of_another], "what a killed process of this machine left is gone too"
     commands = (phones.state() / "commands").read_text().splitlines()
     assert commands.count("power set-fixed-performance-mode-enabled true") == 4
     assert commands[-1] == "power set-fixed-performance-mode-enabled false"
@@ -251,9 +257,86 @@ def test_blocks_of_a_phone_that_gets_hot_are_void(
     assert "void_blocks" in found.flags
 
 
-def test_a_gate_on_a_hot_phone_is_inconclusive(
+def test_each_minute_of_a_sustained_run_is_a_launch(
+    start: Callable[..., Phones], tflite_file: File, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(android, "MINUTE_S", 0.3)
+    plan = replace(QUICK, blocks=1, min_s=0.9, max_s=0.9)
+    found = measure(*tflite_file, "phone", device_for(start()), {"args_0": images[:1]}, None, None, plan)
+    (block,) = found.blocks
+    assert len(block.latency_ms) == 3
+    (line,) = minutes_lines(found)
+    assert " ms by minute: " + " ".join(f"{median:.3f}" for median in block.latency_ms) in line
+
+
+def two_sides(tflite_file: File, images: np.ndarray) -> list[Side]:
+    """The same file under two names, each with samples of its own."""
+    artifact, folder = tflite_file
+    other = replace(artifact, sha256="b" * 64)
+    return [Side(artifact, folder, {"args_0": images[:2]}), Side(other, folder, {"args_0": images[2:4]})]
+
+
+def test_files_take_turns_launch_by_launch_and_each_gets_its_own_outputs(
+    start: Callable[..., Phones], tflite_file: File, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(android, "TURNS", 3)
+    phones, sides = start(), two_sides(tflite_file, images)
+    device = device_for(phones)
+    assert issubclass(AndroidDevice, TakingTurns), "as the gate asks"
+    with contextlib.closing(device):
+        found = device.run_in_turns(sides, QUICK, seed=0)
+    launched = (phones.state() / "launched").read_text().split()[:6]
+    rounds = [tuple(launched[begin : begin + 2]) for begin in (0, 2, 4)]
+    assert len(set(rounds)) == 2, "in an order drawn for each round"
+    assert all(len(set(one)) == 2 for one in rounds)
+    _, expected = load_device("host").run(*tflite_file, {"args_0": images}, replace(QUICK, blocks=1))
+    for (block, outputs), begin in zip(found, (0, 2), strict=True):
+        np.testing.assert_allclose(outputs["output_0"], expected["output_0"][begin : begin + 2], atol=1e-5)
+        assert len(block.latency_ms) == 3
+        assert block.conditions["launches"] == "3"
+        assert block.conditions["inferences"] == "12", "together not fewer than the plan's"
+        assert block.conditions["thermal_status_after"] == "0"
+    assert phones.left() == []
+
+
+def test_a_phone_that_is_unplugged_in_its_turns_runs_nothing_on(
     start: Callable[..., Phones], tflite_file: File, images: np.ndarray
 ) -> None:
+    phones = start()
+    device = device_for(phones)
+
+    def unplug() -> None:
+        wait_for(lambda: measuring(phones))
+        phones.daemon().kill()
+
+    thread = threading.Thread(target=unplug)
+    thread.start()
+    with contextlib.closing(device), pytest.raises(DeviceError) as caught:
+        device.run_in_turns(two_sides(tflite_file, images), ENDLESS, seed=0)
+    thread.join()
+    assert str(caught.value).startswith("model.tflite (tflite) and model.tflite (tflite) on phone: localhost:7555")
+    wait_for(lambda: not phones.running() and not phones.left(), 20)
+
+
+@pytest.mark.slow
+def test_a_gate_on_a_phone_passes_a_file_that_is_the_same(
+    start: Callable[..., Phones], tflite_file: File, images: np.ndarray
+) -> None:
+    phones = start()
+    artifact, folder = tflite_file
+    pair = Pair("tflite", artifact, folder, replace(artifact, precision="w8a8", sha256="b" * 64), folder)
+    margins = Margins(latency=0.5, cold_start=1.0)
+    found, _ = gate.compare(
+        [pair], "phone", device_for(phones), Samples({"args_0": images}), margins=margins, plan=replace(QUICK, blocks=1)
+    )
+    assert found.verdict == "pass", found.cells
+    assert phones.left() == []
+
+
+def test_a_gate_on_a_hot_phone_is_inconclusive(
+    start: Callable[..., Phones], tflite_file: File, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(android, "TURNS", 1)
     phones = start()
     (phones.state() / "thermalservice").write_text(thermal(3))
     artifact, folder = tflite_file
@@ -316,7 +399,13 @@ def test_nothing_runs_on_the_phone_after_the_measuring_process_was_killed(
         f"device = load_device({str(phones.folder / 'phone.toml')!r})\n"
         f"device.run(artifact, Path({str(folder)!r}), {{'args_0': np.zeros((1, 1, 12, 12), 'float32')}}, plan)\n"
     )
-    parent = subprocess.Popen([sys.executable, str(phones.folder / "measure.py")], stderr=subprocess.DEVNULL)
+    files = phones.folder / "files"
+    files.mkdir()
+    parent = subprocess.Popen(
+        [sys.executable, str(phones.folder / "measure.py")],
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(files)},
+    )
     try:
         wait_for(lambda: measuring(phones))
         time.sleep(0.5)
@@ -325,6 +414,9 @@ def test_nothing_runs_on_the_phone_after_the_measuring_process_was_killed(
         wait_for(lambda: not phones.running() and not phones.left(), 30)
     finally:
         parent.kill()
+    assert list(files.iterdir()), "a killed process leaves its folder here"
+    made("edgekd-android", files).rmdir()
+    assert list(files.iterdir()) == [], "and the next one removes it"
     assert (phones.state() / "commands").read_text().splitlines()[-1].endswith("mode-enabled false")
 
 

@@ -19,13 +19,17 @@ import numpy as np
 import psutil
 import pytest
 
+from edgekd.benchmarks import gate
+from edgekd.benchmarks.cells import Margins, Pair, Samples
 from edgekd.benchmarks.session import measure
 from edgekd.devices import _page, browser
-from edgekd.devices._chromium import Chromium, find_chromium
+from edgekd.devices._chromium import Chromium, find_chromium, remove_profile
+from edgekd.devices._folders import made
 from edgekd.devices.browser import BrowserDevice
 from edgekd.errors import DeviceError, UsageError
 from edgekd.measurement import Plan, Profile
 from edgekd.profiles import device_of, load_device
+from edgekd.protocols import Side, TakingTurns
 from edgekd.types import Artifact
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -36,6 +40,8 @@ needs_chromium = pytest.mark.skipif(PROGRAM is None, reason="needs Chromium: apt
 
 QUICK = Plan(blocks=1, warmup_runs=3, warmup_s=0.0, min_runs=10, min_s=0.0, max_s=2.0)
 SWIFTSHADER = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]
+
+OURS = ("edgekd-", "org.chromium.Chromium.")
 
 File = tuple[Artifact, Path]
 
@@ -54,11 +60,14 @@ def library() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    yield
+def temporary(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of temporary files; nothing of ours may be left. Not ``tmp_path``: a socket's path has 107 bytes."""
+    folder = tmp_path_factory.mktemp("t")
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    yield folder
     assert not browsers(), "a browser was left running"
-    assert not list(tmp_path.glob("edgekd-browser-*"))
+    assert [path.name for path in folder.iterdir() if path.name.startswith(OURS)] == []
 
 
 def browsers() -> list[psutil.Process]:
@@ -70,7 +79,7 @@ def browsers() -> list[psutil.Process]:
     return found
 
 
-def made(name: str = "here", identity: dict[str, str] | None = None, **settings: Any) -> BrowserDevice:
+def made_device(name: str = "here", identity: dict[str, str] | None = None, **settings: Any) -> BrowserDevice:
     device = device_of(Profile(name, "browser", identity=identity or {}, settings=settings))
     assert isinstance(device, BrowserDevice)
     return device
@@ -102,7 +111,7 @@ def test_a_sitting_in_the_browser_gives_the_hosts_outputs(library: Path, file: F
 def test_a_software_gpu_computes_the_same_and_is_told_as_emulated(
     library: Path, file: File, images: np.ndarray
 ) -> None:
-    device = made(accelerator="webgpu", flags=SWIFTSHADER)
+    device = made_device(accelerator="webgpu", flags=SWIFTSHADER)
     blocks, outputs = device.run(*file, {file[0].inputs[0].name: images}, QUICK)
     np.testing.assert_allclose(outputs[file[0].outputs[0].name], on_the_host(file, images), atol=1e-4)
     assert blocks[0].conditions["accelerator"] == "webgpu"
@@ -117,13 +126,13 @@ def test_an_accelerator_that_the_browser_lacks_is_told_and_not_replaced(
     library: Path, onnx_file: File, images: np.ndarray, accelerator: str, message: str
 ) -> None:
     with pytest.raises(DeviceError, match=message) as caught:
-        made(accelerator=accelerator).run(*onnx_file, {"image": images}, QUICK)
+        made_device(accelerator=accelerator).run(*onnx_file, {"image": images}, QUICK)
     assert "\n" not in str(caught.value)
 
 
 @needs_chromium
 def test_threads_are_the_plans_in_an_isolated_page(library: Path, onnx_file: File, images: np.ndarray) -> None:
-    blocks, outputs = made().run(*onnx_file, {"image": images}, replace(QUICK, threads=2))
+    blocks, outputs = made_device().run(*onnx_file, {"image": images}, replace(QUICK, threads=2))
     assert blocks[0].conditions["threads"] == "2"
     np.testing.assert_allclose(outputs["logits"], on_the_host(onnx_file, images), atol=1e-5)
 
@@ -132,7 +141,7 @@ def test_threads_are_the_plans_in_an_isolated_page(library: Path, onnx_file: Fil
 def test_a_page_that_is_not_isolated_says_so_and_refuses_threads(
     library: Path, onnx_file: File, images: np.ndarray
 ) -> None:
-    device = made()
+    device = made_device()
     device.isolated = False
     found = measure(*onnx_file, "browser", device, {"image": images}, None, None, QUICK)
     assert "not_isolated" in found.flags
@@ -143,7 +152,9 @@ def test_a_page_that_is_not_isolated_says_so_and_refuses_threads(
 
 @needs_chromium
 def test_a_slowed_browser_that_poses_as_a_phone_is_emulated(library: Path, onnx_file: File, images: np.ndarray) -> None:
-    device = made(cpu_slowdown=4, screen=[412, 915], user_agent="Mozilla/5.0 (Linux; Android 15) Chrome/150.0 Mobile")
+    device = made_device(
+        cpu_slowdown=4, screen=[412, 915], user_agent="Mozilla/5.0 (Linux; Android 15) Chrome/150.0 Mobile"
+    )
     found = measure(*onnx_file, "posing", device, {"image": images}, None, None, QUICK)
     assert "emulated" in found.flags
     conditions = found.blocks[0].conditions
@@ -158,7 +169,7 @@ def test_another_browser_is_not_measured_under_this_ones_name(
     library: Path, onnx_file: File, images: np.ndarray
 ) -> None:
     with pytest.raises(DeviceError, match=r"another browser opened the page: .*HeadlessChrome.*; here has 'Firefox'"):
-        made(identity={"user_agent": "Firefox"}).run(*onnx_file, {"image": images}, QUICK)
+        made_device(identity={"user_agent": "Firefox"}).run(*onnx_file, {"image": images}, QUICK)
 
 
 def during_a_run(device: BrowserDevice, file: File, images: np.ndarray, happens: Callable[[Chromium], object]) -> Any:
@@ -183,7 +194,7 @@ def during_a_run(device: BrowserDevice, file: File, images: np.ndarray, happens:
 
 @needs_chromium
 def test_a_block_during_which_the_page_was_hidden_is_void(library: Path, onnx_file: File, images: np.ndarray) -> None:
-    blocks, _ = during_a_run(made(), onnx_file, images, lambda chromium: chromium.open_tab())
+    blocks, _ = during_a_run(made_device(), onnx_file, images, lambda chromium: chromium.open_tab())
     assert blocks[0].void == "the page was hidden: browsers slow down what is not seen"
 
 
@@ -195,7 +206,7 @@ def test_a_page_that_crashes_is_told_at_once(library: Path, onnx_file: File, ima
                 child.kill()
 
     began = time.monotonic()
-    error = during_a_run(made(), onnx_file, images, crash)
+    error = during_a_run(made_device(), onnx_file, images, crash)
     assert "its page crashed before it had answered, perhaps for lack of memory" in str(error)
     assert time.monotonic() - began < 40
 
@@ -206,7 +217,7 @@ def test_a_browser_that_never_answers_is_ended(
 ) -> None:
     monkeypatch.setattr(browser, "limit_s", lambda plan, samples: 4.0)
     with pytest.raises(DeviceError, match="the browser gave no result in 4 s"):
-        made().run(*onnx_file, {"image": images}, ENDLESS)
+        made_device().run(*onnx_file, {"image": images}, ENDLESS)
 
 
 def test_a_browser_that_never_opens_the_page_is_told(
@@ -217,20 +228,23 @@ def test_a_browser_that_never_opens_the_page_is_told(
     stuck.chmod(0o755)
     monkeypatch.setattr("edgekd.devices._chromium.ANSWER_S", 1.0)
     with pytest.raises(DeviceError, match=r"the browser did not answer Target.createTarget in 1 s"):
-        made(browser=str(stuck)).run(*onnx_file, {"image": images}, QUICK)
+        made_device(browser=str(stuck)).run(*onnx_file, {"image": images}, QUICK)
     broken = tmp_path / "broken"
     broken.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Broken 1.0 && exit\necho it is broken >&2\n')
     broken.chmod(0o755)
     with pytest.raises(DeviceError, match="the browser ended: it is broken"):
-        made(browser=str(broken)).run(*onnx_file, {"image": images}, QUICK)
+        made_device(browser=str(broken)).run(*onnx_file, {"image": images}, QUICK)
 
 
 @needs_chromium
-def test_no_browser_outlives_the_process_that_measures(library: Path, onnx_file: File, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_no_browser_and_no_folder_outlives_the_process_that_measures(
+    library: Path, onnx_file: File, tmp_path: Path, temporary: Path, how: signal.Signals
+) -> None:
     artifact, folder = onnx_file
     (tmp_path / "measure.py").write_text(
-        "import json, tempfile, numpy as np\nfrom pathlib import Path\nfrom edgekd.profiles import load_device\n"
-        f"tempfile.tempdir = {str(tmp_path)!r}\n"
+        "import json, signal, numpy as np\nfrom pathlib import Path\nfrom edgekd.profiles import load_device\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from edgekd.measurement import Plan\nfrom edgekd.types import Artifact\n"
         f"artifact = Artifact.from_json(json.loads({json.dumps(artifact.to_json())!r}))\n"
         "plan = Plan(blocks=1, warmup_runs=1, warmup_s=0.0, min_s=60.0, max_s=60.0)\n"
@@ -240,11 +254,44 @@ def test_no_browser_outlives_the_process_that_measures(library: Path, onnx_file:
     parent = subprocess.Popen([sys.executable, str(tmp_path / "measure.py")], stderr=subprocess.DEVNULL)
     wait_for(lambda: len(browsers()) > 3)
     running = browsers()
-    parent.send_signal(signal.SIGKILL)
+    wait_for(lambda: list(temporary.glob("org.chromium.Chromium.*")))
+    parent.send_signal(how)
     parent.wait()
     wait_for(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in running), 20)
-    for folder in tmp_path.glob("edgekd-browser-*"):  # a killed process removes nothing; the profile is not running
-        shutil.rmtree(folder)
+    if how == signal.SIGKILL:  # a killed process removes nothing: the next one does
+        assert list(temporary.iterdir())
+        made("edgekd-browser", remove=remove_profile).rmdir()
+
+
+@needs_chromium
+def test_files_take_turns_in_one_page(library: Path, onnx_file: File, tflite_file: File, images: np.ndarray) -> None:
+    sides = [Side(*one, {one[0].inputs[0].name: images}) for one in (onnx_file, tflite_file)]
+    device = made_device()
+    assert issubclass(BrowserDevice, TakingTurns), "as the gate asks"
+    found = device.run_in_turns(sides, replace(QUICK, min_s=0.3, max_s=3.0), seed=0)
+    names = [block.conditions["runtime"].partition(" ")[0] for block, _ in found]
+    assert names == ["onnxruntime-web", "@litertjs/core"]
+    turns = [int(block.conditions["turns"]) for block, _ in found]
+    assert turns[0] == turns[1] > 10
+    for (block, outputs), file in zip(found, (onnx_file, tflite_file), strict=True):
+        assert sum(block.latency_ms) * int(block.conditions["inferences_per_sample"]) >= 300
+        assert len(block.latency_ms) >= 5 * turns[0]
+        np.testing.assert_allclose(outputs[file[0].outputs[0].name], on_the_host(file, images), atol=1e-5)
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_a_gate_in_the_browser_passes_a_file_that_is_the_same(
+    library: Path, onnx_file: File, images: np.ndarray
+) -> None:
+    artifact, folder = onnx_file
+    pair = Pair("onnx fp32", artifact, folder, replace(artifact, precision="w8a8"), folder)
+    margins = Margins(latency=0.2, cold_start=1.0)
+    samples = Samples({"image": images})
+    found, _ = gate.compare([pair], "browser", made_device(), samples, margins=margins)
+    told = {cell.metric: cell for cell in found.cells}
+    assert found.verdict == "pass", told
+    assert abs(told["latency"].change or 0) < 0.1
 
 
 @needs_chromium
@@ -254,7 +301,9 @@ def test_a_hostile_file_name_is_only_a_name(
 ) -> None:
     (tmp_path / "models" / "deep").mkdir(parents=True)
     shutil.copy(onnx_file[1] / onnx_file[0].path, tmp_path / "models" / "deep" / name)
-    blocks, _ = made().run(replace(onnx_file[0], path=name), tmp_path / "models" / "deep", {"image": images}, QUICK)
+    blocks, _ = made_device().run(
+        replace(onnx_file[0], path=name), tmp_path / "models" / "deep", {"image": images}, QUICK
+    )
     assert len(blocks) == 1
     assert not list(tmp_path.rglob("owned"))
 
@@ -263,15 +312,15 @@ def test_what_it_cannot_run_or_find_is_told(
     onnx_file: File, images: np.ndarray, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=r"here runs onnx, tflite; not 'coreml'"):
-        made().run(replace(onnx_file[0], target="coreml"), onnx_file[1], {"image": images}, QUICK)
-    assert "no browser 'no-such-browser' is installed" in made(browser="no-such-browser").probe().reason
+        made_device().run(replace(onnx_file[0], target="coreml"), onnx_file[1], {"image": images}, QUICK)
+    assert "no browser 'no-such-browser' is installed" in made_device(browser="no-such-browser").probe().reason
     with pytest.raises(UsageError, match=r"settings.accelerator: Input should be 'wasm', 'webgpu' or 'webnn'"):
-        made(accelerator="npu")
+        made_device(accelerator="npu")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if PROGRAM:
-        assert "the page's runtimes are not installed; edgekd devices prepare here" in made().probe().reason
+        assert "the page's runtimes are not installed; edgekd devices prepare here" in made_device().probe().reason
         with pytest.raises(DeviceError, match="nothing is installed; edgekd devices prepare here"):
-            made().run(*onnx_file, {"image": images}, QUICK)
+            made_device().run(*onnx_file, {"image": images}, QUICK)
 
 
 def test_the_lock_file_pins_every_package_by_its_hash() -> None:
@@ -327,7 +376,7 @@ def test_only_this_machine_is_served_unless_an_address_is_named(server: _page.Pa
     listening = [one for one in psutil.Process().net_connections("tcp") if one.laddr and one.laddr[1] == server.port]
     assert {one.laddr[0] for one in listening if one.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
     with pytest.raises(DeviceError, match="is every network; name the one that the phone is in"):
-        made(open="link", address="0.0.0.0")._certificate()
+        made_device(open="link", address="0.0.0.0")._certificate()
 
 
 @needs_chromium
@@ -337,7 +386,7 @@ def test_a_browser_that_opens_the_link_over_tls_is_measured_block_by_block(
     """127.0.0.2 stands for an address in the local network: it is not the loopback name, so TLS is used."""
     if shutil.which("openssl") is None:
         pytest.skip("needs openssl")
-    device = made("phone", open="link", address="127.0.0.2")
+    device = made_device("phone", open="link", address="127.0.0.2")
     said: list[str] = []
     device.say = said.append
     started: list[Chromium] = []
@@ -367,7 +416,7 @@ def test_nobody_who_opens_the_link_is_a_clear_line(
     library: Path, onnx_file: File, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(browser, "PATIENCE_S", 0.3)
-    device = made("phone", open="link")
+    device = made_device("phone", open="link")
     device.say = lambda _: None
     with pytest.raises(DeviceError, match=r"nobody opened http://localhost:\d+ in 0 s"):
         device.run(*onnx_file, {"image": images}, QUICK)

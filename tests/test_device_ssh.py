@@ -37,7 +37,7 @@ from edgekd.types import Artifact
 
 sys.path.insert(0, str(Path(__file__).parent))
 import debian
-from elsewhere import ENDLESS, lay_cable, said_during_a_run, wait_for
+from elsewhere import ENDLESS, lay_cable, name_of_a_killed_ones, said_during_a_run, wait_for
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 pytestmark = [
@@ -157,6 +157,7 @@ def test_blocks_and_outputs_are_those_of_the_same_file_on_the_host(
     board: Board, onnx_file: File, images: np.ndarray
 ) -> None:
     device = board.device()
+    (board.folder / "edgekd" / "runs" / name_of_a_killed_ones("run")).mkdir(parents=True)
     blocks, outputs = device.run(*onnx_file, {"image": images}, QUICK)
     again, _ = device.run(*onnx_file, {"image": images[:1]}, replace(QUICK, blocks=1))
     _, expected = load_device("host").run(*onnx_file, {"image": images}, replace(QUICK, blocks=1))
@@ -164,7 +165,7 @@ def test_blocks_and_outputs_are_those_of_the_same_file_on_the_host(
     assert [len(block.latency_ms) for block in (*blocks, *again)] == [10, 10, 10]
     assert blocks[0].latency_ms != blocks[1].latency_ms
     assert blocks[0].conditions["runtime"].startswith("onnxruntime")
-    assert len(board.left()) == 1, "the runs of a sitting share a folder"
+    assert len(board.left()) == 1, "the runs of a sitting share a folder; what a killed process left is gone"
     device.close()
     assert board.left() == []
     wait_for(lambda: not board.agents(), 5)
@@ -345,11 +346,16 @@ def test_nothing_outlives_the_one_that_measures(
     try:
         wait_for(board.measuring)
         time.sleep(0.5)
+        sockets = list(Path("/tmp").glob(f"ekd-*.{parent.pid}.*"))
+        assert len(sockets) == 1
         parent.send_signal(how)
         assert parent.wait(60) != 0
         wait_for(lambda: not board.agents() and not board.left(), 20)
     finally:
         parent.kill()
+    if how == signal.SIGKILL:  # it removes nothing itself: the next connection does
+        Connection("127.0.0.1")
+    assert not sockets[0].exists()
 
 
 def test_an_agent_that_takes_too_long_is_ended_on_the_board(

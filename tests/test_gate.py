@@ -83,7 +83,8 @@ def test_a_file_passes_beside_itself_on_the_real_host(onnx_file: File, images: n
     )  # fmt: skip
     assert comparison.verdict == "pass"
     metrics = [found.metric for found in comparison.cells]
-    assert metrics == ["latency", "cold_start", "peak_memory", "accuracy", "agreement", "size", "finite"]
+    exact = ["size", "finite", "delegation"]
+    assert metrics == ["latency", "cold_start", "peak_memory", "accuracy", "agreement", *exact]
     assert cell(comparison, "latency").pairs == 8
     assert [len(one.blocks) for one in measured] == [8, 8]
     assert all(int(block.conditions["turns"]) > 0 for one in measured for block in one.blocks)
@@ -182,6 +183,26 @@ def test_exact_metrics_need_no_statistics(pair: Pair) -> None:
     assert "2 samples are NaN or infinite" in found["finite"].why
     found = {c.metric: c for c in exact_cells(pair, (block, block), (bad, bad), Margins())}
     assert [found[m].verdict for m in ("size", "finite", "delegation")] == ["pass"] * 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "verdict"),
+    [
+        ("CPUExecutionProvider=12", "CPUExecutionProvider=14", "pass"),
+        ("Gpu=30 XNNPACK=9 CPU=2", "Gpu=20 XNNPACK=19 CPU=2", "regression"),
+        ("Gpu=30 XNNPACK=9 CPU=2", "XNNPACK=41 CPU=0", "regression"),
+        ("XNNPACK=10 CPU=1", "", "inconclusive"),
+        ("", "XNNPACK=10 CPU=1", "pass"),
+    ],
+)
+def test_nodes_that_left_the_unit_that_was_asked_for_are_a_regression(
+    pair: Pair, old: str, new: str, verdict: str
+) -> None:
+    blocks = tuple(Block(1, 1, 1, (), (1.0,), None, True, {"delegation": told}) for told in (old, new))
+    outputs = {"y": np.zeros((3, 2))}
+    found = {c.metric: c for c in exact_cells(pair, (blocks[0], blocks[1]), (outputs, outputs), Margins())}
+    assert found["delegation"].verdict == verdict
+    assert found["delegation"].why == f"was {old or 'unknown'}, is {new or 'unknown'}"
 
 
 def test_a_file_that_answers_worse_is_a_regression_however_fast(pair: Pair, images: np.ndarray) -> None:
@@ -304,19 +325,20 @@ def test_the_command_writes_every_report_and_exits_with_the_verdict(
     state = {"EDGEKD_STATE": str(tmp_path)}
     model = str(onnx_file[1] / "model.onnx")
     done = run_cli(
-        "compare", model, model, "--inputs", str(tmp_path / "data.npz"), "--junit", str(tmp_path / "junit.xml"),
-        "--markdown", str(tmp_path / "table.md"), "--json", "--metric", "peak_memory", "--release", "v2",
-        GITHUB_ACTIONS="true", **state,
+        "compare", model, model, "--device", "fake", "--inputs", str(tmp_path / "data.npz"),
+        "--junit", str(tmp_path / "junit.xml"), "--markdown", str(tmp_path / "table.md"), "--json",
+        "--metric", "latency", "--release", "v2", GITHUB_ACTIONS="true", **state,
     )  # fmt: skip
     found = Comparison.from_json(json.loads(done.stdout))
     assert done.returncode == 3, done.stderr
     assert found.verdict == "inconclusive", "24 samples cannot tell a drop of one point"
-    assert cell(found, "peak_memory").verdict == "pass"
+    assert cell(found, "latency").why.startswith("emulated: "), "nothing was run"
+    assert cell(found, "size").verdict == "pass"
     cases = ElementTree.parse(tmp_path / "junit.xml").getroot().findall(".//testcase")
     assert len(cases) == len(found.cells)
     skipped = [case.get("name") for case in cases if case.find("skipped") is not None]
-    assert skipped == ["accuracy", "agreement"]
-    assert "| peak memory |" in (tmp_path / "table.md").read_text()
+    assert skipped == ["latency", "accuracy", "agreement"]
+    assert "| latency |" in (tmp_path / "table.md").read_text()
     assert "::warning title=onnx accuracy::inconclusive" in done.stderr
     if is_available():
         (entry,) = History(f"sqlite:///{tmp_path / 'history.db'}").entries()

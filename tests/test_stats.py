@@ -194,3 +194,4 @@ def test_minutes_are_told_apart_and_a_short_rest_is_left_out() -> None:
     assert stats.per_minute(second * 3) == (10.0,)
     assert stats.per_minute(second * 60 + slower * 40) == (10.0, 20.0), "more than half a minute counts"
     assert stats.per_minute([]) == ()
+    assert stats.per_minute([1.0] * 60 + [2.0] * 30, inferences=1000) == (1.0, 2.0), "each sample took a second or two"

@@ -28,7 +28,8 @@ class Runtime(Protocol):
     def __call__(self, arrays: dict[str, Any]) -> list[Any]: ...
 
     def delegation(self) -> str:
-        """Nodes by the unit that runs them, the fallback last: ``XNNPACK=41 CPU=3``; empty where it cannot be told."""
+        """Nodes by the unit that runs them, that which was asked for first: ``XNNPACK=41 CPU=3``; empty where it cannot
+        be told."""
 
 
 class OnnxRuntime:
@@ -41,6 +42,7 @@ class OnnxRuntime:
         options.log_severity_level = 3
         if profile := job.get("profile_to"):
             options.enable_profiling, options.profile_file_prefix = True, profile
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         for key, value in job.get("session_config", SESSION_CONFIG).items():
             options.add_session_config_entry(key, value)
         self.name = f"onnxruntime {module.__version__}"
@@ -61,7 +63,13 @@ class OnnxRuntime:
         return outputs
 
     def delegation(self) -> str:
-        return ""  # told by the profile alone
+        """As the nodes were shared out among the providers, before each fuses those that it got."""
+        if not hasattr(self._session, "get_provider_graph_assignment_info"):  # an older ONNX Runtime
+            return ""
+        nodes = dict.fromkeys(self._session.get_providers(), 0)
+        for part in self._session.get_provider_graph_assignment_info():
+            nodes[part.ep_name] = nodes.get(part.ep_name, 0) + len(part.get_nodes())
+        return " ".join(f"{unit}={count}" for unit, count in nodes.items()) if any(nodes.values()) else ""
 
     def end_profile(self) -> list[dict[str, Any]]:
         """Operators since the session was made, each with its times, in the order they first ran."""

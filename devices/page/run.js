@@ -1,11 +1,17 @@
-// One block is one load of this page: take a job, load the runtime and the file, warm up, time, compute the outputs,
-// send the result, load the page anew. The rules are those of devices/agent/; see docs/measuring.md.
+// One block is one load of this page: take a job, load the runtime and the file (or those that take turns), warm up,
+// time, compute the outputs, send the result, load the page anew. The rules are those of devices/agent/:
+// docs/measuring.md.
 
 const WINDOW = 10; // inferences in each of the two windows whose medians are compared
 const SETTLED = 0.02; // their largest relative difference
 const SETTLING_RUNS = 200; // caps of the settling, counted after the minimum warm-up
 const SETTLING_MS = 5000;
+const TURN_MS = 10; // a turn lasts at least this long …
+const TURN_RUNS = 5; // … and this many samples: the first of a turn finds the caches full of the other file
 const TIMER_SHARE = 0.02; // largest share of one sample that a step of the clock may be
+
+// An ONNX file with one Identity.
+const IDENTITY = "CAcSADo3ChAKAXgSAXkiCElkZW50aXR5EgFnWg8KAXgSCgoICAESBAoCCAFiDwoBeRIKCggIARIECgIIAUIECgAQDQ==";
 
 const ARRAYS = {
   float32: Float32Array, float64: Float64Array, int8: Int8Array, uint8: Uint8Array, int16: Int16Array,
@@ -53,47 +59,53 @@ function timerStep() {
   return smallest;
 }
 
-// A runtime is {name, conditions, prepare(arrays), run(prepared) -> outputs read back, in the job's order}.
+// A runtime is {name, load(side, model)}; a loaded file is {prepare(arrays), run(prepared) -> outputs read back, in the
+// order of the side's}.
 
-async function onnxRuntime(job, model) {
+async function onnxRuntime(job) {
   const isWasm = job.accelerator === "wasm";
   const ort = await import(isWasm ? "./library/ort/ort.wasm.min.mjs" : "./library/ort/ort.webgpu.min.mjs");
   ort.env.wasm.wasmPaths = new URL("./library/ort/", document.baseURI).href;
   ort.env.wasm.numThreads = job.plan.threads;
   ort.env.logLevel = "error";
-  const loading = performance.now();
-  const session = await ort.InferenceSession.create(new Uint8Array(model), {
-    executionProviders: [job.accelerator], graphOptimizationLevel: "all",
-  });
-  for (const [what, wanted, found] of [["input", job.inputs, session.inputNames], ["output", job.outputs, session.outputNames]])
-    for (const { name } of wanted)
-      if (!found.includes(name)) throw new Error(`no ${what} called '${name}'; there are ${found.join(", ")}`);
+  const options = { executionProviders: [job.accelerator], graphOptimizationLevel: "all" };
+  // The first session starts the WebAssembly; this one holds one Identity, so that no file pays for the start.
+  const nothing = Uint8Array.from(atob(IDENTITY), (letter) => letter.charCodeAt(0));
+  await (await ort.InferenceSession.create(nothing, options)).release();
   return {
     name: `onnxruntime-web ${job.versions["onnxruntime-web"]}`,
-    loadMs: performance.now() - loading,
-    conditions: {},
-    prepare: (arrays) => Object.fromEntries(job.inputs.map((spec, i) => [spec.name, new ort.Tensor(spec.dtype, arrays[i], spec.shape)])),
-    async run(feeds) {
-      const outputs = await session.run(feeds, job.outputs.map(({ name }) => name));
-      const read = [];
-      for (const { name } of job.outputs) { // getData waits for what is still on the GPU
-        read.push({ dtype: outputs[name].type, shape: outputs[name].dims, data: await outputs[name].getData() });
-        outputs[name].dispose();
-      }
-      return read;
+    async load(side, model) {
+      const session = await ort.InferenceSession.create(new Uint8Array(model), options);
+      const { inputNames, outputNames } = session;
+      for (const [what, wanted, found] of [["input", side.inputs, inputNames], ["output", side.outputs, outputNames]])
+        for (const { name } of wanted)
+          if (!found.includes(name)) throw new Error(`no ${what} called '${name}'; there are ${found.join(", ")}`);
+      const names = side.outputs.map(({ name }) => name);
+      return {
+        prepare: (arrays) => Object.fromEntries(
+          side.inputs.map((spec, i) => [spec.name, new ort.Tensor(spec.dtype, arrays[i], spec.shape)]),
+        ),
+        async run(feeds) {
+          const outputs = await session.run(feeds, names);
+          const read = [];
+          for (const name of names) { // getData waits for what is still on the GPU
+            read.push({ dtype: outputs[name].type, shape: outputs[name].dims, data: await outputs[name].getData() });
+            outputs[name].dispose();
+          }
+          return read;
+        },
+      };
     },
   };
 }
 
-async function liteRt(job, model) {
+async function liteRt(job) {
   const { loadLiteRt, loadAndCompile, Tensor } = await import("@litertjs/core");
   const isWasm = job.accelerator === "wasm";
   const threads = isWasm && job.plan.threads > 1;
   await loadLiteRt(new URL("./library/litert/wasm/", document.baseURI).href, isWasm ? { threads } : { jspi: true });
-  const loading = performance.now();
   const options = { accelerator: job.accelerator };
   if (threads) options.cpuOptions = { numThreads: job.plan.threads };
-  const compiled = await loadAndCompile(new Uint8Array(model), options);
   const order = (details, wanted, what) => {
     const names = details.map(({ name }) => name);
     return wanted.map(({ name }) => {
@@ -101,29 +113,35 @@ async function liteRt(job, model) {
       return names.indexOf(name);
     });
   };
-  const inputs = order(compiled.getInputDetails(), job.inputs, "input");
-  const outputs = order(compiled.getOutputDetails(), job.outputs, "output");
   return {
     name: `@litertjs/core ${job.versions["@litertjs/core"]}`,
-    loadMs: performance.now() - loading,
-    conditions: {},
-    prepare: (arrays) => arrays,
-    async run(arrays) {
-      const given = [];
-      job.inputs.forEach((spec, i) => { given[inputs[i]] = new Tensor(arrays[i], spec.shape); });
-      const found = await compiled.run(given);
-      const read = [];
-      for (const index of outputs) {
-        // Without the read-back the time is that of handing the work to the GPU.
-        const here = isWasm ? found[index] : await found[index].moveTo("wasm");
-        read.push({ dtype: here.type.dtype, shape: [...here.type.layout.dimensions], data: here.toTypedArray().slice() });
-        here.delete();
-      }
-      for (const tensor of [...given, ...found]) if (!tensor.deleted) tensor.delete();
-      return read;
+    async load(side, model) {
+      const compiled = await loadAndCompile(new Uint8Array(model), options);
+      const inputs = order(compiled.getInputDetails(), side.inputs, "input");
+      const outputs = order(compiled.getOutputDetails(), side.outputs, "output");
+      return {
+        prepare: (arrays) => arrays,
+        async run(arrays) {
+          const given = [];
+          side.inputs.forEach((spec, i) => { given[inputs[i]] = new Tensor(arrays[i], spec.shape); });
+          const found = await compiled.run(given);
+          const read = [];
+          for (const index of outputs) {
+            // Without the read-back the time is that of handing the work to the GPU.
+            const here = isWasm ? found[index] : await found[index].moveTo("wasm");
+            const shape = [...here.type.layout.dimensions];
+            read.push({ dtype: here.type.dtype, shape, data: here.toTypedArray().slice() });
+            here.delete();
+          }
+          for (const tensor of [...given, ...found]) if (!tensor.deleted) tensor.delete();
+          return read;
+        },
+      };
     },
   };
 }
+
+const RUNTIMES = { onnx: onnxRuntime, tflite: liteRt };
 
 async function gpuConditions(accelerator) {
   if (accelerator === "wasm") return {};
@@ -139,81 +157,115 @@ async function gpuConditions(accelerator) {
   return { gpu: told, emulated: software ? `software GPU (${told})` : "" };
 }
 
-async function timed(runtime, prepared, group) {
-  const began = performance.now();
-  for (let i = 0; i < group; i++) await runtime.run(prepared);
-  return (performance.now() - began) / group;
-}
-
 function settled(latency) {
   if (latency.length < 2 * WINDOW) return false;
   const before = median(latency.slice(-2 * WINDOW, -WINDOW));
   return Math.abs(median(latency.slice(-WINDOW)) - before) < SETTLED * before;
 }
 
-async function measure(job) {
-  const step = timerStep();
-  const conditions = { ...(await gpuConditions(job.accelerator)) };
-  const model = await bytes("./model");
-  const samples = new Uint8Array(await bytes("./samples"));
-  const arraysOf = (batch) => { // samples lie one after the other, each with all inputs in the job's order
-    let offset = batch * job.bytes_per_batch;
-    return job.inputs.map(({ dtype, shape }) => {
+async function timed(one, group) {
+  const began = performance.now();
+  for (let i = 0; i < group; i++) await one.run(one.sample);
+  return (performance.now() - began) / group;
+}
+
+// One file: loaded, run once, and warm.
+async function start(job, number, runtime, step) {
+  const side = job.sides[number];
+  const model = await bytes(`./model?side=${number}`);
+  const samples = new Uint8Array(await bytes(`./samples?side=${number}`));
+  const arraysOf = (batch) => { // samples lie one after the other, each with all inputs in the side's order
+    let offset = batch * side.bytes_per_batch;
+    return side.inputs.map(({ dtype, shape }) => {
       const size = shape.reduce((a, b) => a * b, 1) * ARRAYS[dtype].BYTES_PER_ELEMENT;
       const copied = samples.slice(offset, offset + size);
       offset += size;
       return new ARRAYS[dtype](copied.buffer);
     });
   };
-  const began = performance.now();
-  const runtime = await (job.target === "onnx" ? onnxRuntime : liteRt)(job, model);
-  const runtimeMs = performance.now() - began - runtime.loadMs;
-  const sample = runtime.prepare(arraysOf(0));
-  const plan = job.plan;
+  const loading = performance.now();
+  const loaded = await runtime.load(side, model);
+  const loadMs = performance.now() - loading;
+  const one = { ...loaded, side, number, arraysOf, loadMs, batches: samples.length / side.bytes_per_batch };
+  one.sample = one.prepare(arraysOf(0));
   // A clock of 0.1 ms says little of one short inference: the first and the warm-up are single all the same.
-  const first = await timed(runtime, sample, 1);
+  one.first = await timed(one, 1);
+  const { plan } = job;
   const warmup = [];
   let spent = 0;
-  const one = async () => { await breathe(); warmup.push(await timed(runtime, sample, 1)); spent += warmup.at(-1); };
-  while (warmup.length < plan.warmup_runs || spent < plan.warmup_s * 1e3) await one();
+  const more = async () => { await breathe(); warmup.push(await timed(one, 1)); spent += warmup.at(-1); };
+  while (warmup.length < plan.warmup_runs || spent < plan.warmup_s * 1e3) await more();
   const [least, leastMs] = [warmup.length, spent];
-  let converged = true;
+  one.converged = true;
   while (!settled(warmup)) {
-    if (warmup.length - least >= SETTLING_RUNS || spent - leastMs >= SETTLING_MS) { converged = false; break; }
-    await one();
+    if (warmup.length - least >= SETTLING_RUNS || spent - leastMs >= SETTLING_MS) { one.converged = false; break; }
+    await more();
   }
   const typical = median(warmup.slice(-WINDOW)) || step;
-  const group = Math.max(1, Math.ceil(step / (TIMER_SHARE * typical)));
-  const latency = [];
-  spent = 0;
-  while (latency.length < plan.min_runs || spent < plan.min_s * 1e3) {
-    await breathe();
-    latency.push(await timed(runtime, sample, group));
-    spent += latency.at(-1) * group;
-    if (spent >= plan.max_s * 1e3) break;
+  return Object.assign(one, {
+    warmup, group: Math.max(1, Math.ceil(step / (TIMER_SHARE * typical))), latency: [], spent: 0, turns: 0,
+  });
+}
+
+// Files take turns until all have enough; one that is alone stops there.
+async function timeAll(files, plan, orders) {
+  const isEnough = ({ latency, spent }) =>
+    (latency.length >= plan.min_runs && spent >= plan.min_s * 1e3) || (latency.length && spent >= plan.max_s * 1e3);
+  for (let round = 0; !files.every(isEnough); round++) {
+    for (const number of orders[round % orders.length]) {
+      const one = files[number];
+      const [before, spentBefore] = [one.latency.length, one.spent];
+      one.turns += 1;
+      do {
+        await breathe();
+        one.latency.push(await timed(one, one.group));
+        one.spent += one.latency.at(-1) * one.group;
+      } while (files.length === 1
+        ? !isEnough(one)
+        : one.latency.length - before < TURN_RUNS || one.spent - spentBefore < TURN_MS);
+    }
   }
+}
+
+async function sendOutputs(one) {
+  const parts = one.side.outputs.map(() => []);
+  for (let batch = 0; batch < one.batches; batch++)
+    (await one.run(one.prepare(one.arraysOf(batch)))).forEach((output, i) => parts[i].push(output));
+  for (const [index, outputs] of parts.entries()) {
+    const { dtype, shape } = outputs[0];
+    const query = new URLSearchParams({ side: one.number, index, dtype, shape: shape.join(",") });
+    await send(`./output?${query}`, new Blob(outputs.map(({ data }) => data)), "application/octet-stream");
+  }
+}
+
+// The blocks of a job, in the order of its sides.
+async function measure(job) {
+  const step = timerStep();
+  const conditions = await gpuConditions(job.accelerator);
+  const [runtimes, runtimeMs] = [{}, {}];
+  for (const { target } of job.sides) {
+    if (runtimes[target]) continue;
+    const began = performance.now();
+    runtimes[target] = await RUNTIMES[target](job);
+    runtimeMs[target] = performance.now() - began;
+  }
+  const files = [];
+  for (const number of job.orders.at(-1)) files[number] = await start(job, number, runtimes[job.sides[number].target], step);
+  await timeAll(files, job.plan, job.orders);
   await new Promise((resolve) => setTimeout(resolve, 20)); // for an event that is still on its way
   const wasHidden = hidden; // what follows is not timed
-  const batches = job.wants_outputs ? samples.length / job.bytes_per_batch : 0;
-  const parts = job.outputs.map(() => []);
-  for (let batch = 0; batch < batches; batch++)
-    (await runtime.run(runtime.prepare(arraysOf(batch)))).forEach((output, i) => parts[i].push(output));
-  for (const [i, spec] of job.outputs.entries()) {
-    if (!batches) break;
-    const { dtype, shape } = parts[i][0];
-    const query = new URLSearchParams({ index: i, dtype, shape: shape.join(",") });
-    await send(`./output?${query}`, new Blob(parts[i].map(({ data }) => data)), "application/octet-stream");
-  }
-  return {
-    runtime_load_ms: runtimeMs, model_load_ms: runtime.loadMs, first_inference_ms: first, warmup_ms: warmup,
-    latency_ms: latency, peak_memory_bytes: null, converged,
+  if (job.wants_outputs) for (const one of files) await sendOutputs(one);
+  return files.map((one) => ({
+    runtime_load_ms: runtimeMs[one.side.target], model_load_ms: one.loadMs, first_inference_ms: one.first,
+    warmup_ms: one.warmup, latency_ms: one.latency, peak_memory_bytes: null, converged: one.converged,
     conditions: {
-      ...conditions, ...runtime.conditions, runtime: runtime.name, accelerator: job.accelerator,
-      threads: String(plan.threads), timer_step_ns: String(Math.round(step * 1e6)),
-      inferences_per_sample: String(group), timed_to: "outputs read back",
+      ...conditions, runtime: runtimes[one.side.target].name, accelerator: job.accelerator,
+      threads: String(job.plan.threads), timer_step_ns: String(Math.round(step * 1e6)),
+      inferences_per_sample: String(one.group), timed_to: "outputs read back",
+      ...(files.length > 1 ? { turns: String(one.turns) } : {}),
     },
     void: wasHidden ? "the page was hidden: browsers slow down what is not seen" : "",
-  };
+  }));
 }
 
 const facts = {
@@ -231,15 +283,17 @@ async function main() {
     if (answer.status === 410) { state("done; this page can be closed"); return; }
     if (!answer.ok) throw new Error(`job: ${answer.status}`);
     const job = await answer.json();
-    state(`measuring a ${job.target} file with ${job.accelerator}, ${job.plan.threads} thread(s) …`);
+    const targets = job.sides.map(({ target }) => target).join(" and ");
+    state(`measuring ${targets} with ${job.accelerator}, ${job.plan.threads} thread(s) …`);
     hidden = document.visibilityState !== "visible";
     let result;
     try {
       if (job.plan.threads > 1 && !crossOriginIsolated)
         throw new Error(`${job.plan.threads} threads need a page that is isolated (HTTPS or localhost); this one is not`);
-      const block = await measure(job);
-      if (!crossOriginIsolated) block.conditions.not_isolated = "the page is not isolated: one thread, and a coarse clock";
-      result = { id: job.id, block };
+      const blocks = await measure(job);
+      const coarse = "the page is not isolated: one thread, and a coarse clock";
+      if (!crossOriginIsolated) for (const { conditions } of blocks) conditions.not_isolated = coarse;
+      result = { id: job.id, blocks };
     } catch (error) {
       result = { id: job.id, error: String(error?.message ?? error) };
     }
