@@ -1,13 +1,15 @@
 """The teacher run over every view, once, into a :mod:`edgekd.teacher_cache`; and again over some, to compare.
 
-A capture works in ``<folder>.part``: each shard is written whole, then listed. Killed at any moment, it goes on after
-the last listed shard; the finished folder takes its place only when it is complete.
+A capture works in ``<folder>.part``: each shard is written whole, then listed, by this process alone and in whichever
+order shards are made. Killed at any moment, it goes on with those that are not listed; a shard that is made twice is
+one file. The finished folder takes its place only when it is complete.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,22 +18,20 @@ import numpy as np
 import torch
 
 from edgekd.data import Split
-from edgekd.errors import ModelFileError
-from edgekd.feature_records import layout_of, put_features
+from edgekd.errors import CacheError, DataError, ModelFileError
 from edgekd.protocols import Progress
 from edgekd.records import make_records
+from edgekd.shards import BATCH, Maker, Part, Shard, at_once, make_shard
 from edgekd.sources import Teacher
 from edgekd.store import atomic_write, hash_path, read_json, write_json
-from edgekd.targets import codec_of
 from edgekd.teacher_cache import FORMAT, CaptureKey, TeacherCache, open_cache
 from edgekd.types import Json
-from edgekd.views import Views, view_batch, view_partners, view_seeds
+from edgekd.views import Views, view_batch
 from edgekd.windows import counted_positions, positions_of
 
 __all__ = ["Verification", "capture", "verify_cache"]
 
 RECORDS_PER_SHARD = 16_384
-BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -51,50 +51,55 @@ class Verification:
 
 
 def capture(
-    folder: Path, split: Split, teacher: Teacher, key: CaptureKey, views: Views, progress: Progress
+    folder: Path,
+    split: Split,
+    teacher: Teacher,
+    key: CaptureKey,
+    views: Views,
+    progress: Progress,
+    maker: Maker | None = None,
 ) -> TeacherCache:
     """Run the teacher over every (sample, view) that is not captured yet.
 
+    Args:
+        maker: Who runs it, in place of this process; the teacher here then only says what it is.
+
     Raises:
         NumericalError: The teacher gives NaN or infinity; the message names the sample.
+        DataError: Its outputs do not fit the labels, or are not alike everywhere.
         StorageError: The disk is full; finished shards stay.
     """
+
+    def here(missing: Sequence[Part]) -> Iterator[Shard]:
+        return (make_shard(one, split, teacher, key, views, progress.advance) for one in missing)
+
     part = folder.with_name(folder.name + ".part")
     positions = positions_of(split.labels)
-    in_shard, in_batch = _at_once(RECORDS_PER_SHARD, positions), _at_once(BATCH, positions)
-    manifest, codec = _resume(part, key, in_shard), codec_of(key.codec)
-    samples, total = len(split), len(split) * key.views
-    shards = manifest["shards"]
-    done = min(len(shards) * in_shard, total)
-    classes, layout = int(manifest.get("classes", 0)), manifest.get("features", {})
-    progress.start(f"capture {folder.name}", total, done)
-    while done < total:
-        numbers = np.arange(done, min(done + in_shard, total))
-        blocks = []
-        for start in range(0, len(numbers), in_batch):
-            rows, turns = np.divmod(numbers[start : start + in_batch], key.views)
-            seeds = view_seeds(split.ids[rows], turns, key.seed)
-            partners = view_partners(seeds, samples) if key.mix else None
-            inputs = view_batch(split, rows, seeds, views, partners).inputs
-            answer = teacher.outputs(dict(zip(split.inputs, (x.numpy() for x in inputs), strict=True)))
-            classes, features = answer.logits.shape[-1], {name: answer.features[name] for name in key.features}
-            layout = layout or layout_of(features)
-            labels = split.labels[rows] if split.labels is not None and positions else None
-            blocks.append(make_records(seeds, partners, answer.logits, labels, split.ids[rows], codec, layout))
-            put_features(blocks[-1], features)
-            progress.advance(len(rows))
-        name = f"shard-{len(shards):05d}.bin"
-        content = np.concatenate(blocks)
-        atomic_write(part / name, content.tobytes())
-        shards.append({"file": name, "records": len(content), "sha256": hashlib.sha256(content.tobytes()).hexdigest()})
-        manifest |= {"classes": classes, "positions": positions, "features": layout}
+    parts = _parts(len(split) * key.views, at_once(RECORDS_PER_SHARD, positions))
+    manifest, written = _resume(part, key, parts)
+    progress.start(f"capture {folder.name}", len(split) * key.views, sum(len(parts[number]) for number in written))
+    for shard in (maker or here)([one for one in parts if one.number not in written]):
+        found = {
+            "classes": shard.classes,
+            "positions": positions,
+            "features": {name: [dtype, list(shape)] for name, (dtype, shape) in shard.layout.items()},
+        }
+        if written and found != (before := {name: manifest[name] for name in found}):
+            raise DataError(f"the teacher gives {found} for some samples, and gave {before} for those before")
+        number, digest = shard.part.number, hashlib.sha256(shard.content).hexdigest()
+        atomic_write(part / _file_name(number), shard.content)
+        written[number] = {"file": _file_name(number), "records": len(shard.part), "sha256": digest}
+        manifest |= {"shards": [written[done] for done in sorted(written)], **found}
         write_json(part / "manifest.json", manifest)
-        done += len(numbers)
+        if maker is not None:
+            progress.advance(len(shard.part))
     progress.finish()
+    if missing := [one.number for one in parts if one.number not in written]:
+        raise CacheError(f"{len(missing)} of {len(parts)} shards were not made; edgekd capture goes on from the others")
     atomic_write(part / "ids.bin", split.ids.astype("<u8").tobytes())
     manifest |= {
         "teacher": list(teacher.lineage),
-        "samples": samples,
+        "samples": len(split),
         "ids_sha256": hash_path(part / "ids.bin"),
         "complete": True,
     }
@@ -113,11 +118,11 @@ def verify_cache(
     The same kernels on the same machine differ by no more than the rounding to f16.
     """
     total = len(cache) * cache.views
-    count = min(total, max(_at_once(64, cache.positions), int(total * share)))
+    count = min(total, max(at_once(64, cache.positions), int(total * share)))
     numbers = np.sort(np.random.default_rng(0).choice(total, count, replace=False))
     rows, turns = np.divmod(numbers, cache.views)
     places = cache.places(split)
-    differs, errors, in_batch = [], [], _at_once(BATCH, cache.positions)
+    differs, errors, in_batch = [], [], at_once(BATCH, cache.positions)
     for start in range(0, count, in_batch):
         chosen = slice(start, start + in_batch)
         where = places[rows[chosen]]
@@ -135,8 +140,18 @@ def verify_cache(
     return Verification(count, float(torch.cat(differs).mean()), float(torch.stack(errors).max()))
 
 
-def _resume(part: Path, key: CaptureKey, in_shard: int) -> Json:
-    """The manifest of an interrupted capture of the same key, or a new one."""
+def _parts(records: int, in_shard: int) -> list[Part]:
+    """All shards of a cache; the last may be smaller."""
+    starts = range(0, records, in_shard)
+    return [Part(number, start, min(start + in_shard, records)) for number, start in enumerate(starts)]
+
+
+def _file_name(number: int) -> str:
+    return f"shard-{number:05d}.bin"
+
+
+def _resume(part: Path, key: CaptureKey, parts: Sequence[Part]) -> tuple[Json, dict[int, Json]]:
+    """The manifest of an interrupted capture of the same key and its whole shards by number, or a new one."""
     fresh: dict[str, Any] = {
         "format": FORMAT,
         "key": key.to_json(),
@@ -150,18 +165,15 @@ def _resume(part: Path, key: CaptureKey, in_shard: int) -> Json:
         except ModelFileError:
             manifest = {}
         if manifest.get("key") == fresh["key"] and manifest.get("format") == FORMAT:
-            intact = []
-            for entry in manifest["shards"]:
-                if entry["records"] != in_shard or not (part / entry["file"]).is_file():
-                    break
-                if hash_path(part / entry["file"]) != entry["sha256"]:
-                    break
-                intact.append(entry)
-            return {**manifest, "shards": intact, "complete": False}
+            by_name = {entry["file"]: entry for entry in manifest["shards"]}
+            whole = {one.number: by_name[name] for one in parts if (name := _file_name(one.number)) in by_name}
+            intact = {
+                number: entry
+                for number, entry in whole.items()
+                if entry["records"] == len(parts[number])
+                and (part / entry["file"]).is_file()
+                and hash_path(part / entry["file"]) == entry["sha256"]
+            }
+            return {**manifest, "complete": False}, intact
     shutil.rmtree(part, ignore_errors=True)
-    return fresh
-
-
-def _at_once(records: int, positions: int) -> int:
-    """How many windows make as many positions as there are records of samples with one label."""
-    return max(1, records // max(1, positions))
+    return fresh, {}

@@ -115,13 +115,23 @@ def check(
     show("good")
 
 
-def capture(recipe: RecipeOption = None, force: ForceOption = False) -> None:
+def capture(
+    recipe: RecipeOption = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Run the teacher in so many processes, by Ray; they share the cores.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Run them on the Ray cluster at host:port; by default one on each machine.")
+    ] = None,
+    force: ForceOption = False,
+) -> None:
     """Run the teacher once over every sample and view, and keep what it says."""
     from edgekd.pipeline import capture_stage
+    from edgekd.workers import hired
 
     work = workspace(recipe)
-    with work.folder.locked():
-        capture_stage(work, progress_bar(), force)
+    with work.folder.locked(), hired(workers, cluster) if workers or cluster else nullcontext() as crew:
+        capture_stage(work, progress_bar(), force, crew)
 
 
 def distill(recipe: RecipeOption = None, seeds: SeedsOption = None, force: ForceOption = False) -> None:

@@ -31,6 +31,7 @@ from edgekd.student_files import load_student, save_student
 from edgekd.tune import CANDIDATES, settle
 from edgekd.types import Artifact, Json, Precision, Student
 from edgekd.windows import NO_FILES, positions_of
+from edgekd.workers import Crew
 from edgekd.workspace import SPLITS, Workspace
 
 __all__ = [
@@ -50,8 +51,11 @@ __all__ = [
 ]
 
 
-def capture_stage(work: Workspace, progress: Progress, force: bool = False) -> None:
+def capture_stage(work: Workspace, progress: Progress, force: bool = False, crew: Crew | None = None) -> None:
     """Teacher outputs of all three splits.
+
+    Args:
+        crew: Workers that run the teacher, in place of this process.
 
     Raises:
         NumericalError: The teacher gives NaN or infinity.
@@ -62,7 +66,8 @@ def capture_stage(work: Workspace, progress: Progress, force: bool = False) -> N
         key, folder = keys[name], work.folder.cache(name)
 
         def make(name: str = name, folder: Path = folder) -> list[Path]:
-            capture(folder, work.split(name), work.teacher, keys[name], work.views_of(name), progress)
+            maker = None if crew is None else crew.maker(work.recipe, name, keys[name])
+            capture(folder, work.split(name), work.teacher, keys[name], work.views_of(name), progress, maker)
             return [folder]
 
         _once(work, f"capture-{name}", key.to_json(), make, progress, force)

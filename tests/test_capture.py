@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ import edgekd.capture
 from edgekd.capture import capture, verify_cache
 from edgekd.data import Split, split_from_arrays
 from edgekd.errors import CacheError, NumericalError
+from edgekd.shards import Maker, Part, Shard, make_shard
 from edgekd.sources import Answer, Teacher
 from edgekd.store import hash_path
 from edgekd.targets import DenseTargets
@@ -117,6 +118,29 @@ def test_a_capture_that_broke_off_goes_on_and_gives_the_same_bytes(tmp_path: Pat
     capture(tmp_path / "c", split, teacher, KEY, Views(noise), progress)
 
     assert progress.done_before == 80
+    assert hash_path(tmp_path / "c") == hash_path(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_shards_in_any_order_and_twice_are_the_same_bytes_and_those_that_are_there_stay(tmp_path: Path) -> None:
+    split, teacher = make_split(), make_teacher()
+    asked: list[list[int]] = []
+
+    def backwards(only: int) -> Maker:
+        def make(parts: Sequence[Part]) -> Iterator[Shard]:
+            asked.append([part.number for part in parts])
+            for part in [*reversed(parts), parts[-1]][:only]:
+                yield make_shard(part, split, teacher, KEY, Views(noise), lambda records: None)
+
+        return make
+
+    capture(tmp_path / "whole", split, teacher, KEY, Views(noise), Quiet())
+    with pytest.raises(CacheError, match="2 of 4 shards were not made; edgekd capture goes on from the others"):
+        capture(tmp_path / "c", split, teacher, KEY, Views(noise), Quiet(), backwards(2))
+    capture(tmp_path / "c", split, teacher, KEY, Views(noise), progress := Quiet(), backwards(9))
+
+    assert asked == [[0, 1, 2, 3], [0, 1]]
+    assert progress.done_before == 70
     assert hash_path(tmp_path / "c") == hash_path(tmp_path / "whole")
 
 
