@@ -75,7 +75,7 @@ def capture(
 
     part = folder.with_name(folder.name + ".part")
     positions = positions_of(split.labels)
-    parts = _parts(len(split) * key.views, at_once(RECORDS_PER_SHARD, positions))
+    parts = _parts(len(split) * key.views, at_once(teacher.per_shard or RECORDS_PER_SHARD, positions))
     manifest, written = _resume(part, key, parts)
     progress.start(f"capture {folder.name}", len(split) * key.views, sum(len(parts[number]) for number in written))
     for shard in (maker or here)([one for one in parts if one.number not in written]):
@@ -88,7 +88,8 @@ def capture(
             raise DataError(f"the teacher gives {found} for some samples, and gave {before} for those before")
         number, digest = shard.part.number, hashlib.sha256(shard.content).hexdigest()
         atomic_write(part / _file_name(number), shard.content)
-        written[number] = {"file": _file_name(number), "records": len(shard.part), "sha256": digest}
+        told = {"beside": shard.beside} if shard.beside else {}
+        written[number] = {"file": _file_name(number), "records": len(shard.part), "sha256": digest, **told}
         manifest |= {"shards": [written[done] for done in sorted(written)], **found}
         write_json(part / "manifest.json", manifest)
         if maker is not None:
@@ -102,6 +103,7 @@ def capture(
         "samples": len(split),
         "ids_sha256": hash_path(part / "ids.bin"),
         "complete": True,
+        **({"beside": _over_shards(manifest["shards"], teacher.beside)} if teacher.beside else {}),
     }
     write_json(part / "manifest.json", manifest)
     if folder.exists():
@@ -177,3 +179,15 @@ def _resume(part: Path, key: CaptureKey, parts: Sequence[Part]) -> tuple[Json, d
             return {**manifest, "complete": False}, intact
     shutil.rmtree(part, ignore_errors=True)
     return fresh, {}
+
+
+def _over_shards(shards: list[Json], names: Sequence[str]) -> Json:
+    """Mean and largest of what the teacher says of itself, over all records."""
+    total = sum(shard["records"] for shard in shards)
+    return {
+        name: {
+            "mean": sum(shard["beside"][name]["mean"] * shard["records"] for shard in shards) / total,
+            "largest": max(shard["beside"][name]["largest"] for shard in shards),
+        }
+        for name in names
+    }

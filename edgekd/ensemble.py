@@ -17,10 +17,10 @@ import torch
 from edgekd.errors import DataError
 from edgekd.pooling import MASK, pooled
 from edgekd.protocols import Arrays
-from edgekd.recipe_models import Feature, Member
-from edgekd.sources import Answer, Teacher, load_teacher
+from edgekd.recipe_models import Feature, Member, Preprocessing
+from edgekd.sources import Answer, Teacher, load_teacher, own_preprocessing
 from edgekd.store import fingerprint
-from edgekd.teacher_inputs import Prepare, preparing
+from edgekd.teacher_inputs import Prepare, check_pixels, preparing
 from edgekd.windows import counted_positions, positions_of
 
 if TYPE_CHECKING:
@@ -45,10 +45,16 @@ MEMBERS = "members"
 class _Loaded:
     """One teacher at work."""
 
+    index: int
     member: Member
+    preprocessing: str | Preprocessing | None
     teacher: Teacher
     prepare: Prepare
     features: Sequence[Feature]
+
+    def beside(self, name: str) -> str:
+        """What is kept beside its logits, told from what others keep."""
+        return name if self.index == 0 else f"{name} ({self.index})"
 
 
 def teacher_of(recipe: Recipe, example: Arrays) -> Teacher:
@@ -73,7 +79,9 @@ def teacher_of(recipe: Recipe, example: Arrays) -> Teacher:
         return Answer(averaged([answer.logits for answer in answers], shares), {**features, MEMBERS: tops})
 
     first = members[0]
-    if len(members) == 1 and first.member.preprocessing is None and first.member.gives == "logits":
+    kept = tuple(loaded.beside(name) for loaded in members for name in loaded.teacher.beside)
+    often = [loaded.teacher.per_shard for loaded in members if loaded.teacher.per_shard is not None]
+    if len(members) == 1 and first.preprocessing is None and first.member.gives == "logits":
         return replace(first.teacher, outputs=outputs)
     whole = fingerprint(lines)
     return Teacher(
@@ -82,7 +90,9 @@ def teacher_of(recipe: Recipe, example: Arrays) -> Teacher:
         _sum([loaded.teacher.parameters for loaded in members]),
         _sum([loaded.teacher.macs for loaded in members]),
         sum(loaded.teacher.size_bytes for loaded in members),
-        (f"teacher: {whole}", *(f"of {line}" for line in lines)),
+        (f"teacher: {whole}", *(f"of {line}" for line in lines), *(_told_lines(members))),
+        kept,
+        min(often, default=None),
     )
 
 
@@ -133,12 +143,17 @@ def teacher_accuracy(work: Workspace, samples: int = 256) -> str:
 
 
 def teacher_sentences(work: Workspace, accuracy: float) -> list[str]:
-    """What each of several teachers is worth on the test samples, from the cache; nothing of a single one."""
+    """What teachers say of themselves, and what each of several is worth on the test samples; from the cache."""
     test = work.splits.test
+    lines = [
+        f"Of what the teacher says of the training views, {name}: {told['mean']:.2%} on average, "
+        f"{told['largest']:.2%} at most."
+        for name, told in work.cache("train").manifest.get("beside", {}).items()
+    ]
     if len(work.recipe.teacher.members) == 1 or test.labels is None:
-        return []
+        return lines
     tops = work.cache("test").feature(test.ids, MEMBERS)
-    return [f"The teachers together reach {accuracy:.2%}: {_each(work.recipe, tops, test.labels, 2)} alone."]
+    return [*lines, f"The teachers together reach {accuracy:.2%}: {_each(work.recipe, tops, test.labels, 2)} alone."]
 
 
 def _each(recipe: Recipe, tops: np.ndarray, labels: np.ndarray, digits: int = 1) -> str:
@@ -157,10 +172,15 @@ def _share_right(tops: np.ndarray, labels: np.ndarray) -> float:
 
 def _load(recipe: Recipe, index: int, member: Member, example: Arrays) -> _Loaded:
     features = [spec for spec in recipe.distill.wanted_features() if spec.member == index]
-    prepare = preparing(member.preprocessing, recipe.folder, recipe.data.image)
+    preprocessing = member.preprocessing
+    if preprocessing is None:
+        preprocessing = own_preprocessing(member.model, recipe.folder, member.told, recipe.labels)
+        if preprocessing is not None and recipe.data.image is None:
+            check_pixels(example, member.model)
+    prepare = preparing(preprocessing, recipe.folder, recipe.data.image)
     taps = list(dict.fromkeys(spec.teacher for spec in features))
     teacher = load_teacher(member.model, recipe.folder, prepare(example), member.told, taps, recipe.labels)
-    return _Loaded(member, teacher, prepare, features)
+    return _Loaded(index, member, preprocessing, teacher, prepare, features)
 
 
 def _answer(loaded: _Loaded, arrays: Arrays) -> Answer:
@@ -171,18 +191,23 @@ def _answer(loaded: _Loaded, arrays: Arrays) -> Answer:
         spec.stored: pooled(torch.from_numpy(answer.features[spec.teacher]), spec, mask).numpy()
         for spec in loaded.features
     }
-    return Answer(as_logits(answer.logits, loaded.member), features)
+    beside = {loaded.beside(name): answer.features[name] for name in loaded.teacher.beside}
+    return Answer(as_logits(answer.logits, loaded.member), {**features, **beside})
+
+
+def _told_lines(members: Sequence[_Loaded]) -> list[str]:
+    """What teachers say of themselves besides their fingerprint."""
+    return [line for loaded in members for line in loaded.teacher.lineage[1:]]
 
 
 def _line(loaded: _Loaded, example: Arrays) -> str:
     """What a teacher is: its name, its share, its preprocessing by what it does, its weights."""
-    member, parts = loaded.member, []
+    member, said, parts = loaded.member, loaded.preprocessing, []
     if member.share != 1:
         parts.append(f"share {member.share:g}")
     if member.gives != "logits":
         parts.append(f"gives {member.gives}")
-    if member.preprocessing is not None:
-        said = member.preprocessing
+    if said is not None:
         words = said if isinstance(said, str) else said.model_dump_json(exclude_unset=True)
         parts.append(f"preprocessing {words} {_digest(loaded.prepare(example))}")
     inside = f" ({', '.join(parts)})" if parts else ""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from edgekd.errors import DataError, NumericalError
 
-__all__ = ["Layout", "feature_fields", "layout_of", "put_features", "read_features"]
+__all__ = ["Layout", "describe_features", "feature_fields", "layout_of", "put_features", "read_features"]
 
 Layout: TypeAlias = Mapping[str, tuple[str, Sequence[int]]]
 """Dtype and shape of each feature by name, without the batch; as JSON in the manifest."""
@@ -50,6 +50,12 @@ def put_features(records: np.ndarray, features: Mapping[str, np.ndarray]) -> Non
         if field.shape != feature.shape:
             raise DataError(f"feature {name!r} is {feature.shape[1:]} here and was {field.shape[1:]} before")
         field[...] = feature
+
+
+def describe_features(records: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Mean and largest value of some features of some records."""
+    values = {name: records[_PREFIX + name].astype(np.float64) for name in names}
+    return {name: {"mean": float(value.mean()), "largest": float(value.max())} for name, value in values.items()}
 
 
 def read_features(records: np.ndarray, layout: Layout) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from edgekd.types import Artifact, Conversion, Precision, Student, TensorSpec
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
+    from edgekd.recipe_models import Preprocessing
     from edgekd.sources import Teacher
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Origin",
     "OriginOptions",
     "Preparable",
+    "Preprocessed",
     "Progress",
     "Runner",
     "Settings",
@@ -345,6 +347,18 @@ class Teaching(Protocol):
 
         Raises:
             UsageError, DataError, ModelFileError: There is no such model, or it would run code when loaded.
+        """
+
+
+@runtime_checkable
+class Preprocessed(Protocol):
+    """What an origin may offer beside its models: to know how their images are made."""
+
+    def preprocessing(self, asked: ModelRequest) -> Preprocessing:
+        """Used for a teacher unless the recipe says another; from images of 0…1.
+
+        Raises:
+            UsageError: There is no such model, or what it takes cannot be declared.
         """
 
 

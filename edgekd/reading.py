@@ -20,7 +20,7 @@ from edgekd.places import file_fault, function_fault
 from edgekd.profiles import load_profile
 from edgekd.protocols import Options
 from edgekd.recipe import MOST_DRAWS, TRAINING, ArmOptions, Export, Recipe
-from edgekd.recipe_models import Member, Model, Teacher
+from edgekd.recipe_models import AS_DATA, Member, Model, Teacher
 from edgekd.types import Json
 
 __all__ = ["FILE_NAME", "find_recipe", "known_losses", "load_recipe", "parse_options"]
@@ -182,7 +182,7 @@ def _models_faults(teacher: Json, student: Json, folder: Path) -> list[str]:
         if isinstance(reference, str):
             faults += _model_faults(f"{key}.model", reference, folder)
             faults += _told_faults(key, reference, table)
-        if isinstance(preprocessing, str):
+        if isinstance(preprocessing, str) and preprocessing != AS_DATA:
             faults += _function_faults(f"{key}.preprocessing", preprocessing, folder)
     return faults
 

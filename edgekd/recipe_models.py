@@ -8,7 +8,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from edgekd.types import Json
 
-__all__ = ["Feature", "Member", "Model", "Preprocessing", "Table", "Teacher"]
+__all__ = ["AS_DATA", "Feature", "Member", "Model", "Preprocessing", "Table", "Teacher"]
+
+AS_DATA = "none"
+"""In place of a preprocessing: the teacher takes what the student takes."""
 
 Above = Annotated[float, Field(gt=0)]
 
@@ -38,16 +41,25 @@ class Model(Table):
 class Preprocessing(Table):
     """How images of the data become what a teacher takes, where that is another than what the student takes.
 
-    The normalisation of ``[data.image]`` is undone first, so all starts from 0…1. Then in this order: channels, size
-    (bilinear), times ``scale``, less ``mean``, by ``std``, layout.
+    The normalisation of ``[data.image]`` is undone first, so all starts from 0…1. Then in this order: channels, size,
+    times ``scale``, less ``mean``, by ``std``, layout. With ``resize`` the shorter side becomes that, and a square of
+    ``size`` is cut from the centre; without it, both sides become ``size``.
     """
 
     size: Annotated[int, Field(ge=1)] | None = None
+    resize: Annotated[int, Field(ge=1)] | None = None
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     channels: Literal[1, 3] | None = None
     scale: Above = 1.0
     mean: tuple[float, ...] = (0.0,)
     std: tuple[Above, ...] = (1.0,)
     layout: Literal["NCHW", "NHWC"] = "NCHW"
+
+    @model_validator(mode="after")
+    def _cut_from_the_larger(self) -> Preprocessing:
+        if self.resize is not None and self.resize < (self.size or self.resize + 1):
+            raise ValueError("resize must be at least size, which is cut from the centre of it")
+        return self
 
 
 class Member(Model):
@@ -55,8 +67,8 @@ class Member(Model):
 
     Attributes:
         share: Its weight among several; only ratios count.
-        preprocessing: From the data's samples to its inputs: ``module:function``, or declared. None where it takes
-            what the student takes.
+        preprocessing: From the data's samples to its inputs: ``module:function``, or declared, or ``none`` where it
+            takes what the student takes. None: its own where its library knows one (timm, torchvision), else ``none``.
         gives: What its first output is. ``probabilities`` where the model ends in a softmax.
     """
 

@@ -6,14 +6,14 @@ makes the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 
 from edgekd.data import Split
-from edgekd.feature_records import Layout, layout_of, put_features
+from edgekd.feature_records import Layout, describe_features, layout_of, put_features
 from edgekd.records import make_records
 from edgekd.sources import Teacher
 from edgekd.targets import codec_of
@@ -51,12 +51,14 @@ class Shard:
         content: Its records, as they lie on the disk.
         classes: The teacher's.
         layout: Of the features in it.
+        beside: Mean and largest of what the teacher says of itself, by name.
     """
 
     part: Part
     content: bytes
     classes: int
     layout: Layout
+    beside: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 Maker: TypeAlias = Callable[[Sequence[Part]], Iterator[Shard]]
@@ -92,7 +94,8 @@ def make_shard(
         blocks.append(make_records(seeds, partners, answer.logits, labels, split.ids[rows], codec, layout))
         put_features(blocks[-1], features)
         advance(len(numbers))
-    return Shard(part, np.concatenate(blocks).tobytes(), classes, layout)
+    records = np.concatenate(blocks)
+    return Shard(part, records.tobytes(), classes, layout, describe_features(records, teacher.beside))
 
 
 def at_once(records: int, positions: int) -> int:

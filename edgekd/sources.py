@@ -19,13 +19,15 @@ from torch import nn
 from edgekd import plugins
 from edgekd.errors import DataError, ModelFileError, UsageError, first_line
 from edgekd.models import count_macs, count_parameters, flatten_outputs
-from edgekd.protocols import Arrays, ModelRequest, Teaching, Trainable
+from edgekd.protocols import Arrays, ModelRequest, Preprocessed, Teaching, Trainable
 from edgekd.taps import tapped
 from edgekd.tracing import export_program
 from edgekd.types import Json
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
+
+    from edgekd.recipe_models import Preprocessing
 
 __all__ = [
     "Answer",
@@ -36,6 +38,7 @@ __all__ = [
     "load_teacher",
     "module_fingerprint",
     "module_teacher",
+    "own_preprocessing",
 ]
 
 
@@ -45,7 +48,7 @@ class Answer:
 
     Attributes:
         logits: float32 (batch, classes); of a causal language model (batch, positions, vocabulary).
-        features: By name, batch first; none but those that were asked for.
+        features: By name, batch first; none but those that were asked for, and those of :attr:`Teacher.beside`.
     """
 
     logits: np.ndarray
@@ -61,8 +64,10 @@ class Teacher:
         fingerprint: Of its weights.
         parameters: None when they cannot be counted.
         macs: For one sample; None when they cannot be counted.
-        size_bytes: Of its weights, as stored.
+        size_bytes: Of its weights, as stored; 0 when they cannot be seen.
         lineage: Lines about what it is made of, for the card; none where the fingerprint says it all.
+        beside: Features of one number for each sample that are kept whatever is asked for: how sure it is of itself.
+        per_shard: Samples after which what it said is safe on the disk; None where asking again costs little.
     """
 
     outputs: Callable[[Arrays], Answer]
@@ -71,6 +76,8 @@ class Teacher:
     macs: int | None
     size_bytes: int
     lineage: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    per_shard: int | None = None
 
     def logits(self, arrays: Arrays) -> np.ndarray:
         """See :attr:`Answer.logits`."""
@@ -105,6 +112,18 @@ def load_teacher(
     if isinstance(origin, Teaching):
         return origin.teacher(asked, example)
     return module_teacher(origin.module(asked), asked, example)
+
+
+def own_preprocessing(
+    reference: str, folder: Path, told: Json | None = None, labels: Sequence[str] = ()
+) -> Preprocessing | None:
+    """What a teacher's library says of its inputs; None where no library is asked.
+
+    Args:
+        reference, folder, told, labels: See :func:`load_teacher`.
+    """
+    origin, asked = _request(reference, folder, told, (), labels)
+    return origin.preprocessing(asked) if isinstance(origin, Preprocessed) else None
 
 
 def load_student_module(

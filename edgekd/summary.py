@@ -145,7 +145,7 @@ def _teacher_row(work: Workspace, teacher: Quality) -> Row:
         accuracy=teacher.accuracy,
         perplexity=teacher.perplexity,
         ece=teacher.ece,
-        size_bytes=work.teacher.size_bytes,
+        size_bytes=work.teacher.size_bytes or None,
         parameters=work.teacher.parameters,
         macs=work.teacher.macs,
     )

@@ -11,12 +11,12 @@ import numpy as np
 from edgekd import plugins
 from edgekd.errors import DataError
 from edgekd.protocols import Arrays
-from edgekd.recipe_models import Preprocessing
+from edgekd.recipe_models import AS_DATA, Preprocessing
 
 if TYPE_CHECKING:
     from edgekd.recipe import ImageData
 
-__all__ = ["Prepare", "prepared_images", "preparing"]
+__all__ = ["Prepare", "check_pixels", "prepared_images", "preparing"]
 
 Prepare = Callable[[Arrays], Arrays]
 """A batch of samples by input name to what the teacher takes, by its names or in its order."""
@@ -32,7 +32,7 @@ def preparing(spec: str | Preprocessing | None, folder: Path, image: ImageData |
     Raises:
         UsageError: The function is not there.
     """
-    if spec is None:
+    if spec is None or spec == AS_DATA:
         return lambda arrays: arrays
     if isinstance(spec, Preprocessing):
         return lambda arrays: {name: prepared_images(array, spec, image) for name, array in arrays.items()}
@@ -46,6 +46,21 @@ def preparing(spec: str | Preprocessing | None, folder: Path, image: ImageData |
         return {name: np.asarray(array) for name, array in made.items()}
 
     return prepare
+
+
+def check_pixels(arrays: Arrays, model: str) -> None:
+    """Whether images are what a library's preprocessing starts from, where ``[data.image]`` does not say so.
+
+    Raises:
+        DataError: They are not within 0…1.
+    """
+    for name, array in arrays.items():
+        if array.ndim == 4 and array.dtype.kind == "f" and not (array.min() >= -0.01 and array.max() <= 1.01):
+            raise DataError(
+                f"{model} is shown images of 0 to 1 by its library, and {name} is {array.min():.3g} to "
+                f"{array.max():.3g}; say preprocessing = {{ … }} beside the model, or preprocessing = "
+                f'"{AS_DATA}" where it takes what the student takes'
+            )
 
 
 def prepared_images(array: np.ndarray, spec: Preprocessing, image: ImageData | None = None) -> np.ndarray:
@@ -68,8 +83,8 @@ def prepared_images(array: np.ndarray, spec: Preprocessing, image: ImageData | N
             if spec.channels == 3
             else (pixels * _channels(grey)).sum(axis=1, keepdims=True, dtype=np.float32)
         )
-    if spec.size is not None and pixels.shape[2:] != (spec.size, spec.size):
-        pixels = _resized(pixels, spec.size)
+    if spec.size is not None:
+        pixels = _squares(pixels, spec.size, spec.resize, spec.interpolation)
     for name, values in (("mean", spec.mean), ("std", spec.std)):
         if len(values) not in (1, pixels.shape[1]):
             raise DataError(f"the teacher's {name} has {len(values)} values for {pixels.shape[1]} channels")
@@ -81,11 +96,25 @@ def _channels(values: tuple[float, ...]) -> np.ndarray:
     return np.asarray(values, np.float32).reshape(-1, 1, 1)
 
 
-def _resized(pixels: np.ndarray, size: int) -> np.ndarray:
+def _squares(pixels: np.ndarray, size: int, resize: int | None, interpolation: str) -> np.ndarray:
+    """Of ``size``; cut from the centre when the shorter side is first resized."""
+    height, width = pixels.shape[2:]
+    if resize is None:
+        wanted = (size, size)
+    else:
+        longer = int(resize * max(height, width) / min(height, width))
+        wanted = (resize, longer) if height <= width else (longer, resize)
+    if (height, width) != wanted:
+        pixels = _resized(pixels, wanted, interpolation)
+    top, left = (round((side - size) / 2) for side in wanted)
+    return pixels[:, :, top : top + size, left : left + size]
+
+
+def _resized(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
     import torch
     from torch.nn import functional as F
 
     made: np.ndarray = F.interpolate(
-        torch.from_numpy(pixels), (size, size), mode="bilinear", antialias=True, align_corners=False
+        torch.from_numpy(pixels), size, mode=interpolation, antialias=True, align_corners=False
     ).numpy()
     return made

@@ -152,7 +152,7 @@ def _make(row: Json, recipe: Recipe, split: str, key: CaptureKey, threads: int) 
         known = isinstance(error, EdgekdError)
         words = str(error) if known else f"{kind} on {socket.gethostname()}: {first_line(error)}"
         return {**row, "content": b"", "facts": "", "fault": json.dumps([kind if known else "EdgekdError", words])}
-    facts = json.dumps({"classes": shard.classes, "layout": dict(shard.layout)})
+    facts = json.dumps({"classes": shard.classes, "layout": dict(shard.layout), "beside": dict(shard.beside)})
     return {**row, "content": shard.content, "facts": facts, "fault": ""}
 
 

@@ -102,12 +102,15 @@ class Workspace:
         )
 
     def _kept_features(self, train: bool) -> tuple[str, ...]:
-        """What students learn beside classes; of samples that are judged, what each of several teachers said."""
+        """What students learn beside classes; of samples that are judged, what each of several teachers said; and what
+        the teacher says of itself."""
         from edgekd.ensemble import MEMBERS
 
         if train:
-            return tuple(sorted(spec.stored for spec in self.recipe.distill.wanted_features()))
-        return (MEMBERS,) if len(self.recipe.teacher.members) > 1 else ()
+            wanted = tuple(sorted(spec.stored for spec in self.recipe.distill.wanted_features()))
+        else:
+            wanted = (MEMBERS,) if len(self.recipe.teacher.members) > 1 else ()
+        return (*wanted, *self.teacher.beside)
 
     def cache(self, split: str) -> TeacherCache:
         """The finished cache of a split.

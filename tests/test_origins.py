@@ -17,7 +17,7 @@ from edgekd.errors import DataError, ModelFileError, UsageError
 from edgekd.protocols import Origin, Teaching, Trainable
 from edgekd.sources import load_teacher
 
-ORIGINS = ("hf", "keras", "onnx", "pt2", "savedmodel", "torchscript")
+ORIGINS = ("hf", "keras", "onnx", "openai", "pt2", "savedmodel", "timm", "torchscript", "torchvision")
 
 
 def images(channels: int = 3, size: int = 32) -> dict[str, np.ndarray]:
@@ -279,6 +279,10 @@ def test_a_saved_model_that_reads_files_is_refused(tmp_path: Path) -> None:
         ("keras:gone.keras", "no file 'gone.keras' beside the recipe"),
         ("savedmodel:gone", "no SavedModel 'gone' beside the recipe"),
         ("torchscript:gone.pt", "no file 'gone.pt' beside the recipe"),
+        ("openai:localhost#m", "'localhost#m' is not URL#model"),
+        ("openai:http://localhost:1/v1", "is not URL#model"),
+        ("timm:", "timm: needs the name of a model"),
+        ("torchvision:", "torchvision: needs the name of a model"),
     ],
 )
 def test_what_cannot_be_there_is_seen_without_loading(tmp_path: Path, reference: str, fault: str) -> None:

@@ -1,0 +1,139 @@
+"""Asking an endpoint with OpenAI's interface for the log-probabilities of an answer's first token, at T = 1."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from edgekd.errors import DataError, UsageError
+
+__all__ = ["Endpoint"]
+
+FIRST_WAIT_S = 0.5
+LONGEST_WAIT_S = 60.0
+PASSING = (408, 409, 429, 500, 502, 503, 504)
+"""Status codes after which the same request may succeed."""
+
+
+class _Staying(urllib.request.HTTPRedirectHandler):
+    """A redirect would take the key to another address."""
+
+    def redirect_request(self, *arguments: Any, **named: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_Staying)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where and how is asked.
+
+    Attributes:
+        url: Up to ``/v1``.
+        api: ``chat`` or ``completions``.
+        key_variable: Environment variable that holds the key; none is sent where it is not set.
+        top: Tokens whose log-probabilities are asked for.
+        parallel: Requests at the same time.
+        retries: After each of :data:`PASSING`, no answer in time, or a broken connection; waits double from
+            ``FIRST_WAIT_S``, or are what ``Retry-After`` says.
+    """
+
+    url: str
+    model: str
+    api: str
+    key_variable: str
+    top: int
+    parallel: int
+    timeout_s: float
+    retries: int
+
+    def first_tokens(self, prompts: Sequence[str]) -> list[dict[str, float]]:
+        """Log-probabilities by token of the answer's first token, for each prompt in order.
+
+        Raises:
+            UsageError: The key or the address is refused; asking again would not help.
+            DataError: No answer after all retries, or one without log-probabilities.
+        """
+        pool = ThreadPoolExecutor(self.parallel)
+        try:
+            return list(pool.map(self._first_token, prompts))
+        finally:
+            pool.shutdown(cancel_futures=True)  # where one failed, the others need not be asked
+
+    def _first_token(self, prompt: str) -> dict[str, float]:
+        # Nothing is sampled from what comes back; 1 is the temperature at which the probabilities are meant.
+        common: dict[str, Any] = {"model": self.model, "max_tokens": 1, "temperature": 1, "top_p": 1}
+        if self.api == "chat":
+            message = {"role": "user", "content": prompt}
+            answer = self._posted(
+                "chat/completions", {**common, "messages": [message], "logprobs": True, "top_logprobs": self.top}
+            )
+        else:
+            answer = self._posted("completions", {**common, "prompt": prompt, "logprobs": self.top})
+        try:
+            listed = answer["choices"][0]["logprobs"]
+            entries = (
+                listed["top_logprobs"][0].items()
+                if self.api == "completions"
+                else [(entry["token"], entry["logprob"]) for entry in listed["content"][0]["top_logprobs"]]
+            )
+            return _by_token([(str(token), float(value)) for token, value in entries])
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise DataError(
+                f"{self.url} returned no log-probabilities for {self.model!r} ({self.api}): "
+                f"{json.dumps(answer)[:120]}; a teacher needs them"
+            ) from None
+
+    def _posted(self, path: str, content: Any) -> Any:
+        headers = {"Content-Type": "application/json"}
+        key = os.environ.get(self.key_variable, "")
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        address = f"{self.url.rstrip('/')}/{path}"
+        request = urllib.request.Request(address, json.dumps(content).encode(), headers, method="POST")
+        reason = ""
+        for attempt in range(self.retries + 1):
+            wait_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**attempt)
+            try:
+                with _OPENER.open(request, timeout=self.timeout_s) as response:
+                    return json.loads(response.read())
+            except urllib.error.HTTPError as error:
+                reason = f"{error.code} {error.reason}"
+                if error.code not in PASSING:
+                    said = " ".join(error.read(200).decode(errors="replace").split())
+                    if key:
+                        said = said.replace(key, "…")
+                    hint = f"; the key is read from {self.key_variable}" if error.code in (401, 403) else ""
+                    raise UsageError(f"{address} refuses: {reason}: {said}{hint}") from None
+                wait_s = _told_wait(error.headers.get("Retry-After"), wait_s)
+            except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
+                reason = str(getattr(error, "reason", error)) or type(error).__name__
+            if attempt < self.retries:
+                time.sleep(wait_s)
+        tries = "1 try" if self.retries == 0 else f"{self.retries + 1} tries"
+        raise DataError(f"{address} gave no answer in {tries}: {reason}; what was captured stays: run it again")
+
+
+def _by_token(listed: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """The same text may be listed twice (as other bytes): the larger counts."""
+    found: dict[str, float] = {}
+    for token, value in listed:
+        found[token] = max(value, found.get(token, value))
+    return found
+
+
+def _told_wait(header: str | None, usual_s: float) -> float:
+    """Seconds to wait: as the server says, where it says a number."""
+    try:
+        return min(LONGEST_WAIT_S, max(0.0, float(header or "")))
+    except ValueError:
+        return usual_s

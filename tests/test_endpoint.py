@@ -1,0 +1,254 @@
+"""An endpoint with OpenAI's interface as a teacher: a real language model behind a real server of this machine."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from edgekd import plugins
+from edgekd.console import progress_for
+from edgekd.ensemble import teacher_sentences
+from edgekd.errors import DataError, UsageError
+from edgekd.metrics import softmax
+from edgekd.origins.openai import BOUNDED, UNNAMED, named_classes
+from edgekd.pipeline import capture_stage
+from edgekd.reading import load_recipe
+from edgekd.sources import Teacher, load_teacher
+from edgekd.workspace import Workspace
+
+WORDS = ["<unk>", "spam", "ham", "cheap", "pills", "hello", "friend", "is", "it", "now", "buy", "write", "Answer", ":"]
+KEY = "sk-never-to-be-written"
+
+
+class Service(ThreadingHTTPServer):
+    """What ``/v1/completions`` and ``/v1/chat/completions`` are documented to answer, from a small Llama.
+
+    Attributes:
+        faults: Status codes with which the next requests are answered, and what they say to wait.
+        seen: Requests, with their key.
+        dies_after: Requests after which every answer is 500.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+        self.tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        )
+        self.model = LlamaForCausalLM(config).eval()
+        self.lock = threading.Lock()
+        self.faults: list[tuple[int, dict[str, str]]] = []
+        self.seen: list[tuple[str, dict[str, Any]]] = []
+        self.dies_after = 10**9
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def log_probabilities(self, prompt: str) -> np.ndarray:
+        """Of the next token."""
+        with torch.no_grad():
+            logits = self.model(torch.tensor([self.tokenizer.encode(prompt).ids])).logits[0, -1]
+        made: np.ndarray = logits.log_softmax(0).numpy()
+        return made
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Service
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.seen.append((self.headers.get("Authorization", ""), asked))
+            fault = self.server.faults.pop(0) if self.server.faults else None
+            if len(self.server.seen) > self.server.dies_after:
+                fault = 500, {}
+        if fault is not None:
+            self.answer(fault[0], {"error": f"no; you sent {self.headers.get('Authorization', '')}"}, fault[1])
+            return
+        chat = self.path.endswith("/chat/completions")
+        prompt = asked["messages"][0]["content"] if chat else asked["prompt"]
+        count = asked.get("top_logprobs" if chat else "logprobs")
+        values = self.server.log_probabilities(prompt)
+        order = np.argsort(-values)[: int(count or 0)].tolist()
+        listed = [(WORDS[i] if chat else f" {WORDS[i]}", float(values[i])) for i in order]
+        if asked["model"] == "silent":
+            self.answer(200, {"choices": [{"text": "ham", "logprobs": None}]})
+        elif chat:
+            entries = [{"token": token, "logprob": value, "bytes": None} for token, value in listed]
+            self.answer(200, {"choices": [{"logprobs": {"content": [{**entries[0], "top_logprobs": entries}]}}]})
+        else:
+            self.answer(200, {"choices": [{"text": listed[0][0], "logprobs": {"top_logprobs": [dict(listed)]}}]})
+
+    def answer(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: Any) -> None:
+        """Not to the terminal."""
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Service]:
+    if plugins.missing(("transformers", "tokenizers")):
+        pytest.skip("transformers is not installed")
+    service = Service()
+    thread = threading.Thread(target=service.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield service
+    service.shutdown()
+    service.server_close()
+
+
+@pytest.fixture
+def service(running: Service, monkeypatch: pytest.MonkeyPatch) -> Service:
+    running.faults, running.seen, running.dies_after = [], [], 10**9
+    monkeypatch.setattr("edgekd.endpoint.FIRST_WAIT_S", 0.001)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    return running
+
+
+PROMPT = "{text} is it {labels} Answer :"
+TEXTS = {"text": np.asarray(["buy cheap pills now", "hello friend", "write now"], object)}
+
+
+def teacher(service: Service, folder: Path, model: str = "small", **told: Any) -> Teacher:
+    told = {"prompt": PROMPT, "top": len(WORDS), **told}
+    return load_teacher(f"openai:{service.url}#{model}", folder, {}, told, labels=("spam", "ham"))
+
+
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_the_teacher_says_what_the_model_says_of_the_words(service: Service, tmp_path: Path, api: str) -> None:
+    answer = teacher(service, tmp_path, api=api).outputs(TEXTS)
+    prompts = [f"{text} is it spam, ham Answer :" for text in TEXTS["text"]]
+    expected = np.stack([service.log_probabilities(prompt)[[1, 2]] for prompt in prompts])
+
+    np.testing.assert_allclose(answer.logits, expected, atol=1e-5)
+    np.testing.assert_allclose(answer.features[UNNAMED], 1 - np.exp(expected).sum(1), atol=1e-5)
+    np.testing.assert_array_equal(answer.features[BOUNDED], 0)
+    assert sorted(asked["temperature"] for _, asked in service.seen) == [1, 1, 1]
+
+
+def test_what_is_not_listed_is_a_bound_and_is_told() -> None:
+    one = named_classes({" Spam": np.log(0.6), "spam.": np.log(0.1), "the": np.log(0.2)}, ("spam", "ham"))
+
+    np.testing.assert_allclose(np.exp(one.log_probabilities), [0.7, 0.1], rtol=1e-6)  # 0.1 is missing to one
+    assert one.unnamed == pytest.approx(0.3)
+    assert one.bounded == pytest.approx(0.1 / 0.8)
+    both = named_classes({"s": np.log(0.5), "h": np.log(0.3), "he": np.log(0.2)}, ("spam", "ham"))
+    np.testing.assert_allclose(np.exp(both.log_probabilities), [0.5, 0.3], rtol=1e-6)
+    assert named_classes({"the": np.log(0.9)}, ("spam", "ham")).bounded == 1
+    # one token begins both words, and so names neither
+    shared = named_classes({"sp": np.log(0.4), "spa": np.log(0.3), "spo": np.log(0.3)}, ("spam", "sport"))
+    np.testing.assert_allclose(np.exp(shared.log_probabilities), [0.3, 0.3], rtol=1e-6)
+
+
+def test_an_answer_that_names_no_class_is_a_line_about_the_prompt(service: Service, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"answers with .*, none of yes, no; mend the prompt"):
+        teacher(service, tmp_path, words=["yes", "no"]).logits(TEXTS)
+    for told, line in (
+        ({"words": ["A"]}, "1 words for 2 labels"),
+        ({"words": ["spam", "spammy"]}, "words 'spam' and 'spammy' begin alike"),
+        ({"prompt": "what?"}, "the prompt has no {text}"),
+    ):
+        with pytest.raises(UsageError, match=line):
+            teacher(service, tmp_path, **told)
+
+
+def test_a_full_endpoint_is_asked_again_and_one_that_stays_so_is_told(service: Service, tmp_path: Path) -> None:
+    service.faults = [(429, {"Retry-After": "0.01"}), (503, {}), (500, {})]
+    assert teacher(service, tmp_path, parallel=1).logits(TEXTS).shape == (3, 2)
+    assert len(service.seen) == 6
+    service.faults = [(429, {})] * 9
+    with pytest.raises(DataError, match=r"/v1/chat/completions gave no answer in 3 tries: 429 .*; what was captured"):
+        teacher(service, tmp_path, parallel=1, retries=2).logits(TEXTS)
+    assert len(service.seen) == 9  # the other texts were not asked for
+
+
+def test_what_asking_again_does_not_mend_is_told_at_once(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", KEY)
+    service.faults = [(401, {})]
+    with pytest.raises(UsageError, match=r"refuses: 401 .*you sent Bearer ….*; the key is read from MY_KEY") as told:
+        teacher(service, tmp_path, parallel=1, key_variable="MY_KEY").logits(TEXTS)
+    assert KEY not in str(told.value)
+    service.faults = [(307, {"Location": f"{service.url}/chat/completions"})]
+    with pytest.raises(UsageError, match="refuses: 307"):  # the key is not taken elsewhere
+        teacher(service, tmp_path, parallel=1).logits(TEXTS)
+    with pytest.raises(DataError, match=r"returned no log-probabilities for 'silent' \(chat\)"):
+        teacher(service, tmp_path, model="silent").logits(TEXTS)
+
+
+RECIPE = """
+name = "asked"
+labels = ["spam", "ham"]
+[data]
+train = "jsonl:train.jsonl"
+validation = "jsonl:validation.jsonl"
+test = "jsonl:test.jsonl"
+text = { tokenizer = "tokenizer.json", max_length = 6 }
+[teacher]
+model = "openai:URL#small"
+prompt = "{text} is it {labels} Answer :"
+tokenizer = "tokenizer.json"
+top = 8
+retries = 0
+parallel = 1
+[student]
+model = "mine:student"
+"""
+
+
+def test_a_capture_that_breaks_off_goes_on_without_asking_twice(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekd.origins.openai.PER_SHARD", 4)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    service.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "mine.py").write_text("def student(): ...")
+    (tmp_path / "edgekd.toml").write_text(RECIPE.replace("URL", service.url))
+    texts = [f"{a} {b} {c}" for a in WORDS[1:5] for b in WORDS[5:8] for c in WORDS[8:12]]
+    for name, some in (("train", texts[:18]), ("validation", texts[18:22]), ("test", texts[22:28])):
+        rows = [{"text": text, "label": "spam" if "cheap" in text else "ham"} for text in some]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    progress = progress_for(json_output=True)
+
+    service.dies_after = 10
+    with pytest.raises(DataError, match="500"):
+        capture_stage(Workspace(load_recipe(tmp_path / "edgekd.toml")), progress)
+    assert len(service.seen) == 11  # two shards of four, and two of the third, are answered; then it died
+    service.seen, service.dies_after = [], 10**9
+    work = Workspace(load_recipe(tmp_path / "edgekd.toml"))
+    capture_stage(work, progress)
+    cache, train = work.cache("train"), work.splits.train
+
+    assert len(service.seen) == 10 + 4 + 6
+    assert {key for key, _ in service.seen} == {f"Bearer {KEY}"}
+    expected = teacher(service, tmp_path, top=8, tokenizer="tokenizer.json").outputs(train.arrays())
+    np.testing.assert_allclose(softmax(cache.logits(train.ids)), softmax(expected.logits), atol=1e-3)
+    told = cache.manifest["beside"]
+    assert told[UNNAMED]["mean"] == pytest.approx(expected.features[UNNAMED].mean(), abs=1e-3)
+    assert told[BOUNDED]["largest"] == pytest.approx(expected.features[BOUNDED].max(), abs=1e-3)
+    assert cache.manifest["teacher"][1].endswith("#small: its top 8 log-probabilities, T = 1")
+    assert teacher_sentences(work, 0.5)[0].startswith(f"Of what the teacher says of the training views, {UNNAMED}: ")
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 10
+    assert not any(KEY.encode() in content for content in written)
