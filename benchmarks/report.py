@@ -142,6 +142,7 @@ def _rows(ledger: Ledger) -> str:
     body = []
     header, kinds = file_column(ledger.rows)
     language = any(row.perplexity is not None for row in ledger.rows)
+    embeds = any(row.cosine is not None for row in ledger.rows)
     for row, file in zip(ledger.rows, kinds, strict=True):
         note = f"<small>{_text(row.note)}</small>" if row.note else ""
         status = (
@@ -156,6 +157,8 @@ def _rows(ledger: Ledger) -> str:
                 format_share(row.accuracy),
                 format_share(row.teacher_agreement),
                 *([format_perplexity(row.perplexity)] if language else []),
+                *([format_number(row.cosine), format_share(row.neighbours)] if embeds else []),
+                *([format_share(row.same_label)] if embeds else []),
                 format_number(row.kl),
                 format_number(row.ece),
                 format_bytes(row.size_bytes),
@@ -165,13 +168,15 @@ def _rows(ledger: Ledger) -> str:
                 status,
             ]
         )
-    headers = ["", header, "accuracy %", "agreement %", *(["perplexity"] if language else []), "KL", "ECE"]
+    headers = ["", header, "accuracy %", "agreement %", *(["perplexity"] if language else [])]
+    headers += [*(["cosine", "neighbours %", "same label %"] if embeds else []), "KL", "ECE"]
     headers += ["size", "parameters", "MACs", "p50 ms", "parity"]
     return _section(
         "From the teacher to the device",
         _table(headers, body, numeric=range(2, len(headers) - 1)),
         "Agreement: share of samples with the teacher's top class. KL: divergence from the teacher, nats. "
-        "ECE: expected calibration error. A dash is a value that was not measured.",
+        "ECE: expected calibration error. Neighbours: of the teacher's 10 nearest, the share among its own 10; same label: "
+        "share of samples whose nearest neighbour has their label. A dash is a value that was not measured.",
     )
 
 

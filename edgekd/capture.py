@@ -24,6 +24,7 @@ from edgekd.records import make_records
 from edgekd.shards import BATCH, Maker, Part, Shard, at_once, make_shard
 from edgekd.sources import Teacher
 from edgekd.store import atomic_write, hash_path, read_json, write_json
+from edgekd.targets import shown
 from edgekd.teacher_cache import FORMAT, CaptureKey, TeacherCache, open_cache
 from edgekd.types import Json
 from edgekd.views import Views, view_batch
@@ -136,9 +137,9 @@ def verify_cache(
         logits = teacher.logits(dict(zip(split.inputs, (x.numpy() for x in inputs), strict=True)))
         again = make_records(stored.seeds, partners, logits, labels, cache.ids[rows[chosen]], cache.codec, {})
         top_class = cache.codec.decode(again if counted is None else again["positions"][counted]).top_class()
-        shown = logits if counted is None else logits[counted]
+        again_shown = shown(logits if counted is None else logits[counted], cache.codec)
         differs.append((top_class != stored.outputs.classes.top_class()).float())
-        errors.append(stored.outputs.classes.errors(torch.from_numpy(shown - shown.max(axis=1, keepdims=True))).max())
+        errors.append(stored.outputs.classes.errors(torch.from_numpy(again_shown)).max())
     return Verification(count, float(torch.cat(differs).mean()), float(torch.stack(errors).max()))
 
 

@@ -7,7 +7,8 @@ import time
 import numpy as np
 import torch
 
-from edgekd.distill import arms_of, check_outputs
+from edgekd.distill import check_outputs
+from edgekd.embeddings import check_embedding
 from edgekd.ensemble import teacher_accuracy
 from edgekd.errors import NumericalError
 from edgekd.feature_records import layout_of
@@ -50,8 +51,11 @@ def check_workspace(work: Workspace) -> dict[str, str]:
         raise NumericalError("the teacher gives NaN or infinity on the first training samples")
     student = load_student_module(recipe.student.model, recipe.folder, 0, recipe.student.told, recipe.labels).eval()
     classes = logits.shape[-1]
-    check_outputs(student(*inputs), classes, len(splits.labels), positions)
-    for arm in arms_of(recipe):
+    if recipe.teacher.embeds:
+        check_embedding(student(*inputs), classes)
+    else:
+        check_outputs(student(*inputs), classes, len(splits.labels), positions)
+    for arm in work.arms:
         shapes = {name: shape for name, (_, shape) in layout.items()}
         with_features(student, recipe.distill.features_of(arm), shapes, dict(zip(batch, inputs, strict=True)), 0)
     export_program(student, list(inputs))
@@ -59,19 +63,23 @@ def check_workspace(work: Workspace) -> dict[str, str]:
     passes, codec = views + plain, codec_of(recipe.codec(classes, positions))
     kept = {name: layout[name] for name in work.capture_key("train").features}
     record = record_bytes(codec, classes, positions, recipe.data.mix is not None, kept)
-    size = views * record + plain * record_bytes(codec_of(plain_codec(classes, positions)), classes, positions)
+    judged_by = codec_of(codec.name if recipe.teacher.embeds else plain_codec(classes, positions))
+    size = views * record + plain * record_bytes(judged_by, classes, positions)
     facts = {
         "recipe": f"{recipe.name} ({recipe.folder})",
         "samples": f"train {len(splits.train)}, validation {len(splits.validation)}, test {len(splits.test)}",
         "inputs": ", ".join(
             f"{name} {tuple(x.shape[1:])}" for name, x in zip(splits.train.inputs, inputs, strict=True)
         ),
-        "classes": f"{classes}",
-        "teacher": teacher_accuracy(work),
+        **(
+            {"embedding": f"{classes} numbers", "control": _control_words(work)}
+            if recipe.teacher.embeds
+            else {"classes": f"{classes}", "teacher": teacher_accuracy(work)}
+        ),
         "teacher cache": f"{size / 1e6:.1f} MB ({codec.name}, {record} bytes a view), "
         f"about {passes * per_sample_s:.0f} s of the teacher",
-        "students": f"{len(arms_of(recipe)) * len(recipe.distill.seeds)} to train: "
-        f"{', '.join(arms_of(recipe))}; {len(recipe.distill.seeds)} seeds",
+        "students": f"{len(work.arms) * len(recipe.distill.seeds)} to train: "
+        f"{', '.join(work.arms)}; {len(recipe.distill.seeds)} seeds",
         "student parameters": f"{count_parameters(student):,}",
         "torch": torch.__version__,
     }
@@ -86,3 +94,9 @@ def check_workspace(work: Workspace) -> dict[str, str]:
     if splits.joined is not None:
         facts["unlabeled"] = splits.joined.sentence()
     return facts
+
+
+def _control_words(work: Workspace) -> str:
+    """What a student of embeddings without a teacher learns from."""
+    labels = work.splits.labels
+    return f"from {len(labels)} labels alone, by a head that is left behind" if labels else "none: there are no labels"

@@ -136,6 +136,7 @@ def capture(
 
 def distill(recipe: RecipeOption = None, seeds: SeedsOption = None, force: ForceOption = False) -> None:
     """Train the students and, always, the control without a teacher."""
+    from edgekd.distill import EmbeddingResult
     from edgekd.pipeline import distill_stage
     from edgekd.seeds import keep_count
 
@@ -146,6 +147,12 @@ def distill(recipe: RecipeOption = None, seeds: SeedsOption = None, force: Force
                 keep_count(work.recipe, seeds)
             results = distill_stage(work, progress_bar(), force)
     for result in results if processes.is_main() else ():
+        if isinstance(result, EmbeddingResult):
+            show(
+                f"{result.arm:<12} seed {result.seed}  validation {result.validation.neighbours:.2%}  "
+                f"test {result.test.neighbours:.2%} of the teacher's neighbours  cosine {result.test.cosine:.3f}"
+            )
+            continue
         perplexity = "" if result.test.perplexity is None else f"perplexity {result.test.perplexity:.1f}  "
         show(
             f"{result.arm:<12} seed {result.seed}  validation {result.validation.accuracy:.2%}  "

@@ -19,6 +19,7 @@ from edgekd import plugins
 from edgekd.errors import DataError, NumericalError
 from edgekd.files import Column, ImageFiles, read_files, unique_ids
 from edgekd.tokens import read_tokens
+from edgekd.truth import NO_LABEL
 from edgekd.types import Json
 from edgekd.windows import counted_positions
 
@@ -90,7 +91,7 @@ class Splits:
         """Seen by no choice, reports are made on it: loaded when first asked for, so what chooses need not have it.
 
         Raises:
-            DataError: It has no labels, other inputs than ``train``, or only samples of it.
+            DataError: It lacks labels that are needed, has other inputs than ``train``, or only samples of it.
         """
         return self.load_test()
 
@@ -104,23 +105,24 @@ def load_splits(recipe: Recipe) -> Splits:
         NumericalError: NaN or infinity in the inputs.
     """
     data, folder = recipe.data, recipe.folder
-    raw = {"train": _read(data.train, data, folder)}
+    labelled = None if recipe.teacher.embeds else True
+    raw = {"train": _read(data.train, data, folder, labelled)}
     if data.validation is not None:
-        raw["validation"] = _read(data.validation, data, folder)
+        raw["validation"] = _read(data.validation, data, folder, labelled)
     names = recipe.labels or _label_names(raw)
-    read = {key: _split(inputs, label, ids, key, names) for key, (inputs, label, ids) in raw.items()}
+    if raw["train"][1] is None and labelled is None:
+        names = ()
+    read = {key: _labelled_split(*part, key, names, labelled) for key, part in raw.items()}
     train = read["train"]
-    _need_labels("train", train)
     if "validation" in read:
         validation = read["validation"]
     else:
         train, validation = _hold_out(train, data.validation_share)
 
     def load_test() -> Split:
-        test = _split(*_read(data.test, data, folder), "test", names)
+        test = _labelled_split(*_read(data.test, data, folder, labelled), "test", names, labelled)
         if list(train.inputs) != list(test.inputs):
             raise DataError(f"train has the inputs {', '.join(train.inputs)}; test has {', '.join(test.inputs)}")
-        _need_labels("test", test)
         if np.isin(test.ids, train.ids).all():
             raise DataError("all test samples are in train; hold some out")
         return test
@@ -146,11 +148,24 @@ def load_unlabeled(recipe: Recipe, reference: str, name: str) -> Split:
     return _split(inputs, None, ids, name, ())
 
 
-def _need_labels(name: str, split: Split) -> None:
-    if split.labels is None:
-        raise DataError(
-            f"{name} has no labels; a 'label' array (or [data.*] label_column) gives the class of each sample"
-        )
+def _labelled_split(
+    inputs: Mapping[str, Column],
+    label: np.ndarray | None,
+    ids: np.ndarray | None,
+    name: str,
+    names: tuple[str, ...],
+    needed: bool | None,
+) -> Split:
+    """A split whose samples all have a label, or ``NO_LABEL`` where none are needed and the training data has none."""
+    if needed:
+        split = _split(inputs, label, ids, name, names)
+        if split.labels is None:
+            raise DataError(
+                f"{name} has no labels; a 'label' array (or [data.*] label_column) gives the class of each sample"
+            )
+        return split
+    split = _split(inputs, label if names else None, ids, name, names)
+    return split if split.labels is not None else replace(split, labels=np.full(len(split), NO_LABEL, np.int64))
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -190,7 +205,7 @@ def split_from_arrays(arrays: Mapping[str, np.ndarray], name: str = "data", labe
 _Raw = tuple[dict[str, Column], "np.ndarray | None", "np.ndarray | None"]
 
 
-def _read(reference: str, data: Data, folder: Path, labelled: bool = True) -> _Raw:
+def _read(reference: str, data: Data, folder: Path, labelled: bool | None = True) -> _Raw:
     prefix, _, rest = reference.partition(":")
     if data.tokens is not None and prefix in ("text", "jsonl"):
         ids, mask, labels = read_tokens(prefix, folder / rest, data.tokens, folder)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgekd import processes
 from edgekd.data import Split, Splits
+from edgekd.embeddings import EMBEDDING, Likeness, check_embedding, embedding_objective, likeness, with_head
 from edgekd.errors import DataError
 from edgekd.feature_losses import FEATURE_LOSSES, FeatureLoss
 from edgekd.features import with_features
@@ -24,7 +26,7 @@ from edgekd.outputs import StudentOutputs, TeacherOutputs
 from edgekd.perplexity import judge_student
 from edgekd.plugins import load_function
 from edgekd.protocols import Loss, Progress
-from edgekd.recipe import Mix, Recipe
+from edgekd.recipe import VECTOR_CODEC, Mix, Recipe
 from edgekd.sources import load_student_module, module_fingerprint
 from edgekd.store import RunFolder, fingerprint, read_json
 from edgekd.student_files import save_student
@@ -38,10 +40,14 @@ from edgekd.views import Views
 __all__ = [
     "CONTROL",
     "ArmResult",
+    "EmbeddingResult",
+    "Trained",
     "arm_inputs",
     "arms_of",
     "choose_arm",
     "evaluate",
+    "judged",
+    "load_embedding_result",
     "load_result",
     "objective_of",
     "plan_of",
@@ -49,6 +55,16 @@ __all__ = [
 ]
 
 CONTROL = "control"
+
+
+@dataclass(frozen=True)
+class EmbeddingResult:
+    """One trained student whose output is an embedding; see :class:`ArmResult`."""
+
+    arm: str
+    seed: int
+    validation: Likeness
+    test: Likeness
 
 
 @dataclass(frozen=True)
@@ -67,9 +83,12 @@ class ArmResult:
     test: Quality
 
 
-def arms_of(recipe: Recipe) -> tuple[str, ...]:
-    """All arms to train; the control is one of them whether it is listed or not."""
-    return (CONTROL, *(arm for arm in dict.fromkeys(recipe.distill.arms) if arm != CONTROL))
+Trained = ArmResult | EmbeddingResult
+
+
+def arms_of(recipe: Recipe, labelled: bool = True) -> tuple[str, ...]:
+    """All arms to train; where there are labels, the control is one of them whether it is listed or not."""
+    return (*([CONTROL] if labelled else ()), *(arm for arm in dict.fromkeys(recipe.distill.arms) if arm != CONTROL))
 
 
 def arm_inputs(recipe: Recipe, splits: Splits, arm: str, seed: int, data: Json) -> Json:
@@ -95,7 +114,7 @@ def arm_inputs(recipe: Recipe, splits: Splits, arm: str, seed: int, data: Json) 
         "arm": arm,
         "seed": seed,
         "student": _student_fingerprint(recipe, splits, seed),
-        "losses": {term.name: [term.weight, _loss_fingerprint(term.loss)] for term in _terms(recipe, mix)},
+        "losses": _losses_told(recipe, mix),
         "standardize": mix.standardize,
         "data": data,
         "temperature": mix.temperature,
@@ -110,6 +129,14 @@ def arm_inputs(recipe: Recipe, splits: Splits, arm: str, seed: int, data: Json) 
         **{name: getattr(distill, name) for name, usual in _HOW.items() if getattr(distill, name) != usual},
         "torch": torch.__version__,
     }
+
+
+def _losses_told(recipe: Recipe, mix: Mix) -> Json:
+    """Of a mix, by what they do."""
+    if recipe.teacher.embeds:
+        vectors = _vector_losses(recipe, mix)
+        return {name: [weight, _feature_loss_fingerprint(loss)] for name, (weight, loss) in vectors.items()}
+    return {term.name: [term.weight, _loss_fingerprint(term.loss)] for term in _terms(recipe, mix)}
 
 
 _HOW = {"precision": "fp32", "accumulate": 1, "compile": False}
@@ -152,6 +179,15 @@ def _terms(recipe: Recipe, mix: Mix) -> list[Term]:
         for name, weight in mix.losses.items()
         if name not in recipe.distill.features
     ]
+
+
+def _vector_losses(recipe: Recipe, mix: Mix) -> dict[str, tuple[float, FeatureLoss]]:
+    """The losses of a mix over embeddings, loaded, with their weights."""
+    return {name: (weight, _feature_loss(name, recipe)) for name, weight in mix.losses.items()}
+
+
+def _feature_loss(name: str, recipe: Recipe) -> FeatureLoss:
+    return FEATURE_LOSSES[name] if name in FEATURE_LOSSES else load_function(name, recipe.folder)
 
 
 def threads_of(recipe: Recipe) -> int:
@@ -204,26 +240,34 @@ def train_arm(
     folder = RunFolder(recipe.run_folder)
     example = _example(splits)
     module = load_student_module(recipe.student.model, recipe.folder, seed, recipe.student.told, recipe.labels)
-    check_outputs(module.eval()(*example), caches["train"].classes, len(splits.labels), caches["train"].positions)
-    shapes = {name: shape for name, (_, shape) in caches["train"].features.items()}
-    inputs_by_name = dict(zip(splits.train.inputs, example, strict=True))
-    learner = with_features(module, recipe.distill.features_of(arm), shapes, inputs_by_name, seed)
+    learner: nn.Module
+    output, outputs = module.eval()(*example), caches["train"].classes
+    if recipe.teacher.embeds:
+        check_embedding(output, outputs)
+        heard = recipe.distill.mix(arm).label_weight > 0
+        learner = with_head(module, outputs, len(splits.labels) if heard else 0, seed)
+    else:
+        check_outputs(output, outputs, len(splits.labels), caches["train"].positions)
+        shapes = {name: shape for name, (_, shape) in caches["train"].features.items()}
+        inputs_by_name = dict(zip(splits.train.inputs, example, strict=True))
+        learner = with_features(module, recipe.distill.features_of(arm), shapes, inputs_by_name, seed)
     plan = plan_of(recipe, arm, seed)
     name = f"{arm}, seed {seed}"
     checkpoint = folder.checkpoint(f"{arm}-{fingerprint(inputs)}", seed)
-    objective = objective_of(recipe, arm)
+    objective = objective_of(recipe, arm, labelled=bool(splits.labels) or caches["train"].positions > 0)
     history = train(learner, splits.train, caches["train"], views, objective, plan, checkpoint, progress, name)
     if not processes.is_main():
         return
     module.eval().requires_grad_(False)
-    program = rename_outputs(export_program(module, example), ["logits"])
+    meaning = EMBEDDING if recipe.teacher.embeds else LOGITS
+    program = rename_outputs(export_program(module, example), [meaning])
     manifest = caches["train"].manifest
     keys = manifest["key"]
     card = Card(
         name=recipe.name,
         inputs=input_specs(program),
-        outputs=tuple(replace(spec, meaning=LOGITS) for spec in output_specs(program)),
-        labels=splits.labels,
+        outputs=tuple(replace(spec, meaning=meaning) for spec in output_specs(program)),
+        labels=() if recipe.teacher.embeds else splits.labels,
         preprocessing=splits.preprocessing,
         parameters=count_parameters(module),
         macs=count_macs(program),
@@ -235,21 +279,24 @@ def train_arm(
         assets=tuple(splits.assets),
     )
     student = Student(program, card)
-    result = ArmResult(
-        arm,
-        seed,
-        evaluate(student, splits.validation, caches["validation"]),
-        evaluate(student, splits.test, caches["test"]),
-    )
     record = {
         "arm": arm,
         "seed": seed,
-        "validation": result.validation.to_json(),
-        "test": result.test.to_json(),
+        "validation": judged(student, splits.validation, caches["validation"]).to_json(),
+        "test": judged(student, splits.test, caches["test"]).to_json(),
         "history": history,
     }
     save_student(folder.arm(arm, seed), student, splits.assets, record)
     checkpoint.unlink(missing_ok=True)
+
+
+def judged(student: Student, split: Split, cache: TeacherCache) -> Quality | Likeness:
+    """A program on samples, beside the teacher: over classes, or by its embeddings."""
+    if cache.codec.name != VECTOR_CODEC:
+        return evaluate(student, split, cache)
+    assert split.labels is not None
+    vectors = next(iter(run_program(student.program, split.arrays()).values()))
+    return likeness(vectors, cache.vectors(split.ids), split.labels)
 
 
 def evaluate(student: Student, split: Split, cache: TeacherCache) -> Quality:
@@ -272,7 +319,17 @@ def load_result(recipe: Recipe, arm: str, seed: int) -> ArmResult:
     return ArmResult(arm, seed, Quality.from_json(record["validation"]), Quality.from_json(record["test"]))
 
 
-def choose_arm(results: list[ArmResult], ship: str = "best") -> ArmResult:
+def load_embedding_result(recipe: Recipe, arm: str, seed: int) -> EmbeddingResult:
+    """See :func:`load_result`."""
+    folder = RunFolder(recipe.run_folder)
+    record = read_json(folder.require(folder.arm(arm, seed) / "result.json", "distill"))
+    return EmbeddingResult(arm, seed, Likeness.from_json(record["validation"]), Likeness.from_json(record["test"]))
+
+
+_Result = TypeVar("_Result", ArmResult, EmbeddingResult)
+
+
+def choose_arm(results: Sequence[_Result], ship: str = "best") -> _Result:
     """The student to ship, by validation only: the best arm over its seeds, then the best seed of it.
 
     Args:
@@ -331,19 +388,22 @@ def _matches(recipe: Recipe, arm: str) -> list[_Match]:
             name,
             spec.stored,
             weights[name],
-            FEATURE_LOSSES[spec.loss] if spec.loss in FEATURE_LOSSES else load_function(spec.loss, recipe.folder),
+            _feature_loss(spec.loss, recipe),
         )
         for name, spec in recipe.distill.features_of(arm).items()
     ]
 
 
-def objective_of(recipe: Recipe, arm: str, features: bool = True) -> Objective:
+def objective_of(recipe: Recipe, arm: str, features: bool = True, labelled: bool = True) -> Objective:
     """What an arm minimises; the control sees labels only.
 
     Args:
         features: Whether the student gives the arm's features; what compression made has no modules left to listen to.
+        labelled: Whether there are labels: a student of embeddings may have none.
     """
     mix = recipe.distill.mix(arm)
+    if recipe.teacher.embeds:
+        return embedding_objective(_vector_losses(recipe, mix), mix.label_weight if labelled else 0.0)
     terms = _terms(recipe, mix)
     matches = _matches(recipe, arm) if features else []
 

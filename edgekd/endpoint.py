@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import time
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -63,22 +63,22 @@ class Endpoint:
             UsageError: The key or the address is refused; asking again would not help.
             DataError: No answer after all retries, or one without log-probabilities.
         """
-        pool = ThreadPoolExecutor(self.parallel)
-        try:
-            return list(pool.map(self._first_token, prompts))
-        finally:
-            pool.shutdown(cancel_futures=True)  # where one failed, the others need not be asked
+        given_up = threading.Event()  # where one failed, the others need not be asked
+        with ThreadPoolExecutor(self.parallel) as pool:
+            return list(pool.map(lambda prompt: self._first_token(prompt, given_up), prompts))
 
-    def _first_token(self, prompt: str) -> dict[str, float]:
+    def _first_token(self, prompt: str, given_up: threading.Event) -> dict[str, float]:
         # Nothing is sampled from what comes back; 1 is the temperature at which the probabilities are meant.
         common: dict[str, Any] = {"model": self.model, "max_tokens": 1, "temperature": 1, "top_p": 1}
         if self.api == "chat":
             message = {"role": "user", "content": prompt}
             answer = self._posted(
-                "chat/completions", {**common, "messages": [message], "logprobs": True, "top_logprobs": self.top}
+                "chat/completions",
+                {**common, "messages": [message], "logprobs": True, "top_logprobs": self.top},
+                given_up,
             )
         else:
-            answer = self._posted("completions", {**common, "prompt": prompt, "logprobs": self.top})
+            answer = self._posted("completions", {**common, "prompt": prompt, "logprobs": self.top}, given_up)
         try:
             listed = answer["choices"][0]["logprobs"]
             entries = (
@@ -88,12 +88,13 @@ class Endpoint:
             )
             return _by_token([(str(token), float(value)) for token, value in entries])
         except (KeyError, IndexError, TypeError, AttributeError):
+            given_up.set()
             raise DataError(
                 f"{self.url} returned no log-probabilities for {self.model!r} ({self.api}): "
                 f"{json.dumps(answer)[:120]}; a teacher needs them"
             ) from None
 
-    def _posted(self, path: str, content: Any) -> Any:
+    def _posted(self, path: str, content: Any, given_up: threading.Event) -> Any:
         headers = {"Content-Type": "application/json"}
         key = os.environ.get(self.key_variable, "")
         if key:
@@ -102,6 +103,8 @@ class Endpoint:
         request = urllib.request.Request(address, json.dumps(content).encode(), headers, method="POST")
         reason = ""
         for attempt in range(self.retries + 1):
+            if given_up.is_set():
+                break
             wait_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**attempt)
             try:
                 with _OPENER.open(request, timeout=self.timeout_s) as response:
@@ -109,6 +112,7 @@ class Endpoint:
             except urllib.error.HTTPError as error:
                 reason = f"{error.code} {error.reason}"
                 if error.code not in PASSING:
+                    given_up.set()
                     said = " ".join(error.read(200).decode(errors="replace").split())
                     if key:
                         said = said.replace(key, "…")
@@ -118,7 +122,8 @@ class Endpoint:
             except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
                 reason = str(getattr(error, "reason", error)) or type(error).__name__
             if attempt < self.retries:
-                time.sleep(wait_s)
+                given_up.wait(wait_s)
+        given_up.set()
         tries = "1 try" if self.retries == 0 else f"{self.retries + 1} tries"
         raise DataError(f"{address} gave no answer in {tries}: {reason}; what was captured stays: run it again")
 

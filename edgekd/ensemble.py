@@ -17,7 +17,7 @@ import torch
 from edgekd.errors import DataError
 from edgekd.pooling import MASK, pooled
 from edgekd.protocols import Arrays
-from edgekd.recipe_models import Feature, Member, Preprocessing
+from edgekd.recipe_models import AS_DATA, Feature, Member, Preprocessing
 from edgekd.sources import Answer, Teacher, load_teacher, own_preprocessing
 from edgekd.store import fingerprint
 from edgekd.teacher_inputs import Prepare, check_pixels, preparing
@@ -116,6 +116,8 @@ def as_logits(array: np.ndarray, member: Member) -> np.ndarray:
     Raises:
         DataError: It was said to be logits and is probabilities, or the other way round.
     """
+    if member.gives == "embedding":
+        return array
     probable = bool((array >= 0).all() and np.allclose(array.sum(axis=-1), 1, atol=1e-3))
     if member.gives == "probabilities":
         if not probable:
@@ -177,6 +179,8 @@ def _load(recipe: Recipe, index: int, member: Member, example: Arrays) -> _Loade
         preprocessing = own_preprocessing(member.model, recipe.folder, member.told, recipe.labels)
         if preprocessing is not None and recipe.data.image is None:
             check_pixels(example, member.model)
+    if preprocessing == AS_DATA:
+        preprocessing = None
     prepare = preparing(preprocessing, recipe.folder, recipe.data.image)
     taps = list(dict.fromkeys(spec.teacher for spec in features))
     teacher = load_teacher(member.model, recipe.folder, prepare(example), member.told, taps, recipe.labels)
@@ -191,8 +195,17 @@ def _answer(loaded: _Loaded, arrays: Arrays) -> Answer:
         spec.stored: pooled(torch.from_numpy(answer.features[spec.teacher]), spec, mask).numpy()
         for spec in loaded.features
     }
+    logits = answer.logits
+    if loaded.member.gives == "embedding":
+        whole = Feature(teacher="", student="", pool=loaded.member.pool)
+        logits = pooled(torch.from_numpy(logits), whole, mask).numpy()
+        if logits.ndim != 2:
+            raise DataError(
+                f"teacher {loaded.member.model!r} gives {logits.shape}, an embedding with positions; "
+                'pool = "mean" or "first" beside its model makes one vector'
+            )
     beside = {loaded.beside(name): answer.features[name] for name in loaded.teacher.beside}
-    return Answer(as_logits(answer.logits, loaded.member), {**features, **beside})
+    return Answer(as_logits(logits, loaded.member), {**features, **beside})
 
 
 def _told_lines(members: Sequence[_Loaded]) -> list[str]:
@@ -206,7 +219,7 @@ def _line(loaded: _Loaded, example: Arrays) -> str:
     if member.share != 1:
         parts.append(f"share {member.share:g}")
     if member.gives != "logits":
-        parts.append(f"gives {member.gives}")
+        parts.append(f"gives {member.gives}" + (f", {member.pool} over positions" if member.pool != "none" else ""))
     if said is not None:
         words = said if isinstance(said, str) else said.model_dump_json(exclude_unset=True)
         parts.append(f"preprocessing {words} {_digest(loaded.prepare(example))}")

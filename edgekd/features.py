@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgekd.embeddings import EmbeddingStudent
 from edgekd.errors import DataError
 from edgekd.outputs import StudentOutputs
 from edgekd.pooling import MASK, pooled
@@ -92,8 +93,8 @@ def with_features(
 
 
 def bare_student(module: nn.Module) -> nn.Module:
-    """The student alone, without projectors."""
-    return module.student if isinstance(module, FeatureStudent) else module
+    """The student alone, without what only its training needs."""
+    return module.student if isinstance(module, FeatureStudent | EmbeddingStudent) else module
 
 
 def _projector(tap: _Tap, own: tuple[int, ...], wanted: tuple[int, ...]) -> nn.Module:

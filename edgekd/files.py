@@ -51,7 +51,7 @@ Columns = tuple[dict[str, "Column"], np.ndarray | None, np.ndarray | None]
 """Inputs by name, labels (names or numbers) where they were asked for, and ids where the files give them."""
 
 
-def read_files(kind: str, path: Path, data: Data, folder: Path, labelled: bool = True) -> Columns:
+def read_files(kind: str, path: Path, data: Data, folder: Path, labelled: bool | None = True) -> Columns:
     """Read one split; nothing is fetched.
 
     Args:
@@ -59,7 +59,8 @@ def read_files(kind: str, path: Path, data: Data, folder: Path, labelled: bool =
         path: Of the file, or of the folder with one folder for each class.
         data: How columns become arrays: its ``text`` or ``image`` table.
         folder: Of the recipe, where the tokenizer is.
-        labelled: Whether labels are read; without, the files need none, and an image folder no folders in it.
+        labelled: Whether labels are read; without, the files need none, and an image folder no folders in it. None
+            reads them where there are any.
 
     Raises:
         MissingToolchainError: ``datasets`` or ``tokenizers`` is not installed.
@@ -80,6 +81,8 @@ def read_files(kind: str, path: Path, data: Data, folder: Path, labelled: bool =
         raise DataError(f"{kind}:{path.name} cannot be read: {first_line(error)}") from error
     spec = data.text or data.image
     assert spec is not None  # the recipe's check
+    if labelled is None:
+        labelled = spec.label_column in table.column_names
     for column in (spec.column, spec.label_column) if labelled else (spec.column,):
         if column not in table.column_names:
             raise DataError(f"{kind}:{path.name} has no column {column!r}; there are {', '.join(table.column_names)}")

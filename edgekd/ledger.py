@@ -63,6 +63,7 @@ class Row(JsonMixin):
         proof: The whole comparison behind ``parity``, for the report.
         is_shipped: Of a student: whether the files were made from it.
         perplexity: Of a language model, on the tokens of the test split.
+        cosine, neighbours, same_label: Of an embedding (:class:`edgekd.embeddings.Likeness`), on the test split.
     """
 
     stage: Stage
@@ -83,6 +84,9 @@ class Row(JsonMixin):
     proof: Parity | None = None
     is_shipped: bool = False
     perplexity: float | None = None
+    cosine: float | None = None
+    neighbours: float | None = None
+    same_label: float | None = None
 
 
 @dataclass(frozen=True)
@@ -253,6 +257,9 @@ def table(ledger: Ledger) -> Table:
         "acc %": [format_share(row.accuracy) for row in rows],
         "agree %": [format_share(row.teacher_agreement) for row in rows],
         "ppl": [format_perplexity(row.perplexity) for row in rows],
+        "cosine": [format_number(row.cosine) for row in rows],
+        "neighbours %": [format_share(row.neighbours) for row in rows],
+        "same label %": [format_share(row.same_label) for row in rows],
         "KL": [format_number(row.kl) for row in rows],
         "ECE": [format_number(row.ece) for row in rows],
         "size": [format_bytes(row.size_bytes) for row in rows],

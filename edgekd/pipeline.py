@@ -15,7 +15,17 @@ import torch
 import edgekd
 from edgekd import plugins, processes
 from edgekd.capture import capture
-from edgekd.distill import ArmResult, arm_inputs, arms_of, choose_arm, load_result, threads_of, train_arm
+from edgekd.distill import (
+    ArmResult,
+    EmbeddingResult,
+    Trained,
+    arm_inputs,
+    choose_arm,
+    load_embedding_result,
+    load_result,
+    threads_of,
+    train_arm,
+)
 from edgekd.errors import UsageError
 from edgekd.export import Proof, Request, requests_of, toolchain, write_request
 from edgekd.keeping import keep, measurements_of
@@ -40,6 +50,7 @@ __all__ = [
     "capture_stage",
     "compress_stage",
     "distill_stage",
+    "embedding_results_of",
     "export_stage",
     "finished",
     "proof_of",
@@ -47,6 +58,7 @@ __all__ = [
     "results_of",
     "shipped",
     "source_folder",
+    "trained_of",
     "watch_stage",
 ]
 
@@ -73,7 +85,7 @@ def capture_stage(work: Workspace, progress: Progress, force: bool = False, crew
         _once(work, f"capture-{name}", key.to_json(), make, progress, force)
 
 
-def distill_stage(work: Workspace, progress: Progress, force: bool = False) -> list[ArmResult]:
+def distill_stage(work: Workspace, progress: Progress, force: bool = False) -> Sequence[Trained]:
     """Every arm with every seed; of several processes all call this (:mod:`edgekd.processes`).
 
     Raises:
@@ -84,7 +96,7 @@ def distill_stage(work: Workspace, progress: Progress, force: bool = False) -> l
     caches = {name: work.cache(name) for name in SPLITS}
     data = {name: work.capture_key(name).to_json() for name in SPLITS}
     for seed in recipe.distill.seeds:
-        for arm in arms_of(recipe):
+        for arm in work.arms:
             inputs = arm_inputs(recipe, work.splits, arm, seed, data)
 
             def make(arm: str = arm, seed: int = seed, inputs: Json = inputs) -> list[Path]:
@@ -92,7 +104,21 @@ def distill_stage(work: Workspace, progress: Progress, force: bool = False) -> l
                 return [work.folder.arm(arm, seed)]
 
             _once(work, f"distill-{work.folder.arm(arm, seed).name}", inputs, make, progress, force)
-    return processes.found_by_main(lambda: results_of(work))
+    return processes.found_by_main(lambda: trained_of(work))
+
+
+def trained_of(work: Workspace) -> Sequence[Trained]:
+    """Results of all arms and seeds, whatever the students give.
+
+    Raises:
+        UsageError: An arm has not been trained yet.
+    """
+    return embedding_results_of(work) if work.recipe.teacher.embeds else results_of(work)
+
+
+def embedding_results_of(work: Workspace) -> list[EmbeddingResult]:
+    """See :func:`results_of`."""
+    return [load_embedding_result(work.recipe, arm, seed) for seed in work.recipe.distill.seeds for arm in work.arms]
 
 
 def results_of(work: Workspace) -> list[ArmResult]:
@@ -101,12 +127,17 @@ def results_of(work: Workspace) -> list[ArmResult]:
     Raises:
         UsageError: An arm has not been trained yet.
     """
-    return [load_result(work.recipe, arm, seed) for seed in work.recipe.distill.seeds for arm in arms_of(work.recipe)]
+    return [load_result(work.recipe, arm, seed) for seed in work.recipe.distill.seeds for arm in work.arms]
 
 
-def shipped(work: Workspace) -> tuple[ArmResult, Path]:
+def shipped(work: Workspace) -> tuple[Trained, Path]:
     """The student to ship and its folder, chosen on validation."""
-    chosen = choose_arm(results_of(work), work.recipe.distill.ship)
+    ship = work.recipe.distill.ship
+    chosen: Trained
+    if work.recipe.teacher.embeds:
+        chosen = choose_arm(embedding_results_of(work), ship)
+    else:
+        chosen = choose_arm(results_of(work), ship)
     return chosen, work.folder.arm(chosen.arm, chosen.seed)
 
 
@@ -310,6 +341,8 @@ def proof_of(work: Workspace) -> Proof:
     order = np.argsort(test.ids)  # by id: a stable random choice
     parity = test.arrays(order[: work.recipe.export.samples])
     task = test.take(order[: work.recipe.export.accuracy_samples])
+    if work.recipe.teacher.embeds:
+        return Proof(parity, task.arrays())
     return Proof(parity, task.arrays(), task.labels, work.cache("test").logits(task.ids))
 
 

@@ -141,18 +141,21 @@ def _cross_faults(table: Json, folder: Path) -> list[str]:
         loss = spec.get("loss") if isinstance(spec, dict) else None
         if isinstance(loss, str) and ":" in loss:
             faults += _function_faults(f"distill.features.{name}.loss", loss, folder)
-        elif isinstance(loss, str) and loss not in ("mse", "cosine"):
+        elif isinstance(loss, str) and loss not in VECTOR_LOSSES:
             faults.append(
                 f"distill.features.{name}.loss: {loss!r} is not known; there are mse, cosine, module:function"
             )
     known = ("control", *known_losses())
     mixes = _mixes(distill)
+    embeds = section("teacher").get("gives") == "embedding"
     for index, arm in enumerate(each("distill", "arms")):
         if arm not in mixes and arm not in features and arm != "control":
-            faults += _loss_faults(f"distill.arms.{index}", arm, folder)
+            faults += _loss_faults(f"distill.arms.{index}", arm, folder, embeds)
     for arm, losses in mixes.items():
         for name in losses.keys() - features:
-            faults += _loss_faults(f"distill.overrides.{arm}.losses", name, folder)
+            faults += _loss_faults(f"distill.overrides.{arm}.losses", name, folder, embeds)
+    if embeds:
+        faults += _embedding_faults(table)
     faults += _control_faults(distill)
     ship = distill.get("ship", "best")
     if ship not in ("best", "control", *(each("distill", "arms") or known)):
@@ -310,6 +313,10 @@ LABEL_LOSSES = ("dkd", "tckd", "nckd")
 """Those that compare classes by which of them is the label."""
 
 
+VECTOR_LOSSES = ("mse", "cosine")
+"""Those that compare vectors."""
+
+
 def known_losses() -> tuple[str, ...]:
     """Names in ``edgekd.losses.LOSSES``; not read from there, since that imports torch. A test holds the two equal."""
     return ("kd", "dist", "reverse_kl", "jsd", "dkd", "tckd", "nckd", "hard")
@@ -333,9 +340,32 @@ def _control_faults(distill: Json) -> list[str]:
     ]
 
 
-def _loss_faults(key: str, name: str, folder: Path) -> list[str]:
+def _embedding_faults(table: Json) -> list[str]:
+    """What does not go with a teacher of embeddings."""
+    data, distill, compress = (table.get(name) or {} for name in ("data", "distill", "compress"))
+    said = {
+        "distill.arms": "arms" not in distill,
+        "distill.features": "features" in distill,
+        "data.tokens": "tokens" in data,
+        "data.mix": "mix" in data,
+        "compress.prune": "prune" in compress,
+        "compress.qat_epochs": bool(compress.get("qat_epochs")),
+    }
+    why = {"distill.arms": 'needs to be said, as ["mse", "cosine"]: the usual arms compare classes'}
+    return [
+        f"{key}: {why.get(key, 'does not go with a teacher of embeddings yet; leave it out')}"
+        for key, wrong in said.items()
+        if wrong
+    ]
+
+
+def _loss_faults(key: str, name: str, folder: Path, embeds: bool = False) -> list[str]:
     if ":" in name:
         return _function_faults(key, name, folder)
+    if embeds:
+        known = ", ".join(VECTOR_LOSSES)
+        wrong = f"{key}: {name} compares no embeddings; there are {known}, and module:function"
+        return [] if name in VECTOR_LOSSES else [wrong]
     if name in known_losses():
         return []
     return [

@@ -106,11 +106,19 @@ class Mix:
 TAIL_TEMPERATURES = (1.0, 2.0, 4.0)
 """At which a cache of the top classes knows the mass of the others."""
 
+VECTOR_CODEC = "vector-f16"
+"""How embeddings are kept."""
+
 MOST_DRAWS = 255
 """A cache of draws counts them in one byte."""
 
-_USUAL = {"dist": ArmOptions(temperature=1.0, label_weight=0.33)}
-"""What an arm is mixed with unless its own table says otherwise: DIST's paper has T = 1 and labels half as heavy."""
+_USUAL = {
+    "dist": ArmOptions(temperature=1.0, label_weight=0.33),
+    "mse": ArmOptions(label_weight=0.0),
+    "cosine": ArmOptions(label_weight=0.0),
+}
+"""What an arm is mixed with unless its own table says otherwise: DIST's paper has T = 1 and labels half as heavy; those
+that learn an embedding learn nothing else."""
 
 TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay", "warmup_share")
 """What holds for all arms unless an arm's own table says otherwise; temperature and weights are its mix."""
@@ -303,6 +311,8 @@ class Recipe(Table):
         Args:
             positions: Of a window; 0 for samples with one label.
         """
+        if self.teacher.embeds:
+            return VECTOR_CODEC
         if self.teacher.codec is not None:
             return self.teacher.codec
         if positions and classes > DENSE_CLASSES:

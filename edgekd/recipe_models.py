@@ -16,6 +16,13 @@ AS_DATA = "none"
 Above = Annotated[float, Field(gt=0)]
 
 
+Gives = Literal["logits", "probabilities", "log_probabilities", "embedding"]
+"""What a teacher's first output is."""
+
+Pool = Literal["none", "mean", "first"]
+"""What becomes of the positions of an embedding: mean without padding, or the first."""
+
+
 class Table(BaseModel):
     """A table of edgekd.toml."""
 
@@ -69,12 +76,15 @@ class Member(Model):
         share: Its weight among several; only ratios count.
         preprocessing: From the data's samples to its inputs: ``module:function``, or declared, or ``none`` where it
             takes what the student takes. None: its own where its library knows one (timm, torchvision), else ``none``.
-        gives: What its first output is. ``probabilities`` where the model ends in a softmax.
+        gives: What its first output is: ``probabilities`` where the model ends in a softmax, ``embedding`` where it is
+            a vector that says nothing of classes.
+        pool: Of an embedding with positions, as (batch, positions, width) of a text encoder.
     """
 
     share: Above = 1.0
     preprocessing: str | Preprocessing | None = None
-    gives: Literal["logits", "probabilities", "log_probabilities"] = "logits"
+    gives: Gives = "logits"
+    pool: Pool = "none"
 
 
 def _as_table(value: Any) -> Any:
@@ -95,7 +105,8 @@ class Teacher(Table):
     models: tuple[Annotated[Member, BeforeValidator(_as_table)], ...] = ()
     codec: Annotated[str, Field(pattern=r"^(dense-f16|dense-u8|(top|sampled)[1-9]\d*)$")] | None = None
     preprocessing: str | Preprocessing | None = None
-    gives: Literal["logits", "probabilities", "log_probabilities"] = "logits"
+    gives: Gives = "logits"
+    pool: Pool = "none"
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Teacher:
@@ -107,13 +118,28 @@ class Teacher(Table):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_embedding(self) -> Teacher:
+        if len(self.members) > 1 and any(member.gives == "embedding" for member in self.members):
+            raise ValueError("embeddings of several teachers lie in no common space; take one of them as model")
+        if self.embeds and self.codec is not None:
+            raise ValueError(f"codec {self.codec!r} is for classes; an embedding is kept as it is, leave it out")
+        if any(member.pool != "none" and member.gives != "embedding" for member in self.members):
+            raise ValueError('pool is for gives = "embedding"; features have their own')
+        return self
+
+    @property
+    def embeds(self) -> bool:
+        """Whether students learn an embedding, and no classes."""
+        return any(member.gives == "embedding" for member in self.members)
+
     @property
     def members(self) -> tuple[Member, ...]:
         """All teachers, one or several."""
         if self.model is None:
             return self.models
         told = dict(self.__pydantic_extra__ or {})
-        return (Member(model=self.model, preprocessing=self.preprocessing, gives=self.gives, **told),)
+        return (Member(model=self.model, preprocessing=self.preprocessing, gives=self.gives, pool=self.pool, **told),)
 
     @property
     def name(self) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from edgekd.errors import DataError, NumericalError
 from edgekd.feature_records import Layout, feature_fields
-from edgekd.targets import Codec
+from edgekd.targets import Codec, shown
 from edgekd.window_records import encode_windows, window_type
 from edgekd.windows import counted_positions
 
@@ -71,7 +71,7 @@ def make_records(
     if partners is not None:
         records["partner"] = partners
     if labels is None:
-        codec.encode(logits - logits.max(axis=1, keepdims=True), records)
+        codec.encode(shown(logits, codec), records)
     else:
         records["positions"] = encode_windows(seeds, logits, labels, codec)
     return records

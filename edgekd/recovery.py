@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from edgekd.compress import compress
-from edgekd.distill import CONTROL, arm_inputs, evaluate, objective_of, threads_of
+from edgekd.distill import CONTROL, arm_inputs, evaluate, judged, objective_of, threads_of
+from edgekd.errors import UsageError
 from edgekd.metrics import Quality
 from edgekd.mixed import DEFAULT_MAX_DROP, Budget, mixed_precision
 from edgekd.precisions import WEIGHT_BITS
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgekd.data import Split
-    from edgekd.distill import ArmResult
+    from edgekd.distill import Trained
     from edgekd.workspace import Workspace
 
 __all__ = [
@@ -108,7 +109,7 @@ def settings_of(
 
 
 def compressed(
-    work: Workspace, student: Student, shipped: ArmResult, settings: Settings, progress: Progress
+    work: Workspace, student: Student, shipped: Trained, settings: Settings, progress: Progress
 ) -> tuple[Student, Json]:
     """The student in a precision, and the record of how good it is.
 
@@ -128,10 +129,12 @@ def compressed(
         budget = Budget(settings.max_drop, validation.arrays(), validation.labels)
         smaller = mixed_precision(student, calibration, budget, spec.observer, spec.corrections, progress.say)
     elif settings.qat_epochs:
+        if work.recipe.teacher.embeds:
+            raise UsageError("quantization-aware training does not go with a teacher of embeddings yet; --no-qat works")
         return _trained(work, student, shipped, settings, progress)
     else:
         smaller = compress(student, settings.precision, calibration, spec.observer, spec.corrections)
-    return smaller, {"test": evaluate(smaller, test, work.cache("test")).to_json()}
+    return smaller, {"test": judged(smaller, test, work.cache("test")).to_json()}
 
 
 def calibration_split(work: Workspace, samples: int) -> Split:
@@ -140,7 +143,7 @@ def calibration_split(work: Workspace, samples: int) -> Split:
 
 
 def _trained(
-    work: Workspace, student: Student, shipped: ArmResult, settings: Settings, progress: Progress
+    work: Workspace, student: Student, shipped: Trained, settings: Settings, progress: Progress
 ) -> tuple[Student, Json]:
     """Quantization-aware training."""
     from edgekd.qat import train_quantized
@@ -156,7 +159,7 @@ def _trained(
 
 
 def pruned(
-    work: Workspace, student: Student, shipped: ArmResult, pruning: Pruning, progress: Progress
+    work: Workspace, student: Student, shipped: Trained, pruning: Pruning, progress: Progress
 ) -> tuple[Student, Json]:
     """The student with fewer weights, trained again under the mask with the loss of the shipped arm.
 
@@ -182,7 +185,7 @@ def pruned(
 def _recovered(
     work: Workspace,
     student: Student,
-    shipped: ArmResult,
+    shipped: Trained,
     schedule: Schedule,
     inputs: object,
     make: Callable[[Sequence[Fit]], tuple[Student, list[Student]]],

@@ -6,7 +6,7 @@ import numpy as np
 
 from edgekd.data import Split, load_unlabeled
 from edgekd.ensemble import MEMBERS
-from edgekd.errors import DataError
+from edgekd.errors import DataError, UsageError
 from edgekd.shift import AT_MOST, Described, Shift, compare, describe
 from edgekd.workspace import Workspace
 
@@ -27,6 +27,8 @@ def check_shift(work: Workspace, reference: str) -> Shift:
     Raises:
         DataError: Inputs that differ, too few samples, or windows of tokens.
     """
+    if work.recipe.teacher.embeds:
+        raise UsageError("--shift looks at what a teacher says of classes, and this one gives embeddings")
     known, served = work.splits.test, load_unlabeled(work.recipe, reference, "served")
     shapes = [{name: column.shape[1:] for name, column in split.inputs.items()} for split in (known, served)]
     if shapes[0] != shapes[1]:

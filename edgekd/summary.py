@@ -8,6 +8,7 @@ import platform
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,14 +16,15 @@ import edgekd
 from edgekd import plugins
 from edgekd.answers import Answers, answers_of
 from edgekd.compress import notes_of
-from edgekd.distill import CONTROL, ArmResult, arms_of
+from edgekd.distill import CONTROL, ArmResult
+from edgekd.embeddings import Likeness
 from edgekd.ensemble import teacher_sentences
 from edgekd.keeping import measurements_of
 from edgekd.ledger import ArmRow, ClassRow, Ledger, Row, Stage
 from edgekd.measurement import Measurement
 from edgekd.metrics import ClassCount, Quality, quality
 from edgekd.perplexity import judge_teacher
-from edgekd.pipeline import results_of, shipped
+from edgekd.pipeline import embedding_results_of, results_of, shipped, trained_of
 from edgekd.precisions import PORTABLE
 from edgekd.store import atomic_write, load_artifact, load_card, read_json, size_of, write_json
 from edgekd.truth import NO_LABEL
@@ -45,8 +47,11 @@ def collect(work: Workspace) -> tuple[Ledger, list[Measurement]]:
     Raises:
         UsageError: No student has been trained yet.
     """
+    if work.recipe.teacher.embeds:
+        return _collect_embeddings(work)
     results = results_of(work)
     chosen, folder = shipped(work)
+    assert isinstance(chosen, ArmResult)
     card = load_card(folder)
     teacher = _teacher_quality(work)
     measurements = measurements_of(work.folder)
@@ -88,12 +93,63 @@ def collect(work: Workspace) -> tuple[Ledger, list[Measurement]]:
     return ledger, measurements
 
 
+def _collect_embeddings(work: Workspace) -> tuple[Ledger, list[Measurement]]:
+    """As :func:`collect`, of students that learn no classes."""
+    from edgekd.embedding_verdict import embedding_sentences
+    from edgekd.embeddings import own_likeness
+
+    results, (chosen, folder) = embedding_results_of(work), shipped(work)
+    card, test = load_card(folder), work.splits.test
+    assert test.labels is not None
+    teacher = own_likeness(work.cache("test").vectors(test.ids), test.labels)
+    measurements = measurements_of(work.folder)
+    artifacts = [(load_artifact(path), path) for path in work.folder.artifacts()]
+    of_seed = [result for result in results if result.seed == chosen.seed]
+    rows = [
+        Row(
+            stage="teacher",
+            name=work.recipe.teacher.name,
+            **_numbers(teacher),
+            size_bytes=work.teacher.size_bytes or None,
+            parameters=work.teacher.parameters,
+            macs=work.teacher.macs,
+        ),
+        *(
+            _program_row(
+                "control" if r.arm == CONTROL else "student",
+                "no teacher" if r.arm == CONTROL else r.arm,
+                r.test,
+                work.folder.arm(r.arm, r.seed),
+                is_shipped=r == chosen,
+            )
+            for r in of_seed
+        ),
+        *_compressed_rows(work),
+        *(_artifact_row(artifact, path.name, measurements) for artifact, path in artifacts),
+    ]
+    share = card.parameters / work.teacher.parameters if work.teacher.parameters else None
+    sentences = (
+        *embedding_sentences(results, chosen.arm, teacher, share),
+        *([] if work.splits.joined is None else [work.splits.joined.sentence()]),
+        *_artifact_sentences([artifact for artifact, _ in artifacts], measurements),
+    )
+    ledger = Ledger(
+        name=work.recipe.name,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        sentences=sentences,
+        rows=tuple(rows),
+        lineage=card.lineage,
+        environment=_environment(),
+    )
+    return ledger, measurements
+
+
 def write_report(work: Workspace) -> Ledger:
     """Write ``report.json`` and ``report.html``; returns what they tell."""
     ledger, measurements = collect(work)
     seeds = [
         {"arm": r.arm, "seed": r.seed, "validation": r.validation.to_json(), "test": r.test.to_json()}
-        for r in results_of(work)
+        for r in trained_of(work)
     ]
     artifacts = [load_artifact(path).to_json() for path in work.folder.artifacts()]
     content = {
@@ -135,7 +191,7 @@ def _answers(work: Workspace) -> Answers | None:
     labels = work.splits.test.labels
     if labels is None or labels.ndim != 1:
         return None
-    return answers_of(work, arms_of(work.recipe), work.recipe.distill.seeds)
+    return answers_of(work, work.arms, work.recipe.distill.seeds)
 
 
 def _teacher_row(work: Workspace, teacher: Quality) -> Row:
@@ -151,23 +207,27 @@ def _teacher_row(work: Workspace, teacher: Quality) -> Row:
     )
 
 
-def _program_row(stage: Stage, name: str, test: Quality, folder: Path, is_shipped: bool = False) -> Row:
+def _program_row(stage: Stage, name: str, test: Quality | Likeness, folder: Path, is_shipped: bool = False) -> Row:
     card = load_card(folder)
     return Row(
         stage=stage,
         name=name,
         precision=card.precision,
-        accuracy=test.accuracy,
-        teacher_agreement=test.teacher_agreement,
-        perplexity=test.perplexity,
-        kl=test.kl,
-        ece=test.ece,
+        **_numbers(test),
         size_bytes=size_of(folder / "student.pt2"),
         parameters=card.parameters,
         macs=card.macs,
         note=" ".join(notes_of(card)),
         is_shipped=is_shipped,
     )
+
+
+def _numbers(test: Quality | Likeness) -> dict[str, Any]:
+    """How good it is, by the names of a row."""
+    if isinstance(test, Likeness):
+        return {"cosine": test.cosine, "neighbours": test.neighbours, "same_label": test.same_label}
+    names = ("accuracy", "teacher_agreement", "perplexity", "kl", "ece")
+    return {name: getattr(test, name) for name in names}
 
 
 def _compressed_rows(work: Workspace) -> list[Row]:
@@ -177,7 +237,8 @@ def _compressed_rows(work: Workspace) -> list[Row]:
         folders = {word: work.folder.pruned, **folders}
     for name, folder in folders.items():
         if (folder / "result.json").is_file():
-            test = Quality.from_json(read_json(folder / "result.json")["test"])
+            kind = Likeness if work.recipe.teacher.embeds else Quality
+            test = kind.from_json(read_json(folder / "result.json")["test"])
             rows.append(_program_row("compressed", name, test, folder))
     return rows
 

@@ -8,6 +8,7 @@ codec           stored for each view, beside the seed (4 bytes)           bytes 
 ``top<k>``      the k largest, their classes, and the log of the sum of   56 at k = 10             all but those that
                 exponentials of all logits at T = 1, 2 and 4                                       compare classes over
                                                                                                    the batch
+``vector-f16``  an embedding as it is                                      2,004                    mse, cosine, own
 ``sampled<N>``  classes of N draws at T = 1, and how often each came      40 at N = 50             kd at T = 1
                 (:mod:`edgekd.sampled`)
 ==============  ========================================================  =======================  ====================
@@ -28,11 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgekd.errors import UsageError
-from edgekd.recipe import MOST_DRAWS, TAIL_TEMPERATURES
+from edgekd.errors import NumericalError, UsageError
+from edgekd.recipe import MOST_DRAWS, TAIL_TEMPERATURES, VECTOR_CODEC
 from edgekd.sampled import Sampled
 
-__all__ = ["PLAIN_CODEC", "Codec", "DenseTargets", "Targets", "TopTargets", "codec_of"]
+__all__ = ["PLAIN_CODEC", "Codec", "DenseTargets", "Targets", "TopTargets", "VectorTargets", "codec_of", "shown"]
 
 PLAIN_CODEC = "dense-f16"
 """For samples that are only judged: few, and divergences over all classes are wanted."""
@@ -150,6 +151,30 @@ def _log_rest(log_probabilities: Tensor) -> Tensor:
     return rest.clamp(min=torch.finfo(rest.dtype).eps).log()
 
 
+@dataclass(frozen=True)
+class VectorTargets:
+    """Embeddings, which say nothing of classes.
+
+    Attributes:
+        vectors: (batch, width).
+    """
+
+    vectors: Tensor
+
+    def paired(self, student: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        raise UsageError("this teacher cache holds embeddings, and a loss over classes finds none; mse and cosine do")
+
+    def top_class(self) -> Tensor:
+        """Its largest number: of no meaning, but the same when the teacher says the same."""
+        return self.vectors.argmax(dim=1)
+
+    def errors(self, logits: Tensor) -> Tensor:
+        return (logits - self.vectors).abs() / self.vectors.abs().clamp(min=1)
+
+    def to(self, device: torch.device) -> VectorTargets:
+        return VectorTargets(self.vectors.to(device))
+
+
 class Codec(Protocol):
     """How one view's logits lie in a record."""
 
@@ -160,7 +185,7 @@ class Codec(Protocol):
         """Of the record, as NumPy writes them."""
 
     def encode(self, logits: np.ndarray, records: np.ndarray) -> None:
-        """Fill the fields; logits float32 (records, classes), the largest of each row 0."""
+        """Fill the fields; from :func:`shown`, float32 (records, classes)."""
 
     def decode(self, records: np.ndarray) -> Targets:
         """The opposite, as far as it goes."""
@@ -180,6 +205,25 @@ class DenseHalf:
 
     def decode(self, records: np.ndarray) -> DenseTargets:
         return DenseTargets(torch.from_numpy(records["logits"].astype(np.float32)))
+
+
+@dataclass(frozen=True)
+class VectorHalf:
+    """See the module."""
+
+    name: str = VECTOR_CODEC
+
+    def fields(self, classes: int) -> list[tuple[str, str, tuple[int, ...]]]:
+        return [("vector", "<f2", (classes,))]
+
+    def encode(self, logits: np.ndarray, records: np.ndarray) -> None:
+        largest = float(np.abs(logits).max(initial=0))
+        if largest > float(np.finfo(np.float16).max):
+            raise NumericalError(f"the embedding reaches {largest:.3g}; what is kept of it ends at 65504 (f16)")
+        records["vector"] = logits
+
+    def decode(self, records: np.ndarray) -> VectorTargets:
+        return VectorTargets(torch.from_numpy(records["vector"].astype(np.float32)))
 
 
 @dataclass(frozen=True)
@@ -241,6 +285,11 @@ class Top:
         )
 
 
+def shown(logits: np.ndarray, codec: Codec) -> np.ndarray:
+    """What a codec takes of a teacher's outputs: logits less their largest (no softmax changes), or embeddings."""
+    return logits if isinstance(codec, VectorHalf) else logits - logits.max(axis=-1, keepdims=True)
+
+
 def codec_of(name: str) -> Codec:
     """A codec by its name.
 
@@ -249,6 +298,8 @@ def codec_of(name: str) -> Codec:
     """
     if name == "dense-f16":
         return DenseHalf()
+    if name == VECTOR_CODEC:
+        return VectorHalf()
     if name == "dense-u8":
         return DenseByte()
     if found := re.fullmatch(r"top([1-9]\d*)", name):

@@ -18,7 +18,7 @@ from edgekd.feature_records import Layout, read_features
 from edgekd.outputs import TeacherOutputs
 from edgekd.records import record_type
 from edgekd.store import hash_path, read_json
-from edgekd.targets import Codec, DenseTargets, codec_of
+from edgekd.targets import Codec, DenseTargets, VectorTargets, codec_of
 from edgekd.types import Json
 
 __all__ = ["FORMAT", "CaptureKey", "Replay", "TeacherCache", "open_cache"]
@@ -154,6 +154,17 @@ class TeacherCache:
         if not isinstance(targets, DenseTargets):
             raise CacheError(f"this cache is {self.codec.name} and does not hold the logits of all classes")
         return targets.logits.numpy()
+
+    def vectors(self, ids: np.ndarray, view: int = 0) -> np.ndarray:
+        """Embeddings of samples in one view, float32 (samples, width).
+
+        Raises:
+            CacheError: The cache holds classes.
+        """
+        targets = self.codec.decode(self._records(self.rows(ids), np.full(len(ids), view)))
+        if not isinstance(targets, VectorTargets):
+            raise CacheError(f"this cache is {self.codec.name} and holds no embeddings")
+        return targets.vectors.numpy()
 
     def feature(self, ids: np.ndarray, name: str, view: int = 0) -> np.ndarray:
         """A feature of samples in one view, samples first.

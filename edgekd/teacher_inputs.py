@@ -32,7 +32,7 @@ def preparing(spec: str | Preprocessing | None, folder: Path, image: ImageData |
     Raises:
         UsageError: The function is not there.
     """
-    if spec is None or spec == AS_DATA:
+    if spec is None:
         return lambda arrays: arrays
     if isinstance(spec, Preprocessing):
         return lambda arrays: {name: prepared_images(array, spec, image) for name, array in arrays.items()}

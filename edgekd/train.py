@@ -121,7 +121,7 @@ def train(
     if plan.precision == "fp16" and device.type == "cpu":
         raise UsageError('distill.precision = "fp16" needs a GPU, and there is none; "bf16" or "fp32" works')
     if plan.shard and bare_student(student) is not student:
-        raise UsageError("distill.shard = true does not go with features; leave out one of them")
+        raise UsageError("distill.shard = true does not go with features or embeddings; leave out one of them")
     assert split.labels is not None
     rows, places, labels = cache.rows(split.ids), cache.places(split), torch.from_numpy(split.labels)
     known = (split.labels != NO_LABEL).reshape(len(split), -1).any(axis=1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from edgekd.recipe import Recipe
+from edgekd.recipe import VECTOR_CODEC, Recipe
 from edgekd.store import RunFolder
 
 if TYPE_CHECKING:
@@ -82,10 +82,23 @@ class Workspace:
             return len(self.splits.labels)
         return int(self.teacher.logits(self.splits.validation.arrays(np.arange(1))).shape[-1])
 
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """All arms to train; without labels, which only a teacher of embeddings can do without, there is no control."""
+        from edgekd.distill import arms_of
+
+        return arms_of(self.recipe, not self.recipe.teacher.embeds or bool(self.splits.labels))
+
+    def _codec(self, train: bool, positions: int) -> str:
+        from edgekd.window_records import plain_codec
+
+        if self.recipe.teacher.embeds:
+            return VECTOR_CODEC
+        return self.recipe.codec(self.classes, positions) if train else plain_codec(self.classes, positions)
+
     def capture_key(self, split: str) -> CaptureKey:
         """What the cache of a split depends on."""
         from edgekd.teacher_cache import CaptureKey
-        from edgekd.window_records import plain_codec
         from edgekd.windows import positions_of
 
         train, views = split == "train", self.views_of(split)
@@ -96,7 +109,7 @@ class Workspace:
             augmentation=views.augmentation_fingerprint(self.splits.train),
             views=self.recipe.data.views if train else 1,
             seed=self.recipe.distill.seeds[0],
-            codec=self.recipe.codec(self.classes, positions) if train else plain_codec(self.classes, positions),
+            codec=self._codec(train, positions),
             mix=views.mix_fingerprint(self.splits.train),
             features=self._kept_features(train),
         )

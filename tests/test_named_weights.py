@@ -84,7 +84,7 @@ def test_an_architecture_with_weights_beside_the_recipe_is_a_teacher(tmp_path: P
         assert answer.logits.shape == (3, 4)
         assert answer.features[layer].ndim == 4
     assert teachers[0].fingerprint == teachers[1].fingerprint
-    assert (teachers[0].macs or 0) > 1_000_000
+    assert (teachers[0].macs or 0) > 100_000
 
 
 @pytest.mark.parametrize("name", ["timm", "torchvision"])

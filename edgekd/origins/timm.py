@@ -99,16 +99,14 @@ class _Timm:
 
     def _pretrained(self, asked: ModelRequest) -> nn.Module:
         """With timm's weights, which its own code puts in place once they are read."""
-        settings, told = self._settings(asked), self._classes(asked)
+        timm, settings, told = self._known(asked), self._settings(asked), self._classes(asked)
         path, looked_for = _cached(settings)
         labels = told.get("num_classes", 0)  # with no classes wanted, timm leaves the last layer out
         if fault := cached_fault(asked.reference, looked_for, settings["num_classes"], labels):
             raise UsageError(fault)
         assert path is not None
         overlay = {"state_dict": read_state(path), "custom_load": False}
-        module: nn.Module = library("timm").create_model(
-            asked.place, pretrained=True, pretrained_cfg_overlay=overlay, **told
-        )
+        module: nn.Module = timm.create_model(asked.place, pretrained=True, pretrained_cfg_overlay=overlay, **told)
         return module
 
 

