@@ -147,10 +147,11 @@ def teacher_accuracy(work: Workspace, samples: int = 256) -> str:
 def teacher_sentences(work: Workspace, accuracy: float) -> list[str]:
     """What teachers say of themselves, and what each of several is worth on the test samples; from the cache."""
     test = work.splits.test
+    said = work.cache("train").manifest["beside"] if work.teacher.beside else {}
     lines = [
         f"Of what the teacher says of the training views, {name}: {told['mean']:.2%} on average, "
         f"{told['largest']:.2%} at most."
-        for name, told in work.cache("train").manifest.get("beside", {}).items()
+        for name, told in said.items()
     ]
     if len(work.recipe.teacher.members) == 1 or test.labels is None:
         return lines
