@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekd import processes
+from edgekd.blocks import started_from
 from edgekd.data import Split, Splits
 from edgekd.embeddings import EMBEDDING, Likeness, check_embedding, embedding_objective, likeness, with_head
 from edgekd.errors import DataError
@@ -39,6 +40,7 @@ from edgekd.views import Views
 
 __all__ = [
     "CONTROL",
+    "STARTED_FROM",
     "ArmResult",
     "EmbeddingResult",
     "Trained",
@@ -46,6 +48,7 @@ __all__ = [
     "arms_of",
     "choose_arm",
     "evaluate",
+    "fresh_student",
     "judged",
     "load_embedding_result",
     "load_result",
@@ -55,6 +58,9 @@ __all__ = [
 ]
 
 CONTROL = "control"
+
+STARTED_FROM = "student starts from: "
+"""Begins the line of a card's lineage that says whose weights a student started from."""
 
 
 @dataclass(frozen=True)
@@ -238,19 +244,8 @@ def train_arm(
     """
     torch.set_num_threads(max(1, threads_of(recipe) // processes.on_this_machine()))
     folder = RunFolder(recipe.run_folder)
-    example = _example(splits)
-    module = load_student_module(recipe.student.model, recipe.folder, seed, recipe.student.told, recipe.labels)
-    learner: nn.Module
-    output, outputs = module.eval()(*example), caches["train"].classes
-    if recipe.teacher.embeds:
-        check_embedding(output, outputs)
-        heard = recipe.distill.mix(arm).label_weight > 0
-        learner = with_head(module, outputs, len(splits.labels) if heard else 0, seed)
-    else:
-        check_outputs(output, outputs, len(splits.labels), caches["train"].positions)
-        shapes = {name: shape for name, (_, shape) in caches["train"].features.items()}
-        inputs_by_name = dict(zip(splits.train.inputs, example, strict=True))
-        learner = with_features(module, recipe.distill.features_of(arm), shapes, inputs_by_name, seed)
+    module, learner = fresh_student(recipe, splits, caches["train"], arm, seed)
+    example, start = _example(splits), started_from(module)
     plan = plan_of(recipe, arm, seed)
     name = f"{arm}, seed {seed}"
     checkpoint = folder.checkpoint(f"{arm}-{fingerprint(inputs)}", seed)
@@ -274,6 +269,7 @@ def train_arm(
         lineage=(
             *(manifest.get("teacher") or [f"teacher: {keys['teacher']}"]),
             f"data: {keys['data']}",
+            *([f"{STARTED_FROM}{start}"] if start else []),
             f"distill {name}: {fingerprint(inputs)}",
         ),
         assets=tuple(splits.assets),
@@ -288,6 +284,30 @@ def train_arm(
     }
     save_student(folder.arm(arm, seed), student, splits.assets, record)
     checkpoint.unlink(missing_ok=True)
+
+
+def fresh_student(
+    recipe: Recipe, splits: Splits, cache: TeacherCache, arm: str, seed: int
+) -> tuple[nn.Module, nn.Module]:
+    """A student before it is trained: what is saved in the end, and what is trained, with projectors or a head.
+
+    Args:
+        cache: Of the training views.
+
+    Raises:
+        DataError: The student's outputs do not fit the teacher's.
+    """
+    example = _example(splits)
+    module = load_student_module(recipe.student.model, recipe.folder, seed, recipe.student.told, recipe.labels)
+    output = module.eval()(*example)
+    if recipe.teacher.embeds:
+        check_embedding(output, cache.classes)
+        heard = recipe.distill.mix(arm).label_weight > 0
+        return module, with_head(module, cache.classes, len(splits.labels) if heard else 0, seed)
+    check_outputs(output, cache.classes, len(splits.labels), cache.positions)
+    shapes = {name: shape for name, (_, shape) in cache.features.items()}
+    inputs = dict(zip(splits.train.inputs, example, strict=True))
+    return module, with_features(module, recipe.distill.features_of(arm), shapes, inputs, seed)
 
 
 def judged(student: Student, split: Split, cache: TeacherCache) -> Quality | Likeness:

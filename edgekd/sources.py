@@ -39,6 +39,7 @@ __all__ = [
     "module_fingerprint",
     "module_teacher",
     "own_preprocessing",
+    "trainable_module",
 ]
 
 
@@ -139,6 +140,11 @@ def load_student_module(
         DataError: The reference names no module that can be trained.
     """
     torch.manual_seed(seed)
+    return trainable_module(reference, folder, told, labels)
+
+
+def trainable_module(reference: str, folder: Path, told: Json | None = None, labels: Sequence[str] = ()) -> nn.Module:
+    """A module that can be trained, drawn from the global generator as it stands; see :func:`load_student_module`."""
     origin, asked = _request(reference, folder, told, (), labels)
     if not isinstance(origin, Trainable):
         able = [f"{name}:" for name in plugins.origin_names() if isinstance(plugins.load_origin(name), Trainable)]

@@ -29,7 +29,14 @@ from edgekd.precisions import PORTABLE
 from edgekd.store import atomic_write, load_artifact, load_card, read_json, size_of, write_json
 from edgekd.truth import NO_LABEL
 from edgekd.types import Artifact, Card, Json
-from edgekd.verdict import arm_rows, gain_sentence, inheritance_sentence, kept_sentence, perplexity_sentence
+from edgekd.verdict import (
+    arm_rows,
+    gain_sentence,
+    inheritance_sentence,
+    kept_sentence,
+    perplexity_sentence,
+    start_sentences,
+)
 from edgekd.workspace import Workspace
 
 __all__ = ["collect", "write_report"]
@@ -306,7 +313,7 @@ def _distillation_sentences(
     answers: Answers | None,
 ) -> list[str]:
     share = card.parameters / teacher_parameters if teacher_parameters else None
-    lines = [kept_sentence(arms, teacher, share)]
+    lines = [kept_sentence(arms, teacher, share), *start_sentences(card.lineage)]
     shipped = next(row.arm for row in arms if row.is_shipped)
     if teacher.perplexity is not None and shipped != CONTROL:
         own, control = ([r.test for r in results if r.arm == arm] for arm in (shipped, CONTROL))

@@ -96,6 +96,7 @@ def train(
     progress: Progress,
     name: str,
     on_epoch: OnEpoch | None = None,
+    learned_from: np.ndarray | None = None,
 ) -> list[dict[str, float]]:
     """Train in place with AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); of several processes, all call this.
 
@@ -109,6 +110,7 @@ def train(
         objective: What is minimised.
         checkpoint: Where the state is kept until training is done; only read if it is of the same work.
         name: For the progress.
+        learned_from: Positions of the samples that are shown; all of the split by default.
 
     Returns:
         Mean loss, its parts, and how much of the gradient each part makes up, epoch by epoch.
@@ -125,12 +127,14 @@ def train(
     assert split.labels is not None
     rows, places, labels = cache.rows(split.ids), cache.places(split), torch.from_numpy(split.labels)
     known = (split.labels != NO_LABEL).reshape(len(split), -1).any(axis=1)
-    pool = np.flatnonzero(known) if plan.labelled_only else np.arange(len(split))
+    everyone = np.arange(len(split)) if learned_from is None else learned_from
+    pool = everyone[known[everyone]] if plan.labelled_only else everyone
     order = Order(pool, split.ids[pool], cache.views, plan.views_per_decode, plan.seed)
     trained, called = spread(student, plan.shard, plan.compile)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=plan.precision == "fp16")
-    steps = math.ceil(len(split) / plan.batch_size)
+    samples = len(everyone)
+    steps = math.ceil(samples / plan.batch_size)
     seed_all(plan.seed)
     state = load_checkpoint(checkpoint, trained, optimizer, scaler)
     progress.start(name, plan.epochs * steps, state.step)
@@ -139,8 +143,8 @@ def train(
     with shared_norms(trained) as norms:
         while state.step < plan.epochs * steps:
             epoch, step = divmod(state.step, steps)
-            begin = epoch * len(split) + step * plan.batch_size
-            batch, turns = order.draws(begin, min(begin + plan.batch_size, (epoch + 1) * len(split)))
+            begin = epoch * samples + step * plan.batch_size
+            batch, turns = order.draws(begin, min(begin + plan.batch_size, (epoch + 1) * samples))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(state.step, plan.epochs * steps, plan)
             optimizer.zero_grad()

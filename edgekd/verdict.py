@@ -9,12 +9,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgekd.answers import Answers
-from edgekd.distill import CONTROL, ArmResult
+from edgekd.distill import CONTROL, STARTED_FROM, ArmResult
 from edgekd.ledger import ArmRow, Gain
 from edgekd.metrics import Quality
 from edgekd.pairing import FEWEST_SEEDS, Paired, paired, paired_means
 
-__all__ = ["arm_rows", "gain_sentence", "inheritance_sentence", "kept_sentence", "perplexity_sentence"]
+__all__ = [
+    "arm_rows",
+    "gain_sentence",
+    "inheritance_sentence",
+    "kept_sentence",
+    "perplexity_sentence",
+    "start_sentences",
+]
 
 FEWEST_MISTAKES = 20
 """Of fewer, the share that is repeated moves by more than 5 points with a single one."""
@@ -94,6 +101,16 @@ def kept_sentence(rows: Sequence[ArmRow], teacher: Quality, share_of_parameters:
         f"The student ({row.arm}) keeps {kept:.1%} of the teacher's accuracy{size}: "
         f"{_spread(row)} against {teacher.accuracy:.2%} on {teacher.samples} {unit}."
     )
+
+
+def start_sentences(lineage: Sequence[str]) -> list[str]:
+    """Of a student that starts from a teacher's weights: that every arm does, so what the gain is not."""
+    starts = [line.removeprefix(STARTED_FROM) for line in lineage if line.startswith(STARTED_FROM)]
+    return [
+        f"Every arm starts from the same weights, the control too: {start}. What they are worth is in both; the gain "
+        "over the control is that of the teacher's outputs alone."
+        for start in starts
+    ]
 
 
 def gain_sentence(rows: Sequence[ArmRow]) -> str:

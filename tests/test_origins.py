@@ -17,7 +17,7 @@ from edgekd.errors import DataError, ModelFileError, UsageError
 from edgekd.protocols import Origin, Teaching, Trainable
 from edgekd.sources import load_teacher
 
-ORIGINS = ("hf", "keras", "onnx", "openai", "pt2", "savedmodel", "timm", "torchscript", "torchvision")
+ORIGINS = ("blocks_of", "hf", "keras", "onnx", "openai", "pt2", "savedmodel", "timm", "torchscript", "torchvision")
 
 
 def images(channels: int = 3, size: int = 32) -> dict[str, np.ndarray]:
