@@ -19,7 +19,7 @@ from edgekd.faults import fault_lines, no_such_key
 from edgekd.places import file_fault, function_fault
 from edgekd.profiles import load_profile
 from edgekd.protocols import Options
-from edgekd.recipe import MOST_DRAWS, TRAINING, ArmOptions, Export, Recipe
+from edgekd.recipe import MOST_DRAWS, TRAINING, ArmOptions, Distill, Export, Recipe
 from edgekd.recipe_models import AS_DATA, Member, Model, Teacher
 from edgekd.types import Json
 
@@ -157,6 +157,7 @@ def _cross_faults(table: Json, folder: Path) -> list[str]:
     if embeds:
         faults += _embedding_faults(table)
     faults += _control_faults(distill)
+    faults += _override_faults(distill)
     ship = distill.get("ship", "best")
     if ship not in ("best", "control", *(each("distill", "arms") or known)):
         faults.append(f"distill.ship: {ship!r} is not an arm; 'best' or one of distill.arms would work")
@@ -337,6 +338,19 @@ def _control_faults(distill: Json) -> list[str]:
         f"distill.overrides.control.{key}: the control learns from labels alone; there are {', '.join(TRAINING)}"
         for key in (own if isinstance(own, dict) else ())
         if key in ArmOptions.model_fields and key not in TRAINING
+    ]
+
+
+def _override_faults(distill: Json) -> list[str]:
+    """Tables for arms that are not trained, which nobody would read."""
+    overrides, arms = distill.get("overrides", {}), distill.get("arms", Distill().arms)
+    if not isinstance(overrides, dict) or not isinstance(arms, list | tuple):
+        return []
+    trained = list(dict.fromkeys(("control", *map(str, arms))))
+    return [
+        f"distill.overrides.{arm}: no arm {arm!r} is trained; distill.arms has {', '.join(trained)}"
+        for arm in overrides
+        if arm not in trained
     ]
 
 

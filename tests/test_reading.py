@@ -243,3 +243,13 @@ def test_options_on_the_command_line_name_their_target_where_there_are_several()
     with pytest.raises(UsageError, match=r"'speed=3' is not target.key=value with a target of onnx, coreml"):
         parse_options(["speed=3"], ["onnx", "coreml"])
     assert parse_options([], ["onnx"]) == {}
+
+
+def test_a_table_for_an_arm_that_is_not_trained_is_a_fault(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(_write(tmp_path, GOOD + "[distill.overrides.dkd]\ntemperature = 4.0\n"))
+
+    assert caught.value.faults == (
+        "distill.overrides.dkd: no arm 'dkd' is trained; distill.arms has control, kd, dist",
+    )
+    load_recipe(_write(tmp_path, GOOD + "[distill.overrides.control]\nepochs = 3\n"))
