@@ -1,12 +1,11 @@
-"""What can be known before hours are spent: data, teacher and student, and what the run will cost."""
+"""Whether data, teacher and student fit, before hours are spent; :mod:`edgekd.preflight` says how many."""
 
 from __future__ import annotations
-
-import time
 
 import numpy as np
 import torch
 
+from edgekd.blocks import started_from
 from edgekd.distill import check_outputs
 from edgekd.embeddings import check_embedding
 from edgekd.ensemble import teacher_accuracy
@@ -42,11 +41,8 @@ def check_workspace(work: Workspace) -> dict[str, str]:
     partners = view_partners(seeds, len(splits.train))
     inputs = view_batch(splits.train, rows, seeds, work.views_of("train"), partners).inputs
     batch = dict(zip(splits.train.inputs, (x.numpy() for x in inputs), strict=True))
-    work.teacher.logits(batch)  # the first call pays for set-up
-    began = time.monotonic()
     answer = work.teacher.outputs(batch)
     logits, layout = answer.logits, layout_of(answer.features)
-    per_sample_s = (time.monotonic() - began) / len(rows)
     if not np.isfinite(logits).all():
         raise NumericalError("the teacher gives NaN or infinity on the first training samples")
     student = load_student_module(recipe.student.model, recipe.folder, 0, recipe.student.told, recipe.labels).eval()
@@ -60,7 +56,7 @@ def check_workspace(work: Workspace) -> dict[str, str]:
         with_features(student, recipe.distill.features_of(arm), shapes, dict(zip(batch, inputs, strict=True)), 0)
     export_program(student, list(inputs))
     views, plain = len(splits.train) * recipe.data.views, len(splits.validation) + len(splits.test)
-    passes, codec = views + plain, codec_of(recipe.codec(classes, positions))
+    codec = codec_of(recipe.codec(classes, positions))
     kept = {name: layout[name] for name in work.capture_key("train").features}
     record = record_bytes(codec, classes, positions, recipe.data.mix is not None, kept)
     judged_by = codec_of(codec.name if recipe.teacher.embeds else plain_codec(classes, positions))
@@ -76,8 +72,7 @@ def check_workspace(work: Workspace) -> dict[str, str]:
             if recipe.teacher.embeds
             else {"classes": f"{classes}", "teacher": teacher_accuracy(work)}
         ),
-        "teacher cache": f"{size / 1e6:.1f} MB ({codec.name}, {record} bytes a view), "
-        f"about {passes * per_sample_s:.0f} s of the teacher",
+        "teacher cache": f"{size / 1e6:.1f} MB ({codec.name}, {record} bytes a view)",
         "students": f"{len(work.arms) * len(recipe.distill.seeds)} to train: "
         f"{', '.join(work.arms)}; {len(recipe.distill.seeds)} seeds",
         "student parameters": f"{count_parameters(student):,}",
@@ -91,6 +86,8 @@ def check_workspace(work: Workspace) -> dict[str, str]:
     if work.teacher.parameters:
         share = count_parameters(student) / work.teacher.parameters
         facts["student parameters"] += f", {share:.1%} of the teacher's (10 to 20 % is a sane start)"
+    if start := started_from(student):
+        facts["student starts from"] = f"{start}; the control too"
     if splits.joined is not None:
         facts["unlabeled"] = splits.joined.sentence()
     return facts
