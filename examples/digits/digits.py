@@ -68,9 +68,10 @@ class Classifier(nn.Module):
         return self.classifier(self.features(image).mean((2, 3)))
 
 
-def student() -> nn.Module:
-    """A student with a tenth of the teacher's parameters."""
-    return Classifier((8, 24, 32))
+def student(width: float = 1.0) -> nn.Module:
+    """A student with a tenth of the teacher's parameters, at width 1."""
+    first, second, third = (max(1, round(width * channels)) for channels in (8, 24, 32))
+    return Classifier((first, second, third))
 
 
 def teacher() -> nn.Module:

@@ -107,25 +107,30 @@ class Teacher(nn.Module):
 
 
 class Student(nn.Module):
-    """Four convolutions, the first with stride 2 so that no operator works at 28×28: 57,034 parameters."""
+    """Four convolutions, the first with stride 2 so that no operator works at 28×28: 57,034 parameters at width 1.
 
-    def __init__(self) -> None:
+    Args:
+        width: What all channels are multiplied with.
+    """
+
+    def __init__(self, width: float = 1.0) -> None:
         super().__init__()
+        first, second, third, fourth = (max(1, round(width * channels)) for channels in (16, 24, 48, 96))
         self.features = nn.Sequential(
-            convolution(1, 16, kernel=5, stride=2),  # 14×14
-            convolution(16, 24),
-            convolution(24, 48, stride=2),  # 7×7
-            convolution(48, 96, stride=2),  # 4×4
+            convolution(1, first, kernel=5, stride=2),  # 14×14
+            convolution(first, second),
+            convolution(second, third, stride=2),  # 7×7
+            convolution(third, fourth, stride=2),  # 4×4
         )
-        self.classifier = nn.Linear(96, 10)
+        self.classifier = nn.Linear(fourth, 10)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.classifier(self.features(image).mean((2, 3)))
 
 
-def student() -> nn.Module:
+def student(width: float = 1.0) -> nn.Module:
     """A student to train: 7.5 % of the teacher's parameters, a twentieth of its multiply-accumulates."""
-    return Student()
+    return Student(width)
 
 
 def teacher() -> nn.Module:

@@ -45,7 +45,7 @@ class Student(nn.Module):
         return self.classifier(self.dropout(torch.cat([mean, largest], dim=1)))
 
 
-def student() -> nn.Module:
+def student(width: int = 96) -> nn.Module:
     """A student whose embeddings are the principal components of MiniLM's (as in model2vec), scaled to unit variance.
 
     MiniLM's embeddings were frozen while it was fine-tuned: the control starts from them too and still sees nothing
@@ -55,7 +55,7 @@ def student() -> nn.Module:
         raise FileNotFoundError(
             f"no {TEACHER_WEIGHTS}; python train_teacher.py makes it (about 30 minutes on one core)"
         )
-    model = Student()
+    model = Student(width)
     model.embedding.weight.data.copy_(principal_components(TEACHER_WEIGHTS, "bert.", model.embedding.embedding_dim))
     return model
 
