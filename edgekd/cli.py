@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgekd import processes
+from edgekd.cli_choosing import suggest, sweep
 from edgekd.cli_common import (
     ForceOption,
     JsonOption,
@@ -100,17 +101,20 @@ def check(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Check the recipe, the data, and that teacher and student fit, before hours are spent."""
+    """Check that recipe, data, teacher and student fit, and probe what the run will cost, before hours are spent."""
     from edgekd.check import check_workspace
+    from edgekd.preflight import preflight
 
+    work = workspace(recipe)
     if shift is not None:
-        _check_shift(workspace(recipe), shift, json)
+        _check_shift(work, shift, json)
         return
-    facts = check_workspace(workspace(recipe))
+    facts = check_workspace(work)
+    cost = preflight(work)
     if json:
-        show_json(facts)
+        show_json({**facts, **cost.facts(), "preflight": cost.to_json()})
         return
-    for key, value in facts.items():
+    for key, value in {**facts, **cost.facts()}.items():
         show(f"{key:<22} {value}")
     show("good")
 
@@ -281,7 +285,23 @@ def _one_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
 
 
-STAGES = (init, check, capture, distill, compress, export, lint, verify, compare, calibrate, history, report, run)
+STAGES = (
+    init,
+    check,
+    suggest,
+    capture,
+    sweep,
+    distill,
+    compress,
+    export,
+    lint,
+    verify,
+    compare,
+    calibrate,
+    history,
+    report,
+    run,
+)
 for command in (*STAGES, generate, targets, doctor, schema):  # as the help lists them
     app.command()(command)
 app.add_typer(bench_app, name="bench")
