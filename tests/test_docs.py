@@ -21,7 +21,21 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 EXAMPLES = ("digits", "fashion", "spam")
 ARMS = ("control", "kd", "dist")
-COMMANDS = ["init", "check", "capture", "distill", "compress", "export", "lint", "verify", "bench", "report", "run"]
+COMMANDS = [
+    "init",
+    "check",
+    "suggest",
+    "capture",
+    "sweep",
+    "distill",
+    "compress",
+    "export",
+    "lint",
+    "verify",
+    "bench",
+    "report",
+    "run",
+]
 COMMANDS += ["bench import", "compare", "calibrate", "history", "targets", "devices", "devices prepare", "doctor"]
 COMMANDS += ["schema"]
 
