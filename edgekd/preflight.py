@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgekd.capture import BATCH, capture
+from edgekd.capture import capture
 from edgekd.console import SilentProgress
 from edgekd.data import Split
 from edgekd.distill import arms_of, fresh_student, objective_of, plan_of, threads_of
 from edgekd.judging import judge
+from edgekd.shards import BATCH, at_once
 from edgekd.teacher_cache import TeacherCache
 from edgekd.tracing import export_program
 from edgekd.train import train
@@ -144,7 +145,7 @@ def _probed_samples(work: Workspace) -> Split:
     """Enough samples for the batches of capture and training, fewer where the teacher is slow."""
     train, views = work.splits.train, work.recipe.data.views
     batch = max(work.recipe.distill.for_arm(arm).batch_size for arm in arms_of(work.recipe))
-    in_batch = max(1, BATCH // max(1, positions_of(train.labels)))
+    in_batch = at_once(BATCH, positions_of(train.labels))
     order = _labelled_first(train, batch)
     few = train.arrays(order[: min(in_batch, 16)])
     work.teacher.outputs(few)  # the first call pays for set-up

@@ -29,7 +29,8 @@ from edgekd.pairing import Paired, paired
 from edgekd.protocols import Progress
 from edgekd.recipe import Recipe
 from edgekd.seeds import first_seeds
-from edgekd.store import atomic_write, fingerprint, load_student
+from edgekd.store import atomic_write, fingerprint
+from edgekd.student_files import load_student
 from edgekd.study import Finished, Study, Taken, TrialPruned, require_optuna
 from edgekd.sweep_space import Knob, Settings, own_settings, space_of, with_settings
 from edgekd.train import OnEpoch, train

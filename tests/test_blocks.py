@@ -13,7 +13,7 @@ from edgekd.errors import RecipeError, UsageError
 from edgekd.pipeline import capture_stage, distill_stage
 from edgekd.reading import load_recipe
 from edgekd.sources import load_student_module
-from edgekd.store import load_student
+from edgekd.student_files import load_student
 from edgekd.summary import collect
 from edgekd.workspace import Workspace
 
