@@ -15,7 +15,8 @@ from edgekd.blocks import find_stacks
 from edgekd.errors import EdgekdError
 from edgekd.protocols import Trainable
 from edgekd.recipe import Recipe
-from edgekd.sources import trainable_module
+from edgekd.recipe_models import AS_DATA
+from edgekd.sources import own_preprocessing, trainable_module
 from edgekd.types import Json
 
 __all__ = ["FACTORS", "KNOBS", "Candidate", "candidates_of"]
@@ -115,9 +116,10 @@ def _blocks(recipe: Recipe) -> tuple[list[Candidate], str]:
     found, reasons = [], []
     for member in recipe.teacher.members:
         reason, counts = _stack_counts(recipe, member.model)
-        if member.preprocessing is not None:
+        own = None if reason else own_preprocessing(member.model, recipe.folder, member.told, recipe.labels)
+        if (member.preprocessing or own or AS_DATA) != AS_DATA:
             reason = "it takes other inputs than the data's"
-        elif member.gives != "logits":
+        elif member.gives not in ("logits", "embedding"):
             reason = f"it gives {member.gives}"
         elif member.told and not reason:
             reason = "what the recipe says of it is not said of its blocks"

@@ -21,8 +21,7 @@ from torch import nn
 from edgekd.capture import capture
 from edgekd.console import SilentProgress
 from edgekd.data import Split
-from edgekd.distill import arms_of, fresh_student, objective_of, plan_of, threads_of
-from edgekd.judging import judge
+from edgekd.distill import fresh_student, objective_of, plan_of, threads_of
 from edgekd.shards import BATCH, at_once
 from edgekd.teacher_cache import TeacherCache
 from edgekd.tracing import export_program
@@ -134,7 +133,7 @@ def preflight(work: Workspace) -> Preflight:
         pass_s = (time.monotonic() - started) / (len(part) * cache.views)
         torch.set_num_threads(threads_of(recipe))
         try:
-            arms = tuple(_arm_cost(work, arm, part, cache, plain, Path(folder)) for arm in arms_of(recipe))
+            arms = tuple(_arm_cost(work, arm, part, cache, plain, Path(folder)) for arm in work.arms)
         finally:
             torch.set_num_threads(threads)
     passes = len(splits.train) * recipe.data.views + plain
@@ -144,7 +143,7 @@ def preflight(work: Workspace) -> Preflight:
 def _probed_samples(work: Workspace) -> Split:
     """Enough samples for the batches of capture and training, fewer where the teacher is slow."""
     train, views = work.splits.train, work.recipe.data.views
-    batch = max(work.recipe.distill.for_arm(arm).batch_size for arm in arms_of(work.recipe))
+    batch = max(work.recipe.distill.for_arm(arm).batch_size for arm in work.arms)
     in_batch = at_once(BATCH, positions_of(train.labels))
     order = _labelled_first(train, batch)
     few = train.arrays(order[: min(in_batch, 16)])
@@ -162,7 +161,8 @@ def _probed_samples(work: Workspace) -> Split:
 def _labelled_first(train: Split, count: int) -> np.ndarray:
     """Positions of training samples in an order of no meaning, some with a label in front: the control needs them."""
     order = np.argsort(train.ids)
-    assert train.labels is not None
+    if train.labels is None:
+        return order
     known = (train.labels[order] != NO_LABEL).reshape(len(train), -1).any(axis=1)
     front = order[known][:count]
     return np.concatenate([front, order[~np.isin(order, front)]])
@@ -176,7 +176,8 @@ def _arm_cost(work: Workspace, arm: str, part: Split, cache: TeacherCache, plain
     steps = math.ceil(len(part) / plan.batch_size)
     short = replace(plan, epochs=math.ceil(wanted / steps), shard=False)
     clock = _Clock(wanted, MOST_S)
-    objective, checkpoint = objective_of(recipe, arm), folder / f"{arm}.pt"
+    labelled = bool(work.splits.labels) or cache.positions > 0
+    objective, checkpoint = objective_of(recipe, arm, labelled=labelled), folder / f"{arm}.pt"
     with contextlib.suppress(_EnoughError):
         train(learner, part, cache, work.views_of("train"), objective, short, checkpoint, clock, f"probe of {arm}")
     warm = min(WARM_UP, len(clock.seconds) - 1)
@@ -196,12 +197,14 @@ def _arm_cost(work: Workspace, arm: str, part: Split, cache: TeacherCache, plain
 def _finish_s(work: Workspace, module: nn.Module, plain: int) -> float:
     """Export, and judging of ``plain`` samples."""
     validation = work.splits.validation
-    few = validation.take(np.arange(min(len(validation), max(1, 512 // max(1, positions_of(validation.labels))))))
+    some = min(len(validation), at_once(2 * BATCH, positions_of(validation.labels)))
     started = time.monotonic()
-    export_program(module, [torch.from_numpy(x[:2]) for x in few.arrays().values()])
-    exported = time.monotonic()
-    judge(module, few)
-    return exported - started + (time.monotonic() - exported) / len(few) * plain
+    few = [torch.from_numpy(x) for x in validation.arrays(np.arange(some)).values()]
+    with torch.no_grad():
+        module(*few)
+    judged = time.monotonic()
+    export_program(module, [x[:2] for x in few])
+    return time.monotonic() - judged + (judged - started) / some * plain
 
 
 class _EnoughError(Exception):

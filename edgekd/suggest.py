@@ -21,6 +21,7 @@ from edgekd import plugins
 from edgekd.blocks import spread_evenly
 from edgekd.candidates import Candidate, candidates_of
 from edgekd.distill import check_outputs
+from edgekd.embeddings import EMBEDDING, check_embedding
 from edgekd.errors import DeviceError, EdgekdError, UsageError
 from edgekd.export import Proof, export_student
 from edgekd.ledger import UNKNOWN, format_bytes, format_count, format_latency
@@ -30,7 +31,7 @@ from edgekd.profiles import device_of, load_profile
 from edgekd.protocols import Arrays, Progress
 from edgekd.sources import load_student_module
 from edgekd.tracing import export_program, rename_outputs
-from edgekd.types import Artifact, Card, JsonMixin, Student
+from edgekd.types import LOGITS, Artifact, Card, JsonMixin, Student
 from edgekd.windows import NO_FILES, positions_of
 from edgekd.workspace import Workspace
 
@@ -181,13 +182,17 @@ def _looked_at(work: Workspace, candidate: Candidate, batch: Arrays) -> tuple[Ca
             output = module(*example)
         except Exception as error:  # the user's code, or blocks that do not follow on each other
             raise UsageError(f"it cannot take the data: {str(error).splitlines()[0]}") from error
-    check_outputs(output, work.classes, len(splits.labels), positions_of(splits.train.labels))
-    program = rename_outputs(export_program(module.requires_grad_(False), example), ["logits"])
+    if recipe.teacher.embeds:
+        check_embedding(output, work.teacher.logits(batch).shape[-1])
+    else:
+        check_outputs(output, work.classes, len(splits.labels), positions_of(splits.train.labels))
+    meaning = EMBEDDING if recipe.teacher.embeds else LOGITS
+    program = rename_outputs(export_program(module.requires_grad_(False), example), [meaning])
     card = Card(
         recipe.name,
         input_specs(program),
-        output_specs(program),
-        splits.labels,
+        tuple(replace(spec, meaning=meaning) for spec in output_specs(program)),
+        () if recipe.teacher.embeds else splits.labels,
         splits.preprocessing,
         parameters=count_parameters(module),
         macs=count_macs(program),

@@ -159,6 +159,8 @@ def sweep(asked: Sweep, progress: Progress) -> Swept:
         MissingToolchainError: Optuna is not installed.
     """
     require_optuna()
+    if asked.recipe.teacher.embeds:
+        raise UsageError("edgekd sweep judges classes and tokens; this recipe's teacher gives embeddings")
     space, notes = asked.space
     for note in notes:
         progress.say(note)
