@@ -133,7 +133,7 @@ def block_of(logs: Sequence[Log], conditions: dict[str, str], void: str = "") ->
     are medians over the launches.
     """
     which = "median" if all("median" in log.timed for log in logs) else "avg"
-    values = [log.timed[which] for log in logs]
+    values = [log.timed.get(which, log.timed["curr"]) for log in logs]  # of a single inference only that is told
     count, units, footprints = sum(log.counts[1] for log in logs), logs[0].units, [log.footprint_mb for log in logs]
     told = " ".join(f"{unit}={nodes}" for unit, nodes in units.items())
     described = conditions | {

@@ -47,6 +47,22 @@ def unpacked(name: str, suite: str, architecture: str, packages: Sequence[str]) 
     return root
 
 
+def arm64() -> Path:
+    """An aarch64 Debian with Python, for qemu-user; raises as ``unpacked``."""
+    packages = ("python3-minimal", "libpython3-stdlib", "libstdc++6", "libgcc-s1")
+    root = unpacked("python-arm64", "bookworm", "arm64", packages)
+    # Runtimes look their processor up there, and crash on what an x86 kernel tells.
+    for name in ("possible", "present"):
+        (root / "sys/devices/system/cpu").mkdir(parents=True, exist_ok=True)
+        (root / "sys/devices/system/cpu" / name).write_text("0\n")
+    (root / "proc").mkdir(exist_ok=True)
+    (root / "proc" / "cpuinfo").write_text(
+        "processor\t: 0\nBogoMIPS\t: 108.00\nFeatures\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid\n"
+        "CPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x0\nCPU part\t: 0xd08\nCPU revision\t: 3\n"
+    )
+    return root
+
+
 def _mirror() -> str:
     """Where this system has its own Debian packages from, however its sources are written.
 

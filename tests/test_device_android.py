@@ -38,6 +38,7 @@ from edgekd.watching import minutes_lines
 
 sys.path.insert(0, str(Path(__file__).parent))
 from adbd import Phones, start_phones, thermal, unpacked
+from android_program import benchmark_model
 from elsewhere import ENDLESS, name_of_a_killed_ones, said_during_a_run, wait_for
 
 pytestmark = [
@@ -330,6 +331,39 @@ def test_a_gate_on_a_phone_passes_a_file_that_is_the_same(
         [pair], "phone", device_for(phones), Samples({"args_0": images}), margins=margins, plan=replace(QUICK, blocks=1)
     )
     assert found.verdict == "pass", found.cells
+    assert phones.left() == []
+
+
+@pytest.mark.slow
+def test_the_real_benchmark_model_is_driven_and_computes_what_the_host_does(
+    start: Callable[..., Phones], tflite_file: File, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Google's build for Android; on an emulated processor, so its times say nothing."""
+    try:
+        real = benchmark_model()
+    except (OSError, subprocess.SubprocessError, StopIteration) as error:
+        pytest.skip(f"no benchmark_model can be had here: {error}")
+    monkeypatch.setattr(android, "TURNS", 2)
+    phones = start()
+    with (phones.state() / "properties").open("a") as properties:
+        properties.write("[ro.kernel.qemu]: [1]\n")
+    device_for(phones)
+    device = device_for_program(phones, Path(shutil.copy(real, program(phones.folder))))
+    found = measure(*tflite_file, "phone", device, {"args_0": images[:2]}, None, None, replace(QUICK, max_s=60.0))
+    assert "emulated" in found.flags
+    assert not {"few_runs", "partial_delegation"} & set(found.flags)
+    for block in found.blocks:
+        assert block.conditions["delegation"].startswith("TfLiteXNNPackDelegate=")
+        assert block.conditions["delegation"].endswith(" CPU=0")
+        assert block.conditions["statistic"] == "median of 10 inferences in 1 launches, as benchmark_model reports it"
+        assert min(*block.latency_ms, block.first_inference_ms, block.model_load_ms) > 0
+    assert float(found.blocks[-1].conditions["differs_from_host"]) < 1e-5
+    _, expected = load_device("host").run(*tflite_file, {"args_0": images}, replace(QUICK, blocks=1))
+    with contextlib.closing(device):
+        pair = device.run_in_turns(two_sides(tflite_file, images), replace(QUICK, max_s=60.0), seed=0)
+    for (block, outputs), begin in zip(pair, (0, 2), strict=True):
+        np.testing.assert_allclose(outputs["output_0"], expected["output_0"][begin : begin + 2], atol=1e-5)
+        assert block.conditions["launches"] == "2"
     assert phones.left() == []
 
 

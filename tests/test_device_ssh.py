@@ -444,10 +444,9 @@ def arm_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     qemu = shutil.which("qemu-aarch64-static")
     if qemu is None:
         pytest.skip("needs qemu-aarch64-static: apt-get install qemu-user-static")
-    packages = ("python3-minimal", "libpython3-stdlib", "libstdc++6", "libgcc-s1")
     folder = tmp_path_factory.mktemp("arm")
     try:
-        root = debian.unpacked("python-arm64", "bookworm", "arm64", packages)
+        root = debian.arm64()
         wanted = [f"{name}=={version(name)}" for name in ("onnxruntime", "numpy")]
         platforms = [word for year in ("2_28", "2_27", "2014") for word in ("--platform", f"manylinux{year}_aarch64")]
         platforms = [word.replace("manylinux2_", "manylinux_2_") for word in platforms]
@@ -461,15 +460,6 @@ def arm_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for wheel in folder.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
-    # ONNX Runtime looks its processor up there, and crashes on what an x86 kernel tells.
-    for name in ("possible", "present"):
-        (root / "sys/devices/system/cpu").mkdir(parents=True, exist_ok=True)
-        (root / "sys/devices/system/cpu" / name).write_text("0\n")
-    (root / "proc").mkdir(exist_ok=True)
-    (root / "proc" / "cpuinfo").write_text(
-        "processor\t: 0\nBogoMIPS\t: 108.00\nFeatures\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid\n"
-        "CPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x0\nCPU part\t: 0xd08\nCPU revision\t: 3\n"
-    )
     path = folder / "python"
     path.write_text(f'#!/bin/sh\nQEMU_CPU=max exec {qemu} -L {root} {root}/usr/bin/python3.11 "$@"\n')
     path.chmod(0o755)
