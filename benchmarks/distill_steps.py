@@ -20,12 +20,25 @@ from edgekd.data import Split
 from edgekd.losses import LOSSES, Term, weighted
 from edgekd.order import Order
 from edgekd.outputs import StudentOutputs, TeacherOutputs
+from edgekd.protocols import Augmentation
 from edgekd.teacher_cache import TeacherCache
 from edgekd.train import TrainingPlan, learning_rate_at, train
 from edgekd.truth import Truth
 from edgekd.views import Views, view_batch, view_seeds
 
-__all__ = ["BATCH", "STEPS", "Case", "Network", "Side", "augment", "cached_step", "plain_step", "torchdistill_step"]
+__all__ = [
+    "BATCH",
+    "STEPS",
+    "Case",
+    "Network",
+    "Samples",
+    "Side",
+    "augment",
+    "cached_step",
+    "plain_step",
+    "torchdistill_box",
+    "torchdistill_step",
+]
 
 BATCH, STEPS = 128, 25
 TEMPERATURE, LABEL_WEIGHT = 2.0, 0.3
@@ -143,57 +156,59 @@ def plain_step(case: Case) -> float:
     return clock.seconds()
 
 
-class _Samples(torch.utils.data.Dataset[Any]):
-    """The same samples and augmentation, as torch's loader takes them."""
+class Samples(torch.utils.data.Dataset[Any]):
+    """Samples and augmentation of one input, as torch's loader takes them."""
 
-    def __init__(self, split: Split) -> None:
+    def __init__(self, split: Split, augment: Augmentation) -> None:
         assert split.labels is not None
-        self.images, self.labels = torch.from_numpy(split.arrays()["image"]), split.labels.tolist()
+        (self.name, inputs), *_ = split.arrays().items()
+        self.inputs, self.labels, self.augment = torch.from_numpy(inputs), split.labels.tolist(), augment
         self.generator = Generator()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return augment({"image": self.images[index]}, self.generator)["image"], self.labels[index]
+        return self.augment({self.name: self.inputs[index]}, self.generator)[self.name], self.labels[index]
 
 
-def torchdistill_step(case: Case, teacher: str) -> float:
-    """KD as its examples train: a box, a loader, a teacher at every step."""
-    box = _torchdistill()(
-        case.teachers[teacher],
-        case.student(),
-        {"train": _Samples(case.split)},
+def torchdistill_box(
+    teacher: nn.Module,
+    student: nn.Module,
+    samples: Samples,
+    plan: TrainingPlan,
+    temperature: float,
+    label_weight: float,
+) -> Any:
+    """KD as torchdistill's examples train: a box, a loader, a teacher at every step.
+
+    Its loss is edgekd's ``kd``: label_weight · cross-entropy + (1 − label_weight) · T² · KL, means over the batch.
+    """
+    kd = {
+        "student_module_path": ".",
+        "student_module_io": "output",
+        "teacher_module_path": ".",
+        "teacher_module_io": "output",
+        "temperature": temperature,
+        "alpha": label_weight,
+    }
+    return _torchdistill()(
+        teacher,
+        student,
+        {"train": samples},
         {
-            "num_epochs": 1,
+            "num_epochs": plan.epochs,
             "train_data_loader": {
                 "dataset_id": "train",
                 "sampler": {"class_or_func": torch.utils.data.RandomSampler},
-                "kwargs": {"batch_size": BATCH, "num_workers": 0, "drop_last": True},
+                "kwargs": {"batch_size": plan.batch_size, "num_workers": 0, "drop_last": True},
             },
             "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
             "student": {"forward_proc": "forward_batch_only"},
-            "optimizer": {"key": "AdamW", "kwargs": {"lr": PLAN.learning_rate, "weight_decay": PLAN.weight_decay}},
+            "optimizer": {"key": "AdamW", "kwargs": {"lr": plan.learning_rate, "weight_decay": plan.weight_decay}},
             "criterion": {
                 "key": "WeightedSumLoss",
-                "kwargs": {
-                    "sub_terms": {
-                        "kd": {
-                            "criterion": {
-                                "key": "KDLoss",
-                                "kwargs": {
-                                    "student_module_path": ".",
-                                    "student_module_io": "output",
-                                    "teacher_module_path": ".",
-                                    "teacher_module_io": "output",
-                                    "temperature": TEMPERATURE,
-                                    "alpha": LABEL_WEIGHT,
-                                },
-                            },
-                            "weight": 1.0,
-                        }
-                    }
-                },
+                "kwargs": {"sub_terms": {"kd": {"criterion": {"key": "KDLoss", "kwargs": kd}, "weight": 1.0}}},
             },
         },
         torch.device("cpu"),
@@ -201,6 +216,12 @@ def torchdistill_step(case: Case, teacher: str) -> float:
         False,
         1,
     )
+
+
+def torchdistill_step(case: Case, teacher: str) -> float:
+    """A live teacher's KD; see :func:`torchdistill_box`."""
+    samples = Samples(case.split, augment)
+    box = torchdistill_box(case.teachers[teacher], case.student(), samples, PLAN, TEMPERATURE, LABEL_WEIGHT)
     clock = _Clock()
     box.pre_epoch_process(epoch=0)
     with contextlib.suppress(_EnoughError):

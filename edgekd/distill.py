@@ -253,7 +253,8 @@ def train_arm(
     history = train(learner, splits.train, caches["train"], views, objective, plan, checkpoint, progress, name)
     if not processes.is_main():
         return
-    module.eval().requires_grad_(False)
+    # A program is saved with its weights as they lie, and torch warns of those that lie channels last.
+    module.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
     meaning = EMBEDDING if recipe.teacher.embeds else LOGITS
     program = rename_outputs(export_program(module, example), [meaning])
     manifest = caches["train"].manifest

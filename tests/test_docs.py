@@ -1,6 +1,6 @@
 """Documentation is run: help pages and tables are the real ones, and the README's commands exist.
 
-Run this file to write docs/cli.md, docs/coverage.md and the README's tables anew.
+Run this file to write docs/cli.md, docs/coverage.md and the tables of README.md and docs/results.md anew.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from edgekd.benchmarks.coverage import page as coverage_page
+from edgekd.benchmarks.distill_page import results_tables as distill_tables
 from edgekd.benchmarks.gate_error_rates import others_table, rates_table
 
 ROOT = Path(__file__).parent.parent
@@ -120,6 +121,17 @@ def with_table(page: Path, marker: str, table: Callable[..., str]) -> str:
     return f"{before}<!-- {marker} -->\n{made}\n<!-- /{marker} -->{rest.partition(f'<!-- /{marker} -->')[2]}"
 
 
+def results_page() -> str:
+    """docs/results.md with its tables made anew."""
+    before, _, rest = (ROOT / "docs" / "results.md").read_text().partition("<!-- results -->\n")
+    _, _, after = rest.partition("<!-- /results -->")
+    return f"{before}<!-- results -->\n{distill_tables(RESULTS)}\n<!-- /results -->{after}"
+
+
+def test_the_results_page_is_what_was_measured() -> None:
+    assert (ROOT / "docs" / "results.md").read_text() == results_page()
+
+
 def test_the_readmes_tables_are_what_was_measured() -> None:
     assert (ROOT / "README.md").read_text() == readme_with_results()
 
@@ -165,6 +177,7 @@ if __name__ == "__main__":
     (ROOT / "docs" / "cli.md").write_text(cli_page())
     (ROOT / "docs" / "coverage.md").write_text(coverage_page(RESULTS / "coverage.json"))
     (ROOT / "README.md").write_text(readme_with_results())
+    (ROOT / "docs" / "results.md").write_text(results_page())
     for name, marker, table in (("gate", "rates", rates_table), ("measuring", "others", others_table)):
         page = ROOT / "docs" / f"{name}.md"
         page.write_text(with_table(page, marker, table))

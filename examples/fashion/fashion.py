@@ -128,6 +128,36 @@ class Student(nn.Module):
         return self.classifier(self.features(image).mean((2, 3)))
 
 
+class Placed(nn.Module):
+    """Convolutions and a classifier that sees where a feature is, since the clothes are centred.
+
+    Args:
+        layers: Channels, kernel and stride of each convolution; together they make 4×4 of 28×28.
+    """
+
+    def __init__(self, *layers: tuple[int, int, int]) -> None:
+        super().__init__()
+        inputs = [1, *(channels for channels, _, _ in layers)]
+        self.features = nn.Sequential(
+            *(convolution(before, *layer) for before, layer in zip(inputs, layers, strict=False))
+        )
+        self.classifier = nn.Linear(inputs[-1] * 16, 10)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.classifier(self.features(image).flatten(1))
+
+
+def student_15() -> nn.Module:
+    """113,418 parameters, 14.9 % of the teacher's; 3.0 M multiply-accumulates, 7 %."""
+    layers = ((32, 5, 2), (48, 3, 2), (64, 3, 1), (96, 3, 2))
+    return Placed(*layers).to(memory_format=torch.channels_last)  # a training step takes 0.8 of the time
+
+
+def student_2() -> nn.Module:
+    """16,042 parameters, 2.1 % of the teacher's; 0.36 M multiply-accumulates, 0.9 %."""
+    return Placed((16, 5, 2), (24, 3, 2), (32, 3, 2)).to(memory_format=torch.channels_last)
+
+
 def student(width: float = 1.0) -> nn.Module:
     """A student to train: 7.5 % of the teacher's parameters, a twentieth of its multiply-accumulates."""
     return Student(width)

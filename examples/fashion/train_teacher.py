@@ -1,7 +1,7 @@
 """Train the Fashion-MNIST teacher: about 45 minutes on one core. Stopped at any moment, it goes on at the last epoch.
 
 Twelve epochs on shifted, mirrored and erased images, then two with a small learning rate on images that are whole, as
-those of the test are.
+those of the test are. With ``--short``, six epochs on whole images: 20 minutes.
 
 Cross-entropy without label smoothing: smoothing erases how alike two wrong classes are, which is what a student learns
 from a teacher (Müller et al. 2019, "When does label smoothing help?").
@@ -36,6 +36,7 @@ class Phase:
 
 
 PHASES = (Phase(12, 0.1, erase=True), Phase(2, 0.02, erase=False))
+SHORT = (Phase(6, 0.1, erase=False),)
 
 
 def augment_batch(images: Tensor, generator: Generator, erase: bool) -> Tensor:
@@ -90,7 +91,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--short", action="store_true", help="six epochs instead of fourteen")
     options = parser.parse_args()
+    phases = SHORT if options.short else PHASES
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
 
@@ -98,15 +101,16 @@ def main() -> None:
     images, labels = torch.from_numpy(data["image"]), torch.from_numpy(data["label"])
     model = Teacher().to(memory_format=torch.channels_last)
     steps = len(images) // BATCH
-    state = torch.load(CHECKPOINT, weights_only=True) if CHECKPOINT.is_file() else {"done": 0, "seed": options.seed}
-    if state["seed"] != options.seed:
-        raise SystemExit(f"{CHECKPOINT.name} is of seed {state['seed']}, not {options.seed}; remove it to start anew")
+    begun = {"done": 0, "seed": options.seed, "short": options.short}
+    state = torch.load(CHECKPOINT, weights_only=True) if CHECKPOINT.is_file() else begun
+    if (state["seed"], state.get("short", False)) != (options.seed, options.short):
+        raise SystemExit(f"{CHECKPOINT.name} is of another seed or length; remove it to start anew")
     if state["done"]:
         model.load_state_dict(state["model"])
         print(f"going on after epoch {state['done']}")
 
-    total_epochs, begin = sum(phase.epochs for phase in PHASES), 0
-    for phase in PHASES:
+    total_epochs, begin = sum(phase.epochs for phase in phases), 0
+    for phase in phases:
         end = begin + phase.epochs
         optimizer, schedule = make_optimizer(model, phase, steps)
         if begin < state["done"] < end:
@@ -133,6 +137,7 @@ def main() -> None:
                 "schedule": schedule.state_dict(),
                 "done": epoch + 1,
                 "seed": options.seed,
+                "short": options.short,
             }
             replace(CHECKPOINT, lambda path, state=state: torch.save(state, path))
             print(

@@ -1,0 +1,131 @@
+"""The tables of docs/results.md, from benchmarks/results: what was measured, and what was not."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from edgekd.distill import CONTROL
+from edgekd.store import read_json
+from edgekd.types import Json
+
+from .distill import NOT_RUN, judged
+
+__all__ = ["results_tables"]
+
+REPORTS = {
+    "digits": "scikit-learn's digits: a residual net to three convolutions",
+    "spam": "SpamAssassin: MiniLM to two convolutions",
+}
+"""Reports of whole runs (``edgekd report``), made before hours were kept."""
+
+
+def results_tables(folder: Path) -> str:
+    """Every task arm by arm, the bar, torchdistill beside it, and what is not run.
+
+    Args:
+        folder: Of the results.
+    """
+    tasks: dict[str, Json] = read_json(folder / "distill.json")["tasks"]
+    tasks |= {name: _of_report(said, read_json(folder / f"{name}.json")) for name, said in REPORTS.items()}
+    lines = [
+        "| task | teacher | student | arm | test accuracy | of the teacher's | over the control | processor |",
+        "|---|---|---|---|---|---|---|---|",
+        *(line for name, task in tasks.items() for line in _rows(name, task)),
+        "",
+        "| task | parameters | keeps | the control keeps | bar |",
+        "|---|---|---|---|---|",
+        *(_bar(name, task) for name, task in tasks.items() if "bar" in task),
+        "",
+    ]
+    return "\n".join([*lines, *_not_run(tasks)])
+
+
+def _rows(name: str, task: Json) -> Iterator[str]:
+    teacher = task["teacher"]["accuracy"]
+    size = f"{task['student']['parameters']:,} parameters, {task['student']['share']:.1%}"
+    first = f"**{name}**: {task['said']} | {teacher:.2%} | {size}"
+    for arm, seeds in task["arms"].items():
+        if not seeds:
+            continue
+        values = [seed["test"] for seed in seeds.values()]
+        gain = (task.get("gains") or {}).get(arm)
+        best = " (best)" if arm == task.get("best") and arm != CONTROL else ""
+        hours = [spent["cpu_hours"] for what, spent in _trained(task, arm).items() if "seen" not in spent]
+        yield (
+            f"| {first} | {arm}{best} | {_spread(values)} | {statistics.fmean(values) / teacher:.1%} | "
+            f"{_gain(gain)} | {_minutes(hours)} |"
+        )
+        first = " | | "
+    peer = task.get("torchdistill")
+    if peer:
+        runs = list(peer["seeds"].values())
+        epochs = "/".join(dict.fromkeys(str(run["epochs"]) for run in runs))
+        values = [run["test"] for run in runs]
+        yield (
+            f"|  | | | torchdistill {peer['version']} KD, {epochs} epochs | {_spread(values)} | "
+            f"{statistics.fmean(values) / teacher:.1%} | | {_minutes([run['cpu_hours'] for run in runs])} |"
+        )
+
+
+def _trained(task: Json, arm: str) -> Mapping[str, Json]:
+    return {what: spent for what, spent in task.get("hours", {}).items() if what.startswith(f"{arm}, seed ")}
+
+
+def _bar(name: str, task: Json) -> str:
+    bar = task["bar"]
+    verdict = {True: "met", False: "**missed**", None: "–"}[bar["met"]]
+    return (
+        f"| {name} | {task['student']['share']:.1%} | {bar['kept']:.1%} | {bar['control_kept']:.1%} | "
+        f"{verdict}: {bar['reason']} |"
+    )
+
+
+def _not_run(tasks: Mapping[str, Json]) -> Iterator[str]:
+    missing = {name: reason for name, reason in NOT_RUN.items() if name not in tasks}
+    for name, task in tasks.items():
+        if name not in REPORTS and "bar" not in task:
+            missing[name] = "no seed has all arms yet"
+    if missing:
+        yield "Not run:"
+        yield ""
+        yield from (f"- **{name}**: {reason}." for name, reason in missing.items())
+
+
+def _of_report(said: str, report: Json) -> Json:
+    """A report of a whole run as a task."""
+    rows = report["ledger"]["rows"]
+    teacher = next(row for row in rows if row["stage"] == "teacher")
+    student = next(row for row in rows if row["is_shipped"])
+    arms: dict[str, Json] = {}
+    for one in report["arms"]:
+        arms.setdefault(one["arm"], {})[str(one["seed"])] = {"test": one["test"]["accuracy"]}
+    share, gain = student["parameters"] / teacher["parameters"], report["ledger"]["gain"]
+    values = {arm: [seed["test"] for seed in seeds.values()] for arm, seeds in arms.items()}
+    return {
+        "said": said,
+        "teacher": {"accuracy": teacher["accuracy"]},
+        "student": {"parameters": student["parameters"], "share": share},
+        "arms": arms,
+        "best": student["name"],
+        "gains": {student["name"]: gain},
+        "bar": judged(teacher["accuracy"], share, values, student["name"], gain),
+    }
+
+
+def _spread(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0] * 100:.2f} %, one seed"
+    return f"{statistics.fmean(values) * 100:.2f} ± {statistics.stdev(values) * 100:.2f} %, {len(values)} seeds"
+
+
+def _gain(gain: Json | None) -> str:
+    if gain is None:
+        return ""
+    error = "" if gain["standard_error"] is None else f" ± {gain['standard_error']:.2f}"
+    return f"{gain['points']:+.2f}{error} points"
+
+
+def _minutes(hours: list[float]) -> str:
+    return f"{statistics.fmean(hours) * 60:.1f} min a seed" if hours else "not kept"

@@ -1,0 +1,92 @@
+"""torchdistill's KD on a task of :mod:`edgekd.benchmarks.distill`: the same models, data, views, loss and schedule.
+
+    PYTHONPATH=DIR python -m edgekd.benchmarks.distill_peer fashion-15 --epochs 3    # torchdistill lies in DIR
+
+Its teacher runs at every step, so fewer epochs fit into the hours of an arm of edgekd; how many, ``--epochs`` says, and
+the result has the hours of both. The result of each seed goes into ``benchmarks/results/distill.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from edgekd import plugins
+from edgekd.console import progress_for
+from edgekd.data import load_splits
+from edgekd.distill import plan_of
+from edgekd.metrics import accuracy
+from edgekd.protocols import Progress
+from edgekd.reading import load_recipe
+from edgekd.recipe import Recipe
+from edgekd.sources import load_student_module
+from edgekd.store import read_json, write_json
+from edgekd.train import learning_rate_at
+from edgekd.types import Json
+
+from .distill import RESULTS, ROOT, TASKS
+from .distill_steps import Samples, torchdistill_box
+
+ARM = "kd"
+
+
+def trained(recipe: Recipe, seed: int, epochs: int, progress: Progress) -> Json:
+    """One student of a live teacher; its test accuracy and what it took."""
+    splits, mix = load_splits(recipe), recipe.distill.mix(ARM)
+    plan = replace(plan_of(recipe, ARM, seed), epochs=epochs)
+    assert recipe.data.augment is not None
+    assert recipe.teacher.model is not None
+    teacher = plugins.load_function(recipe.teacher.model, recipe.folder)()
+    student = load_student_module(recipe.student.model, recipe.folder, seed)
+    samples = Samples(splits.train, plugins.load_function(recipe.data.augment, recipe.folder))
+    torch.manual_seed(seed)  # of the loader's order
+    samples.generator.manual_seed(seed)
+    box = torchdistill_box(teacher, student, samples, plan, mix.temperature, mix.label_weight)
+    steps = epochs * (len(samples) // plan.batch_size)
+    progress.start(f"torchdistill {ARM}, seed {seed}", steps)
+    processor, clock, step = time.process_time(), time.monotonic(), 0
+    for epoch in range(epochs):
+        box.pre_epoch_process(epoch=epoch)
+        for inputs, targets, supplements in box.train_data_loader:
+            for group in box.optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, steps, plan)
+            loss = box.forward_process(inputs, targets, supplements)
+            box.post_forward_process(loss)
+            step += 1
+            progress.advance(1, f"loss {loss.item():.3f}")
+    progress.finish()
+    spent = {"cpu_hours": (time.process_time() - processor) / 3600, "hours": (time.monotonic() - clock) / 3600}
+    assert splits.test.labels is not None
+    (inputs,) = (torch.from_numpy(array) for array in splits.test.arrays().values())
+    with torch.no_grad():
+        logits = torch.cat([student.eval()(part) for part in inputs.split(500)])
+    found = {"test": accuracy(logits.numpy(), splits.test.labels), "epochs": epochs}
+    return found | {name: round(value, 4) for name, value in spent.items()}
+
+
+def main() -> None:
+    """Train one student for each seed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--epochs", type=int, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    recipe = load_recipe(ROOT / TASKS[options.task].recipe)
+    torch.set_num_threads(recipe.distill.threads or 1)
+    for seed in options.seeds:
+        result = trained(recipe, seed, options.epochs, progress_for())
+        report = read_json(options.out)
+        peer = report["tasks"].setdefault(options.task, {}).setdefault("torchdistill", {"seeds": {}})
+        peer["version"] = importlib.metadata.version("torchdistill")
+        peer["seeds"][str(seed)] = result
+        write_json(options.out, report)
+
+
+if __name__ == "__main__":
+    main()
