@@ -208,10 +208,10 @@ def test_the_schema_describes_every_table() -> None:
 
 def test_every_template_and_example_is_a_good_recipe() -> None:
     root = Path(__file__).parent.parent
-    found = sorted([*root.glob("edgekd/templates/*/edgekd.toml"), *root.glob("examples/*/edgekd.toml")])
+    found = sorted([*root.glob("edgekd/templates/*/edgekd.toml"), *root.glob("examples/*/*.toml")])
     if not (root / "examples").is_dir():
         pytest.skip("the examples are not part of the wheel")
-    assert len(found) == 6
+    assert len(found) == 10
     faults: list[str] = []
     for path in found:
         with contextlib.suppress(RecipeError):
