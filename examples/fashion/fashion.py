@@ -65,6 +65,13 @@ def augment(sample: Mapping[str, Tensor], generator: Generator) -> dict[str, Ten
     return {"image": image.flip(2) if mirror % 2 else image}
 
 
+def nudge(sample: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:
+    """Shift by up to one pixel each way: for students that keep places, and have few epochs to learn them."""
+    down, right = torch.randint(0, 3, (2,), generator=generator).tolist()
+    padded = nn.functional.pad(sample["image"], (1, 1, 1, 1))
+    return {"image": padded[:, down : down + 28, right : right + 28]}
+
+
 def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     """Convolution, batch norm, ReLU: folds to a single fused operator in all three targets."""
     return nn.Sequential(

@@ -1,7 +1,7 @@
 """Recorded voices and music of Debian's Asterisk packages to voices.npz and music.npz, 16 kHz, 16 bits.
 
-Each voice is one long recording: the prompts of one speaker, brought to one loudness, with pauses of up to a second
-between them. Beside it stands, chunk by chunk, whether somebody speaks.
+Each voice is one long recording: the prompts of one speaker, brought to one loudness, with pauses of up to three
+seconds between them. Beside it stands, chunk by chunk, whether somebody speaks.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def voice(name: str) -> tuple[np.ndarray, np.ndarray]:
         spoken = speaks(prompt)
         prompt = prompt[: len(spoken) * CHUNK]
         loudness = float(np.sqrt(np.mean(prompt.reshape(-1, CHUNK)[spoken] ** 2)))
-        pause = int(random.integers(0, RATE // CHUNK + 1))
+        pause = int(random.integers(0, 3 * RATE // CHUNK + 1))
         samples += [prompt * LOUDNESS / loudness, np.zeros(pause * CHUNK, np.float32)]
         active += [spoken, np.zeros(pause, bool)]
     return whole(np.concatenate(samples)), np.concatenate(active)
