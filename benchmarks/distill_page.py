@@ -15,7 +15,6 @@ from .distill import NOT_RUN, judged
 __all__ = ["results_tables"]
 
 REPORTS = {
-    "digits": "scikit-learn's digits: a residual net to three convolutions",
     "spam": "SpamAssassin: MiniLM to two convolutions",
 }
 """Reports of whole runs (``edgekd report``), made before hours were kept."""
@@ -28,7 +27,8 @@ def results_tables(folder: Path) -> str:
         folder: Of the results.
     """
     tasks: dict[str, Json] = read_json(folder / "distill.json")["tasks"]
-    tasks |= {name: _of_report(said, read_json(folder / f"{name}.json")) for name, said in REPORTS.items()}
+    reports = {name: _of_report(said, read_json(folder / f"{name}.json")) for name, said in REPORTS.items()}
+    tasks = {**reports, **tasks}
     lines = [
         "| task | teacher | student | arm | test accuracy | of the teacher's | over the control | processor |",
         "|---|---|---|---|---|---|---|---|",

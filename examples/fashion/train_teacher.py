@@ -1,7 +1,7 @@
 """Train the Fashion-MNIST teacher: about 45 minutes on one core. Stopped at any moment, it goes on at the last epoch.
 
 Twelve epochs on shifted, mirrored and erased images, then two with a small learning rate on images that are whole, as
-those of the test are. With ``--short``, four epochs on whole images: 13 minutes.
+those of the test are.
 
 Cross-entropy without label smoothing: smoothing erases how alike two wrong classes are, which is what a student learns
 from a teacher (Müller et al. 2019, "When does label smoothing help?").
@@ -28,24 +28,14 @@ BATCH = 128
 
 @dataclass(frozen=True)
 class Phase:
-    """Some epochs with one cycle of the learning rate.
-
-    Attributes:
-        learning_rate: The peak.
-        erase: Whether rectangles of the images are erased.
-        rise: The share of the cycle before the peak.
-        cut: Epochs of the cycle that are left out at its end, where the learning rate is low.
-    """
+    """Some epochs with one cycle of the learning rate, of which this is the peak."""
 
     epochs: int
     learning_rate: float
     erase: bool
-    rise: float = 0.2
-    cut: int = 0
 
 
 PHASES = (Phase(12, 0.1, erase=True), Phase(2, 0.02, erase=False))
-SHORT = (Phase(2, 0.1, erase=False, cut=4), Phase(2, 0.08, erase=False, rise=0.02))
 
 
 def augment_batch(images: Tensor, generator: Generator, erase: bool) -> Tensor:
@@ -92,9 +82,7 @@ def make_optimizer(model: nn.Module, phase: Phase, steps: int) -> tuple[SGD, One
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = SGD(groups, lr=phase.learning_rate, momentum=0.9, nesterov=True)
-    return optimizer, OneCycleLR(
-        optimizer, phase.learning_rate, (phase.epochs + phase.cut) * steps, pct_start=phase.rise
-    )
+    return optimizer, OneCycleLR(optimizer, phase.learning_rate, phase.epochs * steps, pct_start=0.2)
 
 
 def main() -> None:
@@ -102,9 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--short", action="store_true", help="four epochs instead of fourteen")
     options = parser.parse_args()
-    phases = SHORT if options.short else PHASES
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
 
@@ -112,16 +98,15 @@ def main() -> None:
     images, labels = torch.from_numpy(data["image"]), torch.from_numpy(data["label"])
     model = Teacher().to(memory_format=torch.channels_last)
     steps = len(images) // BATCH
-    begun = {"done": 0, "seed": options.seed, "short": options.short}
-    state = torch.load(CHECKPOINT, weights_only=True) if CHECKPOINT.is_file() else begun
-    if (state["seed"], state.get("short", False)) != (options.seed, options.short):
-        raise SystemExit(f"{CHECKPOINT.name} is of another seed or length; remove it to start anew")
+    state = torch.load(CHECKPOINT, weights_only=True) if CHECKPOINT.is_file() else {"done": 0, "seed": options.seed}
+    if state["seed"] != options.seed:
+        raise SystemExit(f"{CHECKPOINT.name} is of seed {state['seed']}, not {options.seed}; remove it to start anew")
     if state["done"]:
         model.load_state_dict(state["model"])
         print(f"going on after epoch {state['done']}")
 
-    total_epochs, begin = sum(phase.epochs for phase in phases), 0
-    for phase in phases:
+    total_epochs, begin = sum(phase.epochs for phase in PHASES), 0
+    for phase in PHASES:
         end = begin + phase.epochs
         optimizer, schedule = make_optimizer(model, phase, steps)
         if begin < state["done"] < end:
@@ -148,7 +133,6 @@ def main() -> None:
                 "schedule": schedule.state_dict(),
                 "done": epoch + 1,
                 "seed": options.seed,
-                "short": options.short,
             }
             replace(CHECKPOINT, lambda path, state=state: torch.save(state, path))
             print(
