@@ -86,7 +86,7 @@ def _not_run(tasks: Mapping[str, Json]) -> Iterator[str]:
     missing = {name: reason for name, reason in NOT_RUN.items() if name not in tasks}
     for name, task in tasks.items():
         if name not in REPORTS and "bar" not in task:
-            missing[name] = "no seed has all arms yet"
+            missing[name] = "no other arm than the control is trained yet"
     if missing:
         yield "Not run:"
         yield ""
