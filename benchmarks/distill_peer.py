@@ -42,7 +42,7 @@ def trained(recipe: Recipe, seed: int, epochs: int, progress: Progress) -> Json:
     assert recipe.data.augment is not None
     assert recipe.teacher.model is not None
     teacher = plugins.load_function(recipe.teacher.model, recipe.folder)()
-    student = load_student_module(recipe.student.model, recipe.folder, seed)
+    student = load_student_module(recipe.student.model, recipe.folder, seed, recipe.student.told, recipe.labels)
     samples = Samples(splits.train, plugins.load_function(recipe.data.augment, recipe.folder))
     torch.manual_seed(seed)  # of the loader's order
     samples.generator.manual_seed(seed)

@@ -211,7 +211,7 @@ def test_every_template_and_example_is_a_good_recipe() -> None:
     found = sorted([*root.glob("edgekd/templates/*/edgekd.toml"), *root.glob("examples/*/*.toml")])
     if not (root / "examples").is_dir():
         pytest.skip("the examples are not part of the wheel")
-    assert len(found) == 10
+    assert len(found) == 11
     faults: list[str] = []
     for path in found:
         with contextlib.suppress(RecipeError):
