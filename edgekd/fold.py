@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from edgekd.layers import CONVOLUTIONS, LINEAR, TRANSPOSED, is_transposed, transposed_groups
-from edgekd.pure import pure_form, stays_in_place
+from edgekd.pure import drops_nothing, pure_form, stays_in_place
 from edgekd.tracing import retrace
 
 __all__ = [
@@ -32,7 +32,6 @@ _BATCH_NORMS = {
     _ATEN._native_batch_norm_legit_no_training.default,  # (x, weight, bias, mean, var, momentum, eps)
     _ATEN.native_batch_norm.default,  # (x, weight, bias, mean, var, training, momentum, eps)
 }
-_DROPOUTS = {_ATEN.dropout.default, _ATEN.feature_dropout.default, _ATEN.alpha_dropout.default}
 
 
 def fold_batch_norm(program: ExportedProgram) -> ExportedProgram:
@@ -123,8 +122,8 @@ def _is_identity(node: Node) -> bool:
     """Dropout in inference, and the copies into which the pure form turns it."""
     if node.op != "call_function" or not isinstance(node.args[0] if node.args else None, Node):
         return False
-    if node.target in _DROPOUTS:
-        return not node.args[2]
+    if drops_nothing(node):
+        return True
     source = node.args[0]
     assert isinstance(source, Node)
     # A copy in another memory format prepares a view; one of an expanded tensor makes it whole.

@@ -1,8 +1,9 @@
-"""A rewritten module as a program again without tracing it: shapes are computed along its graph, and that is all.
+"""Programs of other sizes, and rewritten modules as programs again, without tracing them.
 
 ``torch.export`` runs a module operator by operator through its tracer, which takes as long as half a conversion to Core
 ML. A graph of operators with every size known needs no tracer: each operator is run once on fake tensors, what is a
-number becomes a constant, and weights become inputs, as an ``ExportedProgram`` has them.
+number becomes a constant, and weights become inputs, as an ``ExportedProgram`` has them. Where nothing
+but sizes changes, not even that is needed.
 """
 
 from __future__ import annotations
@@ -24,9 +25,66 @@ from torch.export.graph_signature import (
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from edgekd.models import input_values
 from edgekd.pure import stays_in_place
 
-__all__ = ["lifted"]
+__all__ = ["lifted", "with_sizes"]
+
+
+def with_sizes(
+    program: ExportedProgram, inputs: Sequence[Tensor], example_inputs: tuple[tuple[Any, ...], dict[str, Any]]
+) -> ExportedProgram | None:
+    """A program with every open size bound to that of the inputs; nothing is run, the sizes are put in.
+
+    Returns:
+        None where that is not enough: a size depends on values, or an output is a number.
+    """
+    numbers = {
+        size.node.expr: actual
+        for value, tensor in zip(input_values(program), inputs, strict=True)
+        for size, actual in zip(value.shape, tensor.shape, strict=True)
+        if isinstance(size, torch.SymInt)
+    }
+    mode, graph = _fake_mode(), Graph()
+    copies: dict[Node, Any] = {}
+
+    def bound(value: Any) -> Any:
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+            return type(value.node.hint)(value.node.expr.xreplace(numbers))  # raises where a size stays open
+        if isinstance(value, Tensor):
+            size, stride = (tuple(map(bound, one)) for one in (value.shape, value.stride()))
+            return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+        return value
+
+    with mode, torch.no_grad():
+        for node in program.graph.nodes:
+            if node.op == "output":
+                continue
+            try:
+                value = pytree.tree_map(bound, node.meta.get("val"))
+            except TypeError:
+                return None
+            if node.op == "call_function" and (isinstance(value, int | float) or (value is None and not node.users)):
+                copies[node] = value  # a number now, or an assertion about one
+                continue
+            made = copies[node] = graph.node_copy(node, lambda one: copies[one])
+            made.name = node.name  # a graph takes no name that Python has for a function, but keeps one
+            made.meta = {key: entry for key, entry in node.meta.items() if key == "nn_module_stack"} | {"val": value}
+    results = _flat(program)
+    if not all(isinstance(copies.get(result), Node) for result in results):
+        return None
+    graph.output(tuple(copies[result] for result in results))
+    return ExportedProgram(
+        root=nn.Module(),
+        graph=graph,
+        graph_signature=program.graph_signature,
+        state_dict=program.state_dict,
+        range_constraints={},
+        module_call_graph=program.module_call_graph[:1],
+        example_inputs=example_inputs,
+        constants=program.constants,
+        verifiers=[program.verifier],
+    )
 
 
 def lifted(
@@ -144,6 +202,6 @@ def _computed(graph: Graph, node: Node, known: dict[Node, Any]) -> Any:
     return made
 
 
-def _flat(module: GraphModule) -> list[Any]:
+def _flat(module: GraphModule | ExportedProgram) -> list[Any]:
     (output,) = (node for node in module.graph.nodes if node.op == "output")
     return pytree.tree_leaves(output.args[0])

@@ -8,18 +8,29 @@ from torch.fx import Node
 
 from edgekd.layers import CONVOLUTIONS, LINEAR, TRANSPOSED
 
-__all__ = ["is_in_place", "pure_form", "stays_in_place"]
+__all__ = ["drops_nothing", "is_in_place", "pure_form", "stays_in_place"]
 
 _ATEN = torch.ops.aten
+
+_DROPOUTS = {
+    overload
+    for kind in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+    for overload in (getattr(_ATEN, kind).default, getattr(_ATEN, f"{kind}_").default)
+}
 
 _FRESH = CONVOLUTIONS | TRANSPOSED | LINEAR | {_ATEN.batch_norm.default, _ATEN.matmul.default}
 """Composite operators that always make a new tensor; others may give their input back, whatever their schema says
 (dropout in inference, ``type_as``)."""
 
 
+def drops_nothing(node: Node) -> bool:
+    """Whether a node is a dropout in inference, which gives its argument back; in place it writes nothing."""
+    return node.op == "call_function" and node.target in _DROPOUTS and not node.args[2]
+
+
 def is_in_place(node: Node) -> bool:
     """Whether a node writes one of its arguments."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and not drops_nothing(node)
 
 
 def stays_in_place(node: Node) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from edgekd.errors import ModelFileError, first_line
-from edgekd.lift import lifted
+from edgekd.lift import lifted, with_sizes
 from edgekd.models import OPEN, call_arguments, example_inputs, input_specs, input_values, open_axes
 from edgekd.quiet import quiet
 
@@ -97,6 +97,9 @@ def at_batch(program: ExportedProgram, batch: int = 1, length: int | None = None
     """
     if all(-1 not in spec.shape for spec in input_specs(program)):
         return program
+    tensors, dims = _sized(program, batch, length)
+    if not len(dims) and (made := with_sizes(program, tensors, call_arguments(program, tensors))) is not None:
+        return made
     return retrace(program.module(check_guards=False), program, batch, length)
 
 
@@ -121,6 +124,27 @@ def retrace(
         ModelFileError: ``torch.export`` cannot trace the module; the message is its first line. Or an axis other
             than the first is dynamic and its size is not told.
     """
+    tensors, shapes = _sized(program, batch, length, dtypes)
+    names = [str(name) for name in program.graph_signature.user_outputs]
+    args, kwargs = call_arguments(program, tensors)
+    if not len(shapes) and (made := lifted(module, program, tensors, (args, kwargs))) is not None:
+        return rename_outputs(made, names)
+    dynamic = shapes if len(shapes) else None
+    try:
+        traced = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
+    except Exception as error:
+        raise ModelFileError(f"torch.export cannot trace the rewritten program: {first_line(error)}") from error
+    return rename_outputs(without_origin(traced), names)
+
+
+def _sized(
+    program: ExportedProgram, batch: int, length: int | None, dtypes: Mapping[str, torch.dtype] | None = None
+) -> tuple[list[Tensor], Any]:
+    """Inputs of the sizes that are asked for, and of those what stays open (torch's ``ShapesCollection``).
+
+    Raises:
+        ModelFileError: See :func:`retrace`.
+    """
     if length is None and batch == OPEN:
         length = OPEN
     shapes = torch.export.ShapesCollection()
@@ -139,16 +163,7 @@ def retrace(
         kept = {axis: dim for axis, dim in axes.items() if (batch if axis == 0 else length) == OPEN}
         if kept:
             shapes[tensors[place]] = kept
-    names = [str(name) for name in program.graph_signature.user_outputs]
-    args, kwargs = call_arguments(program, tensors)
-    if batch != OPEN and not len(shapes) and (made := lifted(module, program, tensors, (args, kwargs))) is not None:
-        return rename_outputs(made, names)
-    dynamic = shapes if len(shapes) else None
-    try:
-        traced = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
-    except Exception as error:
-        raise ModelFileError(f"torch.export cannot trace the rewritten program: {first_line(error)}") from error
-    return rename_outputs(without_origin(traced), names)
+    return tensors, shapes
 
 
 def _dims(program: ExportedProgram) -> list[dict[int, Any]]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
 
 from edgekd import lift, tracing
+from edgekd.fold import folded_module
 from edgekd.models import input_specs, output_specs
-from edgekd.tracing import at_batch, export_program
+from edgekd.tracing import at_batch, export_program, retrace
 
 
 class Calls(nn.Module):
@@ -60,14 +64,34 @@ def test_a_program_of_a_fixed_batch_is_made_without_tracing(
 
 def test_what_it_makes_is_what_the_tracer_makes(monkeypatch: pytest.MonkeyPatch) -> None:
     program = export_program(Calls(sizes_of_a_batch), [torch.zeros(1, 3, 6, 6)])
-    ours = at_batch(program)
+    bound = at_batch(program)
+    lifted = retrace(program.module(check_guards=False), program, 1)
     monkeypatch.setattr(tracing, "lifted", lambda *_: None)
-    traced = at_batch(program)
-    calls = [[node.target for node in one.graph.nodes if node.op == "call_function"] for one in (ours, traced)]
-    assert calls[0] == calls[1]
-    assert {name: tuple(w.shape) for name, w in ours.state_dict.items()} == {
-        name: tuple(w.shape) for name, w in traced.state_dict.items()
-    }
+    traced = retrace(program.module(check_guards=False), program, 1)
+
+    for ours in (bound, lifted):
+        assert _calls(ours) == _calls(traced)
+        assert {name: tuple(w.shape) for name, w in ours.state_dict.items()} == {
+            name: tuple(w.shape) for name, w in traced.state_dict.items()
+        }
+
+
+def _calls(program: ExportedProgram) -> list[tuple[Any, ...]]:
+    """Every operator with the shape and the strides of what it gives."""
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    return [(node.target, *((v.shape, v.stride()) for v in tree_leaves(node.meta["val"]))) for node in nodes]
+
+
+def test_dropout_in_place_writes_nothing_in_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5, inplace=True), nn.Linear(108, 2)).eval()
+    program = export_program(net, [torch.zeros(1, 3, 6, 6)])
+    assert torch.ops.aten.dropout_.default in {node.target for node in program.graph.nodes}
+    monkeypatch.delattr(type(program), "run_decompositions")
+    folded = folded_module(program)
+    x = torch.randn(2, 3, 6, 6)
+
+    assert not [node for node in folded.graph.nodes if "dropout" in node.name]
+    torch.testing.assert_close(folded(x), net(x), rtol=0, atol=0)
 
 
 class Named(nn.Module):
