@@ -3,6 +3,11 @@
 ``python -m edgekd.benchmarks.export_time`` prints the table and writes ``benchmarks/results/export_time.json``. Both
 sides start from the same module in a fresh process, turn about, and end with an fp32 file on disk; edgekd's proof comes
 after that and is not part of either. Toolchains are imported before the clock starts.
+
+Two ratios: of the conversion, from a traced program to the file, which the bar is about; and of the whole, with the
+trace. edgekd traces once, with an open batch, for all targets and keeps that program; a bare converter traces for one
+file, with a fixed batch, which is faster (MobileNetV2: 1.5 s instead of 2.6). litert-torch traces inside,
+several times, so its conversion is the whole.
 """
 
 from __future__ import annotations
@@ -21,11 +26,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from edgekd import plugins
 from edgekd.models import input_specs, output_specs
 from edgekd.quiet import quiet
-from edgekd.store import write_json
+from edgekd.store import read_json, write_json
 from edgekd.tracing import export_program
 from edgekd.types import Card, Student
 
@@ -77,16 +83,15 @@ MODELS: Mapping[str, Callable[[], tuple[nn.Module, tuple[torch.Tensor, ...]]]] =
 """By name, in their published sizes; what the weights are does not matter here, so they are random."""
 
 
-def bare_onnx(module: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path) -> None:
-    torch.onnx.export(module, inputs, path, dynamo=True, opset_version=20, external_data=False, verbose=False)
+def bare_onnx(program: ExportedProgram, path: Path) -> None:
+    torch.onnx.export(program, f=path, dynamo=True, opset_version=20, external_data=False, verbose=False)
 
 
-def bare_coreml(module: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path) -> None:
+def bare_coreml(program: ExportedProgram, path: Path) -> None:
     import coremltools as ct
 
-    program = torch.export.export(module, inputs).run_decompositions({})
     model = ct.convert(
-        program,
+        program.run_decompositions({}),
         convert_to="mlprogram",
         minimum_deployment_target=ct.target.iOS17,
         compute_precision=ct.precision.FLOAT32,
@@ -95,21 +100,12 @@ def bare_coreml(module: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path)
     model.save(str(path))
 
 
-def bare_tflite(module: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path) -> None:
-    import litert_torch
-
-    litert_torch.convert(module, inputs).export(str(path))
-
-
-BARE: Mapping[str, Callable[[nn.Module, tuple[torch.Tensor, ...], Path], None]] = {
-    "onnx": bare_onnx,
-    "coreml": bare_coreml,
-    "tflite": bare_tflite,
-}
+BARE: Mapping[str, Callable[[ExportedProgram, Path], None]] = {"onnx": bare_onnx, "coreml": bare_coreml}
+TARGETS = (*BARE, "tflite")
 
 
 def one_export(model: str, target: str, side: str) -> dict[str, float]:
-    """Seconds from the module to the file, and the process's largest resident memory in bytes."""
+    """Seconds from the module to the program and to the file, and the process's largest resident memory in bytes."""
     torch.manual_seed(0)
     made, inputs = MODELS[model]()
     module = Logits(made).eval()
@@ -119,21 +115,33 @@ def one_export(model: str, target: str, side: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder, quiet():
         path = Path(folder) / f"model{exporter.suffix}"
         start = time.perf_counter()
-        if side == "bare":
-            BARE[target](module, inputs, path)
-        else:
+        if side == "edgekd":
             program = export_program(module, list(inputs))
+            traced = time.perf_counter()
             card = Card(model, input_specs(program), output_specs(program))
             exporter.write(Student(program, card), path, "fp32", exporter.options())
+        elif target in BARE:
+            program = torch.export.export(module, inputs)
+            traced = time.perf_counter()
+            BARE[target](program, path)
+        else:
+            import litert_torch
+
+            traced = start
+            litert_torch.convert(module, inputs).export(str(path))
         seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {
+        "trace": traced - start,
+        "seconds": seconds,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
 
 
 def measure(models: tuple[str, ...], rounds: int) -> list[dict[str, Any]]:
     """Every model and target, both sides in turn."""
     rows = []
     for model in models:
-        for target in BARE:
+        for target in TARGETS:
             found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
             for turn in range(rounds):
                 for side in SIDES if turn % 2 else reversed(SIDES):
@@ -142,14 +150,17 @@ def measure(models: tuple[str, ...], rounds: int) -> list[dict[str, Any]]:
                     if done.returncode:
                         raise SystemExit(f"{model} to {target}, {side}: {done.stderr.strip().splitlines()[-1]}")
                     found[side].append(json.loads(done.stdout.splitlines()[-1]))
-            ours, theirs = ([one["seconds"] for one in found[side]] for side in SIDES)
+            both = list(zip(*(found[side] for side in SIDES), strict=True))
             rows.append(
                 {
                     "model": model,
                     "target": target,
-                    "edgekd_s": ours,
-                    "bare_s": theirs,
-                    "ratio": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
+                    **{f"{side}_s": [one["seconds"] for one in found[side]] for side in SIDES},
+                    **{f"{side}_trace_s": [one["trace"] for one in found[side]] for side in SIDES},
+                    "conversion_ratio": statistics.median(
+                        _converting(ours, theirs) / _converting(theirs, theirs) for ours, theirs in both
+                    ),
+                    "ratio": statistics.median(ours["seconds"] / theirs["seconds"] for ours, theirs in both),
                     "edgekd_peak_bytes": max(one["peak_bytes"] for one in found["edgekd"]),
                     "bare_peak_bytes": max(one["peak_bytes"] for one in found["bare"]),
                 }
@@ -158,11 +169,16 @@ def measure(models: tuple[str, ...], rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def _converting(one: Mapping[str, float], theirs: Mapping[str, float]) -> float:
+    """Seconds of the conversion; with the trace where the bare converter's cannot be told apart."""
+    return one["seconds"] - (one["trace"] if theirs["trace"] else 0)
+
+
 def line(row: Mapping[str, Any]) -> str:
     ours, theirs = statistics.median(row["edgekd_s"]), statistics.median(row["bare_s"])
     peaks = f"{row['edgekd_peak_bytes'] / 1e6:.0f} MB against {row['bare_peak_bytes'] / 1e6:.0f} MB"
-    times = f"{ours:6.2f} s against {theirs:6.2f} s: {row['ratio']:.2f}×"
-    verdict = "" if row["ratio"] <= BAR else f"  above {BAR}"
+    times = f"{row['conversion_ratio']:.2f}×, with the trace {row['ratio']:.2f}× ({ours:.2f} s against {theirs:.2f} s)"
+    verdict = "" if row["conversion_ratio"] <= BAR else f"  above {BAR}"
     return f"{row['model']:<14} {row['target']:<7} {times}  {peaks}{verdict}"
 
 
@@ -175,7 +191,8 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(one_export(*arguments.one)))
         return
-    rows = measure(tuple(arguments.models), arguments.rounds)
+    kept = [row for row in read_json(RESULTS)["rows"] if row["model"] not in arguments.models]
+    rows = [*kept, *measure(tuple(arguments.models), arguments.rounds)]
     write_json(RESULTS, {"torch": torch.__version__, "rows": rows})
 
 
