@@ -19,7 +19,10 @@ from edgekd.recipe_models import AS_DATA
 from edgekd.sources import own_preprocessing, trainable_module
 from edgekd.types import Json
 
-__all__ = ["FACTORS", "KNOBS", "Candidate", "candidates_of"]
+__all__ = ["FACTORS", "KNOBS", "OWN", "Candidate", "candidates_of"]
+
+OWN = "the recipe's own"
+"""Name of the student that the recipe has."""
 
 KNOBS = ("width", "depth")
 """Arguments of a student's function that make a family, where they have a number as their default."""
@@ -63,7 +66,7 @@ def _toml(value: Any) -> str:
 
 def candidates_of(recipe: Recipe) -> tuple[list[Candidate], list[str]]:
     """All of them, the recipe's own student first; and in a sentence each, of what there are none, and why."""
-    own = Candidate("the recipe's own", recipe.student.model, recipe.student.told)
+    own = Candidate(OWN, recipe.student.model, recipe.student.told)
     family, no_family = _family(recipe)
     blocks, no_blocks = _blocks(recipe)
     known = {(candidate.model, json.dumps(candidate.told, sort_keys=True)) for candidate in [own]}

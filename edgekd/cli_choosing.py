@@ -37,6 +37,7 @@ def suggest(
     json: JsonOption = False,
 ) -> None:
     """Say which students there could be at a budget: parameters, size, work, and latency measured on a device."""
+    from edgekd.candidates import OWN
     from edgekd.suggest import USUAL_SHARE, Budget, parse_share, table
     from edgekd.suggest import suggest as look
 
@@ -56,7 +57,8 @@ def suggest(
 
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table(rows))
     best = rows[0]
-    for line in dict.fromkeys([*(w for row in rows for w in row.warnings), *notes]):
+    told = [warning for row in rows if not row.over or row.name == OWN for warning in row.warnings]
+    for line in (*told, *notes):
         show(f"• {line}")
     if best.over:
         show(f"no candidate is within the budget; nearest: {best.name} ({', '.join(best.over)})")

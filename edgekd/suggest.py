@@ -338,6 +338,9 @@ def table(rows: Sequence[Suggestion]) -> Table:
         made.add_row(Text(row.name), *(Text(cell) for cell in cells), style="dim" if row.over else None)
     where = {one.device: one.where for row in rows for one in row.latencies if one.where}
     below = [f"p50 ms {index + 1}: {where.get(device, device)}" for index, device in enumerate(devices)]
+    for device in devices:
+        flags = {flag for row in rows for one in row.latencies if one.device == device for flag in one.flags}
+        below += [f"no claim about {device}: {', '.join(sorted(flags))}"] if flags else []
     below += dict.fromkeys(
         f"not run on {one.device}: {one.reason}" for row in rows for one in row.latencies if one.status == "not_run"
     )
