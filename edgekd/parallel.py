@@ -36,18 +36,19 @@ def spread(student: nn.Module, shard: bool, compiled: bool) -> tuple[nn.Module, 
         The trained module (the student itself, or a copy whose parameters are DTensors) and the called one.
     """
     trained = student.to(processes.device()) if not shard else _sharded(student)
-    if compiled:
-        trained.compile()
+    # Module.compile would leave an nn.Sequential as it is. Each size of a batch by itself: kernels for any size would
+    # serve what follows the first ragged batch, and a training that goes on behind it would add up in another order
+    # than one that was never cut off.
+    called = torch.compile(trained, dynamic=False) if compiled else trained
     if shard or processes.count() == 1:
-        return trained, trained
+        return trained, called
     # With find_unused_parameters the buckets stay as they are made; else they are made anew after the first step, and
     # more than two processes would add in another order after a resume than without one.
-    return trained, nn.parallel.DistributedDataParallel(trained, find_unused_parameters=True)
+    return trained, nn.parallel.DistributedDataParallel(called, find_unused_parameters=True)
 
 
 def settle(student: nn.Module, trained: nn.Module) -> None:
     """Bring what was trained back into the student, as plain tensors on the CPU."""
-    student._compiled_call_impl = None  # as if it had never been compiled: it is exported next
     if trained is not student:
         student.load_state_dict(whole(trained.state_dict()))
     student.to("cpu")

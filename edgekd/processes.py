@@ -71,6 +71,10 @@ def require_one(command: str | None) -> None:
         raise UsageError("accelerate launch --mixed_precision is not heard; the recipe says it: [distill] precision")
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise UsageError("accelerate launch --use_fsdp is not heard; the recipe says it: [distill] shard = true")
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise UsageError(
+            "accelerate launch --dynamo_backend is not heard; the recipe says it: [distill] compile = true"
+        )
     if count() > 1 and command != "distill":
         raise UsageError(f"edgekd {command} is for one process, and {count()} were started; only distill takes several")
 

@@ -43,6 +43,9 @@ CHECKPOINT_EVERY_S = 20.0
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+FIRST_SCALE = 2.0**10
+"""Of the loss in fp16; it grows by itself. From torch's 2¹⁶ on, a short training loses its first steps to overflows."""
+
 SHARES_EVERY = 25
 """Steps between two looks at how much each part of the loss pulls."""
 
@@ -65,7 +68,7 @@ class TrainingPlan:
         seed: Of the order of samples and of dropout.
         views_per_decode: Views of a sample side by side; see :class:`edgekd.order.Order`.
         labelled_only: Show only samples with a label, the more often, so that the steps are as many.
-        precision: Of activations; weights and moments stay float32. ``fp16`` scales the loss and needs a GPU.
+        precision: Of activations; weights and moments stay float32. ``fp16`` scales the loss.
         accumulate: Pieces that a batch is cut into, one after another, to save memory.
         compile: Compile the student (``torch.compile``).
         shard: Keep a part of the student on each process; see :func:`edgekd.parallel.spread`.
@@ -117,11 +120,9 @@ def train(
 
     Raises:
         NumericalError: The loss is NaN or infinite; the last checkpoint stays.
-        UsageError: The precision is not for this machine, or the student cannot be kept in shards.
+        UsageError: The student cannot be kept in shards.
     """
     device = processes.device()
-    if plan.precision == "fp16" and device.type == "cpu":
-        raise UsageError('distill.precision = "fp16" needs a GPU, and there is none; "bf16" or "fp32" works')
     if plan.shard and bare_student(student) is not student:
         raise UsageError("distill.shard = true does not go with features or embeddings; leave out one of them")
     assert split.labels is not None
@@ -132,7 +133,7 @@ def train(
     order = Order(pool, split.ids[pool], cache.views, plan.views_per_decode, plan.seed)
     trained, called = spread(student, plan.shard, plan.compile)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=plan.precision == "fp16")
+    scaler = torch.amp.GradScaler(device.type, FIRST_SCALE, enabled=plan.precision == "fp16")
     samples = len(everyone)
     steps = math.ceil(samples / plan.batch_size)
     seed_all(plan.seed)

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -133,6 +134,8 @@ def _hush() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # Retries are told in a way that Ray means to end with 2.64, and names no other: without them it retries for ever.
+    warnings.filterwarnings("ignore", category=ray.util.annotations.RayDeprecationWarning)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 

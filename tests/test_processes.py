@@ -62,31 +62,107 @@ def test_a_last_batch_smaller_than_the_processes_counts_once(tmp_path: Path) -> 
     assert_same(one, trained(tmp_path, "three", 3, {"batch_size": 50, "norm": False}))
 
 
-def test_a_batch_in_pieces_is_the_same_batch(tmp_path: Path) -> None:
-    one = trained(tmp_path, "one", 1, {"norm": False}, "unlabelled")
-
-    assert_same(one, trained(tmp_path, "pieces", 1, {"norm": False, "accumulate": 3}, "unlabelled"), shares=False)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("dies", "options"), [(1, {}), (5, {"accumulate": 3}), (9, {"shard": True})])
-def test_a_team_that_was_killed_goes_on_bit_for_bit(tmp_path: Path, dies: int, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("dies", "options", "words"),
+    [
+        (1, {}, ()),
+        (5, {"accumulate": 3}, ()),
+        (9, {"shard": True}, ()),
+        (9, {"compile": True}, ("dist",)),
+        (9, {"shard": True, "precision": "fp16"}, ()),
+        (9, {}, ("features", "unlabelled")),
+        (9, {}, ("mixed", "dist")),
+        (9, {"norm": False, "precision": "fp16", "accumulate": 2}, ("windows",)),
+    ],
+)
+def test_a_team_that_was_killed_goes_on_bit_for_bit(
+    tmp_path: Path, dies: int, options: dict[str, Any], words: tuple[str, ...]
+) -> None:
     """SIGKILL of one of two, with dropout: mid-epoch and across its edge (7 steps)."""
     options = {"dropout": 0.3, **options}
-    whole = trained(tmp_path, "whole", 2, dict(options))
-    killed = start(tmp_path / "cut.json", 2, {**options, "dies": dies})
+    whole = trained(tmp_path, "whole", 2, dict(options), *words)
+    killed = start(tmp_path / "cut.json", 2, {**options, "dies": dies}, *words)
     assert killed.returncode != 0
     assert not (tmp_path / "cut.json").exists()
-    resumed = trained(tmp_path, "cut", 2, dict(options))
+    resumed = trained(tmp_path, "cut", 2, dict(options), *words)
 
     assert resumed["done_before"] in (dies - 1, dies)  # the step in which it died may have been written by the other
     assert resumed["weights"] == whole["weights"]
     assert resumed["history"] == whole["history"]
 
 
-def test_a_command_for_one_process_refuses_several(tmp_path: Path) -> None:
-    command = [sys.executable, *TORCHRUN, "2", "-m", "edgekd", "run"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [("mixed", "dist"), ("features", "unlabelled"), ("windows",)])
+def test_two_processes_learn_mixed_samples_features_and_windows_as_one_does(
+    tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    """The windows of one process have other numbers of tokens that count than those of the other."""
+    options = {"norm": "windows" not in words}
+    one = trained(tmp_path, "one", 1, dict(options), *words)
 
-    lines = [line for line in ended.stderr.splitlines() if line.startswith("edgekd:")]
-    assert lines == ["edgekd: edgekd run is for one process, and 2 were started; only distill takes several"]
+    assert_same(one, trained(tmp_path, "two", 2, dict(options), *words), shares=words[0] == "mixed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"precision": "fp16"}, {"compile": True}])
+def test_fewer_bits_and_compiled_kernels_follow_the_plain_curve(
+    tmp_path: Path, processes: int, options: dict[str, Any]
+) -> None:
+    plain = trained(tmp_path, "plain", 1, {}, "dist")["history"]
+    other = trained(tmp_path, "other", processes, options, "dist")["history"]
+
+    assert [epoch["loss"] for epoch in other] == pytest.approx([epoch["loss"] for epoch in plain], rel=0.05)
+    assert other != plain or options == {"compile": True}
+
+
+@pytest.mark.slow
+def test_two_machines_learn_what_one_does(tmp_path: Path) -> None:
+    """Two launchers that meet at an address, each with a node rank and a process of its own."""
+    one = trained(tmp_path, "one", 1, {}, "dist")
+    launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    work = [str(TEAM), str(tmp_path / "two.json"), json.dumps({}), "dist"]
+    nodes = [
+        subprocess.Popen([sys.executable, *launcher, "--master-port", "29631", "--node-rank", rank, *work], env=env)
+        for rank in ("1", "0")
+    ]
+
+    assert [node.wait(timeout=300) for node in nodes] == [0, 0]
+    assert_same(one, json.loads((tmp_path / "two.json").read_text()))
+
+
+@pytest.mark.slow
+def test_accelerate_launch_starts_the_same(tmp_path: Path) -> None:
+    one = trained(tmp_path, "one", 1, {}, "dist")
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no"]
+    command = [sys.executable, *launcher, str(TEAM), str(tmp_path / "two.json"), json.dumps({}), "dist"]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert_same(one, json.loads((tmp_path / "two.json").read_text()))
+
+
+def test_a_command_for_one_process_refuses_several(tmp_path: Path) -> None:
+    """As torchrun starts them: the main one says it, the other nothing."""
+    told = []
+    for rank in ("0", "1"):
+        env = {**os.environ, "WORLD_SIZE": "2", "RANK": rank}
+        command = [sys.executable, "-m", "edgekd", "run"]
+        ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 2
+        told += ended.stderr.splitlines()
+
+    assert told == ["edgekd: edgekd run is for one process, and 2 were started; only distill takes several"]
+
+
+def test_what_accelerate_launch_was_told_is_not_heard_in_silence(tmp_path: Path) -> None:
+    env = {**os.environ, "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}
+    command = [sys.executable, "-m", "edgekd", "distill"]
+    ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+
+    assert ended.stderr == (
+        "edgekd: accelerate launch --dynamo_backend is not heard; the recipe says it: [distill] compile\n"
+    )

@@ -1,8 +1,10 @@
 """Training: it learns, and it resumes bit for bit."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -13,12 +15,13 @@ import edgekd.train
 from edgekd.capture import capture
 from edgekd.data import Split, split_from_arrays
 from edgekd.errors import CacheError, NumericalError
+from edgekd.losses import Term, soft_target_kl, weighted
 from edgekd.outputs import StudentOutputs, TeacherOutputs
 from edgekd.sources import Answer, Teacher, module_fingerprint
 from edgekd.targets import DenseTargets
 from edgekd.teacher_cache import CaptureKey, TeacherCache
 from edgekd.train import TrainingPlan, learning_rate_at, train
-from edgekd.truth import Truth
+from edgekd.truth import NO_LABEL, Truth
 from edgekd.views import Views
 
 PLAN = TrainingPlan(epochs=3, batch_size=16, learning_rate=1e-2, weight_decay=1e-4, warmup_share=0.1, seed=3)
@@ -75,24 +78,88 @@ def test_training_learns(tmp_path: Path, material: tuple[Split, TeacherCache]) -
     assert history[-1]["loss"] < 0.6 * history[0]["loss"]
 
 
-@pytest.mark.parametrize("after", [1, 13, 20, 38])
+@pytest.mark.parametrize(
+    ("after", "how"),
+    [(1, {}), (13, {}), (20, {}), (38, {}), (13, {"precision": "bf16"}), (9, {"precision": "fp16", "accumulate": 2})],
+)
 def test_a_broken_off_training_resumes_bit_for_bit(
-    tmp_path: Path, material: tuple[Split, TeacherCache], monkeypatch: pytest.MonkeyPatch, after: int
+    tmp_path: Path,
+    material: tuple[Split, TeacherCache],
+    monkeypatch: pytest.MonkeyPatch,
+    after: int,
+    how: dict[str, Any],
 ) -> None:
-    """Mid-epoch and at its edges, with dropout and batch norm."""
+    """Mid-epoch and at its edges, with dropout and batch norm; in fp16 while the scale of the loss is looked for."""
     monkeypatch.setattr(edgekd.train, "CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr(edgekd.train, "FIRST_SCALE", 2.0**30)
     split, cache = material
-    whole = network()
-    history = train(whole, split, cache, Views(), objective, PLAN, tmp_path / "whole.pt", Interrupting(), "x")
+    whole, plan = network(), dataclasses.replace(PLAN, **how)
+    history = train(whole, split, cache, Views(), objective, plan, tmp_path / "whole.pt", Interrupting(), "x")
     with pytest.raises(KeyboardInterrupt):
-        train(network(), split, cache, Views(), objective, PLAN, tmp_path / "c.pt", Interrupting(after), "x")
+        train(network(), split, cache, Views(), objective, plan, tmp_path / "c.pt", Interrupting(after), "x")
     torch.rand(7)  # another process would have another generator
     resumed, progress = network(), Interrupting()
-    again = train(resumed, split, cache, Views(), objective, PLAN, tmp_path / "c.pt", progress, "x")
+    again = train(resumed, split, cache, Views(), objective, plan, tmp_path / "c.pt", progress, "x")
 
     assert progress.done_before == after - 1  # the step that was cut off is done again
     assert again == history
     assert module_fingerprint(resumed) == module_fingerprint(whole)
+
+
+def test_a_batch_in_pieces_is_the_same_batch(tmp_path: Path, material: tuple[Split, TeacherCache]) -> None:
+    """Also where some samples have no label, and the last batch does not divide."""
+    split, cache = material
+    assert split.labels is not None
+    some = dataclasses.replace(split, labels=np.where(np.arange(200) < 9, NO_LABEL, split.labels))
+    found = []
+    for pieces in (1, 3):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 2))
+        plan = dataclasses.replace(PLAN, batch_size=48, accumulate=pieces)
+        train(net, some, cache, Views(), distilled, plan, tmp_path / f"{pieces}.pt", Interrupting(), "x")
+        found.append(nn.utils.parameters_to_vector(net.parameters()).detach())
+
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=0)
+
+
+def distilled(student: StudentOutputs, teacher: TeacherOutputs, truth: Truth) -> dict[str, Tensor]:
+    return weighted(student.logits, teacher.classes, truth, [Term("kd", 1.0, soft_target_kl)], 2.0, 0.3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_fewer_bits_follow_the_curve_of_fp32(
+    tmp_path: Path, material: tuple[Split, TeacherCache], precision: Literal["bf16", "fp16"]
+) -> None:
+    split, cache = material
+    found, words = {}, list[Literal["fp32", "bf16", "fp16"]](["fp32", precision])
+    for word in words:
+        plan = dataclasses.replace(PLAN, precision=word)
+        found[word] = train(network(), split, cache, Views(), objective, plan, tmp_path / word, Interrupting(), "x")
+    losses = {word: [epoch["loss"] for epoch in history] for word, history in found.items()}
+
+    assert losses[precision] != losses["fp32"]
+    assert losses[precision] == pytest.approx(losses["fp32"], rel=0.02)
+
+
+def test_a_student_is_compiled_once_for_each_size_of_a_batch(
+    tmp_path: Path, material: tuple[Split, TeacherCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An nn.Sequential, which Module.compile would leave as it is; its graphs are run as they are."""
+    graphs: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    split, cache = material
+    plain = train(network(), split, cache, Views(), objective, PLAN, tmp_path / "p.pt", Interrupting(), "x")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    plan, student = dataclasses.replace(PLAN, compile=True), network()
+    compiled = train(student, split, cache, Views(), objective, plan, tmp_path / "c.pt", Interrupting(), "x")
+
+    assert len(graphs) == 2  # batches of 16, the last of 8
+    assert [epoch["loss"] for epoch in compiled] == pytest.approx([epoch["loss"] for epoch in plain], rel=1e-4)
+    assert list(student.state_dict()) == list(network().state_dict())
 
 
 def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, material: tuple[Split, TeacherCache]) -> None:
