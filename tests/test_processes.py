@@ -164,5 +164,5 @@ def test_what_accelerate_launch_was_told_is_not_heard_in_silence(tmp_path: Path)
     ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
 
     assert ended.stderr == (
-        "edgekd: accelerate launch --dynamo_backend is not heard; the recipe says it: [distill] compile\n"
+        "edgekd: accelerate launch --dynamo_backend is not heard; the recipe says it: [distill] compile = true\n"
     )
