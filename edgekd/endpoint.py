@@ -1,4 +1,4 @@
-"""Asking an endpoint with OpenAI's interface for the log-probabilities of an answer's first token, at T = 1."""
+"""Asking an endpoint with OpenAI's interface for log-probabilities, T = 1: of an answer's first token or of a text."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import os
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from edgekd.errors import DataError, UsageError
 
@@ -21,6 +21,10 @@ FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 60.0
 PASSING = (408, 409, 429, 500, 502, 503, 504)
 """Status codes after which the same request may succeed."""
+
+
+_Asked = TypeVar("_Asked")
+_Answer = TypeVar("_Answer")
 
 
 class _Staying(urllib.request.HTTPRedirectHandler):
@@ -39,7 +43,7 @@ class Endpoint:
 
     Attributes:
         url: Up to ``/v1``.
-        api: ``chat`` or ``completions``.
+        api: ``chat`` or ``completions``, for first tokens.
         key_variable: Environment variable that holds the key; none is sent where it is not set.
         top: Tokens whose log-probabilities are asked for.
         parallel: Requests at the same time.
@@ -63,9 +67,50 @@ class Endpoint:
             UsageError: The key or the address is refused; asking again would not help.
             DataError: No answer after all retries, or one without log-probabilities.
         """
+        return self._each(self._first_token, prompts)
+
+    def next_tokens(self, windows: Sequence[Sequence[int]]) -> list[list[dict[int, float]]]:
+        """Log-probabilities of the next token by its id, at each position of each window of token ids.
+
+        Those of the text itself are asked for (``echo``): ``top`` of them, and the token that comes next. Tokens must
+        come back as ids, since a text can be several tokens (``return_tokens_as_token_ids`` of vLLM,
+        https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html).
+
+        Raises:
+            UsageError, DataError: See :meth:`first_tokens`.
+        """
+        return self._each(self._next_tokens, windows)
+
+    def _each(self, ask: Callable[[_Asked, threading.Event], _Answer], all_asked: Sequence[_Asked]) -> list[_Answer]:
         given_up = threading.Event()  # where one failed, the others need not be asked
         with ThreadPoolExecutor(self.parallel) as pool:
-            return list(pool.map(lambda prompt: self._first_token(prompt, given_up), prompts))
+            return list(pool.map(lambda asked: ask(asked, given_up), all_asked))
+
+    def _next_tokens(self, window: Sequence[int], given_up: threading.Event) -> list[dict[int, float]]:
+        told = {"echo": True, "max_tokens": 1, "temperature": 1, "top_p": 1, "return_tokens_as_token_ids": True}
+        content = {"model": self.model, "prompt": list(window), "logprobs": self.top, **told}
+        answer = self._posted("completions", content, given_up)
+        try:
+            listed = answer["choices"][0]["logprobs"]
+            # Nothing stands before the first token, and one token was made behind the last.
+            tokens, values, tops = (listed[key][1:] for key in ("tokens", "token_logprobs", "top_logprobs"))
+            if len(tokens) != len(window):
+                raise IndexError
+            lists = zip(tokens, values, tops, strict=True)
+            found = [{**_by_id(top), **_by_id({token: value})} for token, value, top in lists]
+        except (KeyError, IndexError, TypeError, AttributeError):
+            given_up.set()
+            raise DataError(
+                f"{self.url} returned no log-probabilities of the text's own tokens for {self.model!r}: "
+                f"{json.dumps(answer)[:120]}; it must know echo with logprobs"
+            ) from None
+        except ValueError:
+            given_up.set()
+            raise DataError(
+                f"{self.url} returned tokens as text, as {tokens[-1]!r}, of which no ids are known; "
+                "an endpoint with return_tokens_as_token_ids (vLLM) works"
+            ) from None
+        return found
 
     def _first_token(self, prompt: str, given_up: threading.Event) -> dict[str, float]:
         # Nothing is sampled from what comes back; 1 is the temperature at which the probabilities are meant.
@@ -126,6 +171,11 @@ class Endpoint:
         given_up.set()
         tries = "1 try" if self.retries == 0 else f"{self.retries + 1} tries"
         raise DataError(f"{address} gave no answer in {tries}: {reason}; what was captured stays: run it again")
+
+
+def _by_id(listed: Mapping[str, float]) -> dict[int, float]:
+    """From ``token_id:123``."""
+    return {int(token.removeprefix("token_id:")): float(value) for token, value in listed.items()}
 
 
 def _by_token(listed: Sequence[tuple[str, float]]) -> dict[str, float]:

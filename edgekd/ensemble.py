@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from edgekd.errors import DataError
+from edgekd.errors import DataError, UsageError
 from edgekd.pooling import MASK, pooled
 from edgekd.protocols import Arrays
 from edgekd.recipe_models import AS_DATA, Feature, Member, Preprocessing
@@ -67,6 +67,8 @@ def teacher_of(recipe: Recipe, example: Arrays) -> Teacher:
         UsageError, ModelFileError, MissingToolchainError, DataError: See :func:`edgekd.sources.load_teacher`.
     """
     members = [_load(recipe, index, member, example) for index, member in enumerate(recipe.teacher.members)]
+    if len(members) > 1 and any(loaded.teacher.listed is not None for loaded in members):
+        raise UsageError("a teacher that gives its largest log-probabilities alone cannot be averaged with others")
     lines = [_line(loaded, example) for loaded in members]
 
     def outputs(arrays: Arrays) -> Answer:
@@ -93,6 +95,7 @@ def teacher_of(recipe: Recipe, example: Arrays) -> Teacher:
         (f"teacher: {whole}", *(f"of {line}" for line in lines), *(_told_lines(members))),
         kept,
         min(often, default=None),
+        first.teacher.listed,
     )
 
 

@@ -322,6 +322,16 @@ class Recipe(Table):
                 return "top50"
         return "dense-f16" if classes <= DENSE_CLASSES or self.distill.needs_all_classes() else "top10"
 
+    def not_served_by_listed(self) -> str:
+        """Why a cache of the largest log-probabilities at T = 1 would not do; empty when it does."""
+        if self.teacher.codec is not None:
+            return f"codec = {self.teacher.codec!r} wants more; leave it out"
+        for arm in self.distill.arms:
+            mix = self.distill.mix(arm)
+            if mix.temperature != 1 and mix.losses.keys() - self.distill.features:
+                return f"{arm} has T = {mix.temperature:g}; temperature = 1 works"
+        return self.distill.needs_all_classes()
+
     @property
     def run_folder(self) -> Path:
         return self._folder / self.runs / self.name

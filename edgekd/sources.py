@@ -69,6 +69,7 @@ class Teacher:
         lineage: Lines about what it is made of, for the card; none where the fingerprint says it all.
         beside: Features of one number for each sample that are kept whatever is asked for: how sure it is of itself.
         per_shard: Samples after which what it said is safe on the disk; None where asking again costs little.
+        listed: So many of its largest outputs are known, at T = 1, and the others' mass as a whole; None where all are.
     """
 
     outputs: Callable[[Arrays], Answer]
@@ -79,6 +80,7 @@ class Teacher:
     lineage: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     per_shard: int | None = None
+    listed: int | None = None
 
     def logits(self, arrays: Arrays) -> np.ndarray:
         """See :attr:`Answer.logits`."""

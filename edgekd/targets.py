@@ -8,6 +8,8 @@ codec           stored for each view, beside the seed (4 bytes)           bytes 
 ``top<k>``      the k largest, their classes, and the log of the sum of   56 at k = 10             all but those that
                 exponentials of all logits at T = 1, 2 and 4                                       compare classes over
                                                                                                    the batch
+``listed<k>``   the same, with the sum at T = 1 alone: all that an        48 at k = 10             kd … at T = 1
+                endpoint says (:mod:`edgekd.listed`)
 ``vector-f16``  an embedding as it is                                      2,004                    mse, cosine, own
 ``sampled<N>``  classes of N draws at T = 1, and how often each came      40 at N = 50             kd at T = 1
                 (:mod:`edgekd.sampled`)
@@ -120,7 +122,7 @@ class TopTargets:
             raise UsageError(
                 f"this teacher cache knows the mass outside its top classes at T = "
                 f"{', '.join(f'{known:g}' for known in self.log_sums)}, not at T = {temperature:g}; "
-                'take one of these, or [teacher] codec = "dense-f16"'
+                "take one of these, or a teacher and a codec that know all classes"
             )
         log_head = self.logits / temperature - self.log_sums[temperature][:, None]
         softened = student / temperature
@@ -251,13 +253,15 @@ class Top:
 
     Attributes:
         k: Classes that are kept.
+        temperatures: At which the sum of all is known.
     """
 
     k: int
+    temperatures: tuple[float, ...] = TAIL_TEMPERATURES
 
     @property
     def name(self) -> str:
-        return f"top{self.k}"
+        return f"{'top' if self.temperatures == TAIL_TEMPERATURES else 'listed'}{self.k}"
 
     def fields(self, classes: int) -> list[tuple[str, str, tuple[int, ...]]]:
         if classes <= self.k:
@@ -266,14 +270,14 @@ class Top:
         return [
             ("classes", index, (self.k,)),
             ("logits", "<f2", (self.k,)),
-            ("log_sums", "<f4", (len(TAIL_TEMPERATURES),)),
+            ("log_sums", "<f4", (len(self.temperatures),)),
         ]
 
     def encode(self, logits: np.ndarray, records: np.ndarray) -> None:
         order = np.argsort(-logits, axis=1, kind="stable")[:, : self.k]
         records["classes"] = order
         records["logits"] = np.maximum(np.take_along_axis(logits, order, axis=1), np.finfo(np.float16).min)
-        for position, temperature in enumerate(TAIL_TEMPERATURES):
+        for position, temperature in enumerate(self.temperatures):
             records["log_sums"][:, position] = np.log(np.exp(logits.astype(np.float64) / temperature).sum(axis=1))
 
     def decode(self, records: np.ndarray) -> TopTargets:
@@ -281,7 +285,7 @@ class Top:
         return TopTargets(
             torch.from_numpy(records["classes"].astype(np.int64)),
             torch.from_numpy(records["logits"].astype(np.float32)),
-            {temperature: sums[:, position] for position, temperature in enumerate(TAIL_TEMPERATURES)},
+            {temperature: sums[:, position] for position, temperature in enumerate(self.temperatures)},
         )
 
 
@@ -304,6 +308,8 @@ def codec_of(name: str) -> Codec:
         return DenseByte()
     if found := re.fullmatch(r"top([1-9]\d*)", name):
         return Top(int(found.group(1)))
+    if found := re.fullmatch(r"listed([1-9]\d*)", name):
+        return Top(int(found.group(1)), (1.0,))
     if (found := re.fullmatch(r"sampled([1-9]\d*)", name)) and int(found.group(1)) <= MOST_DRAWS:
         return Sampled(int(found.group(1)))
     raise ValueError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from edgekd.errors import UsageError
 from edgekd.recipe import VECTOR_CODEC, Recipe
 from edgekd.store import RunFolder
 
@@ -94,6 +95,12 @@ class Workspace:
 
         if self.recipe.teacher.embeds:
             return VECTOR_CODEC
+        if self.teacher.listed is not None:
+            if reason := self.recipe.not_served_by_listed():
+                raise UsageError(
+                    f"the teacher gives its {self.teacher.listed} largest log-probabilities at T = 1, and {reason}"
+                )
+            return f"listed{self.teacher.listed}"
         return self.recipe.codec(self.classes, positions) if train else plain_codec(self.classes, positions)
 
     def capture_key(self, split: str) -> CaptureKey:

@@ -16,11 +16,13 @@ from edgekd import plugins
 from edgekd.console import progress_for
 from edgekd.ensemble import teacher_sentences
 from edgekd.errors import DataError, UsageError
+from edgekd.losses import soft_target_kl
 from edgekd.metrics import softmax
-from edgekd.origins.openai import BOUNDED, UNNAMED, named_classes
+from edgekd.origins.openai import BOUNDED, UNLISTED, UNNAMED, named_classes
 from edgekd.pipeline import capture_stage
 from edgekd.reading import load_recipe
 from edgekd.sources import Teacher, load_teacher
+from edgekd.targets import codec_of
 from edgekd.workspace import Workspace
 
 WORDS = ["<unk>", "spam", "ham", "cheap", "pills", "hello", "friend", "is", "it", "now", "buy", "write", "Answer", ":"]
@@ -88,6 +90,9 @@ class Handler(BaseHTTPRequestHandler):
         if fault is not None:
             self.answer(fault[0], {"error": f"no; you sent {self.headers.get('Authorization', '')}"}, fault[1])
             return
+        if asked.get("echo"):
+            self.answer(200, {"choices": [{"logprobs": self.of_the_text(asked)}]})
+            return
         chat = self.path.endswith("/chat/completions")
         prompt = asked["messages"][0]["content"] if chat else asked["prompt"]
         count = asked.get("top_logprobs" if chat else "logprobs")
@@ -101,6 +106,20 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, {"choices": [{"logprobs": {"content": [{**entries[0], "top_logprobs": entries}]}}]})
         else:
             self.answer(200, {"choices": [{"text": listed[0][0], "logprobs": {"top_logprobs": [dict(listed)]}}]})
+
+    def of_the_text(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """As vLLM answers ``echo`` with one more token: nothing is known before the first of the prompt."""
+        with torch.no_grad():
+            values = self.server.model(torch.tensor([asked["prompt"]]))[0].log_softmax(1).numpy()
+        ids = [*asked["prompt"], int(values[-1].argmax())]
+        as_ids = asked.get("return_tokens_as_token_ids") and asked["model"] != "old"
+        names = [f"token_id:{i}" if as_ids else WORDS[i] for i in range(len(WORDS))]
+        tops: list[Any] = [None]
+        for position, token in enumerate(ids[1:]):
+            kept = {*np.argsort(-values[position])[: asked["logprobs"]].tolist(), token}
+            tops.append({names[i]: float(values[position, i]) for i in kept})
+        own = [None, *(float(values[position, token]) for position, token in enumerate(ids[1:]))]
+        return {"tokens": [names[i] for i in ids], "token_logprobs": own, "top_logprobs": tops}
 
     def answer(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(content).encode()
@@ -261,3 +280,76 @@ def test_a_capture_that_breaks_off_goes_on_without_asking_twice(
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 10
     assert not any(KEY.encode() in content for content in written)
+
+
+WINDOWS = """
+name = "windows"
+[data]
+train = "text:train.txt"
+validation = "text:validation.txt"
+test = "text:test.txt"
+tokens = { tokenizer = "tokenizer.json", length = 8 }
+[teacher]
+model = "openai:URL#small"
+api = "tokens"
+tokenizer = "tokenizer.json"
+top = 4
+[student]
+model = "mine:student"
+[distill]
+arms = ["kd"]
+temperature = 1.0
+"""
+
+
+def windows(service: Service, folder: Path, recipe: str = WINDOWS) -> Workspace:
+    service.tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "mine.py").write_text("def student(): ...")
+    (folder / "edgekd.toml").write_text(recipe.replace("URL", service.url))
+    for seed, name in enumerate(("train", "validation", "test")):
+        words = np.random.default_rng(seed).choice(WORDS[1:12], 44)
+        (folder / f"{name}.txt").write_text(" ".join(words))
+    return Workspace(load_recipe(folder / "edgekd.toml"))
+
+
+def test_a_language_models_tokens_are_kept_as_far_as_the_endpoint_lists_them(service: Service, tmp_path: Path) -> None:
+    work = windows(service, tmp_path)
+    capture_stage(work, progress_for())
+    cache, train = work.cache("train"), work.splits.train
+    assert train.labels is not None
+    counted = train.labels >= 0
+    with torch.no_grad():
+        logits = service.model(torch.from_numpy(train.arrays()["input_ids"]).long()).numpy()[counted]
+    rows, labels = cache.rows(train.ids), torch.from_numpy(train.labels[counted])
+    targets = cache.read(rows, np.zeros(len(train), np.int64), counted).outputs.classes
+    student = torch.randn(len(logits), len(WORDS), generator=torch.Generator().manual_seed(0))
+    top = codec_of("top4")
+    exact = np.zeros(len(logits), top.fields(len(WORDS)))
+    top.encode(logits - logits.max(axis=1, keepdims=True), exact)
+    losses = [soft_target_kl(*some.paired(student, labels, 1.0)) for some in (targets, top.decode(exact))]
+
+    assert cache.codec.name == "listed4"
+    assert float(losses[0]) == pytest.approx(float(losses[1]), abs=1e-3)
+    whole = softmax(logits)
+    told = cache.label_log_probabilities(rows, np.zeros(len(train), np.int64), counted)
+    listed = np.sort(whole, axis=1)[:, -4:].sum(axis=1)
+    known = counted.copy()
+    known[range(len(train)), counted.sum(axis=1) - 1] = False  # what follows a window the endpoint has not read
+    np.testing.assert_allclose(
+        told[known[counted]], np.log(whole[range(len(whole)), labels])[known[counted]], atol=2e-3
+    )
+    assert 0 < cache.manifest["beside"][UNLISTED]["mean"] <= 1 - listed.mean() + 1e-3
+    with pytest.raises(UsageError, match="knows the mass outside its top classes at T = 1, not at T = 2"):
+        targets.paired(student, labels, 2.0)
+    with pytest.raises(UsageError, match=r"gives its 4 largest log-probabilities at T = 1, and kd has T = 2; temp"):
+        capture_stage(windows(service, tmp_path, WINDOWS.replace("1.0", "2.0")), progress_for())
+
+
+def test_tokens_without_ids_are_not_guessed_from_their_text(service: Service, tmp_path: Path) -> None:
+    work = windows(service, tmp_path, WINDOWS.replace("#small", "#old"))
+
+    with pytest.raises(DataError, match=r"returned tokens as text, as '.*', of which no ids are known"):
+        work.teacher.logits(work.splits.test.arrays())
+    short = windows(service, tmp_path, WINDOWS.replace("top = 4", "top = 4\nvocabulary = 5"))
+    with pytest.raises(DataError, match=r"the endpoint lists token \d+, and the vocabulary has 5; say vocabulary"):
+        short.teacher.logits(short.splits.test.arrays())

@@ -5,6 +5,8 @@ probability of the tokens that begin its word (``top_logprobs`` of
 https://platform.openai.com/docs/api-reference/chat/create). What the teacher says of the classes is that, given that it
 names one of them. What is not among the listed tokens has no number, but a bound: at most the smallest that is listed,
 at most what is missing to one. The bound is taken, and how much of the answer it makes up is kept beside it.
+
+With ``api = "tokens"`` it is the teacher of a language model: the next tokens at each position of a window.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -21,15 +23,17 @@ from edgekd.errors import DataError, UsageError
 from edgekd.protocols import Arrays, ModelRequest, OriginOptions
 
 if TYPE_CHECKING:
+    from edgekd.endpoint import Endpoint
     from edgekd.sources import Answer, Teacher
 
-__all__ = ["BOUNDED", "ORIGIN", "UNNAMED", "Named", "named_classes"]
+__all__ = ["BOUNDED", "ORIGIN", "UNLISTED", "UNNAMED", "Named", "named_classes"]
 
 PROMPT = "{text}\n\nWhich of these is it: {labels}? Answer with one word.\nAnswer:"
 
 UNNAMED = "mass on answers that name no class"
 BOUNDED = "share of the classes that is a bound"
-"""What is kept beside the log-probabilities of each sample, 0 to 1."""
+UNLISTED = "mass outside the tokens that are listed"
+"""What is kept beside the log-probabilities of each sample, 0 to 1; of a window, its mean over the positions."""
 
 PER_SHARD = 256
 """Answers that are lost at most when a capture is killed."""
@@ -40,7 +44,12 @@ class OpenAiOptions(OriginOptions):
 
     prompt: str = Field(PROMPT, description="With {text}, and {labels} for the words in a row.")
     words: tuple[str, ...] = Field((), description="A word for each class, in order; by default the labels.")
-    api: Literal["chat", "completions"] = "chat"
+    api: Literal["chat", "completions", "tokens"] = Field(
+        "chat", description="How classes are asked for; tokens is for windows of a language model."
+    )
+    vocabulary: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Of a language model; by default that of the tokenizer."
+    )
     key_variable: str = Field(
         "OPENAI_API_KEY",
         description="Environment variable that holds the key, if one is needed; it is written nowhere.",
@@ -64,7 +73,6 @@ class _OpenAi:
 
     def teacher(self, asked: ModelRequest, example: Arrays) -> Teacher:
         """It takes an input ``text`` (an array of str, from a preprocessing), or ``input_ids`` and a tokenizer."""
-        from edgekd.endpoint import Endpoint
         from edgekd.sources import Answer, Teacher
         from edgekd.store import fingerprint
 
@@ -73,23 +81,15 @@ class _OpenAi:
             raise UsageError(
                 f"{asked.reference} gives log-probabilities alone; feature {asked.taps[0]!r} is not to be had"
             )
+        if options.api == "tokens":
+            return self._of_windows(asked, options)
         words = options.words or asked.labels
         if len(words) < 2 or (asked.labels and len(words) != len(asked.labels)):
             raise UsageError(f"{asked.reference}: {len(words)} words for {len(asked.labels)} labels; each needs one")
         if "{text}" not in options.prompt:
             raise UsageError(f"{asked.reference}: the prompt has no {{text}}: {options.prompt!r}")
         _check_words(words)
-        url, _, model = asked.place.rpartition("#")
-        endpoint = Endpoint(
-            url,
-            model,
-            options.api,
-            options.key_variable,
-            options.top,
-            options.parallel,
-            options.timeout_s,
-            options.retries,
-        )
+        endpoint = _endpoint(asked)
         prompt = options.prompt.replace("{labels}", ", ".join(words))
         texts_of = _texts_of(asked, options)
         has_named = False
@@ -111,10 +111,48 @@ class _OpenAi:
             return Answer(np.stack([one.log_probabilities for one in found]).astype(np.float32), beside)
 
         # Its weights cannot be seen: what is asked stands for them.
-        said = [url, model, options.api, options.prompt, list(words), options.top]
+        said = [endpoint.url, endpoint.model, options.api, options.prompt, list(words), options.top]
         whole = fingerprint(said)
         lineage = (f"teacher: {whole}", f"of {asked.reference}: its top {options.top} log-probabilities, T = 1")
         return Teacher(outputs, whole, None, None, 0, lineage, (UNNAMED, BOUNDED), PER_SHARD)
+
+    def _of_windows(self, asked: ModelRequest, options: OpenAiOptions) -> Teacher:
+        """A language model's next tokens at each position of ``input_ids``."""
+        from edgekd.listed import window_logits
+        from edgekd.sources import Answer, Teacher
+        from edgekd.store import fingerprint
+
+        tokenizer, endpoint = _tokenizer(asked, options), _endpoint(asked)
+        vocabulary = options.vocabulary or (None if tokenizer is None else tokenizer.get_vocab_size())
+        if vocabulary is None:
+            raise UsageError(
+                f'{asked.reference} with api = "tokens" needs a tokenizer or a vocabulary beside its model'
+            )
+
+        def outputs(arrays: Arrays) -> Answer:
+            if "input_ids" not in arrays:
+                raise DataError(
+                    f"{asked.reference} takes windows of tokens, input_ids; the data has {', '.join(arrays)}"
+                )
+            ids = arrays["input_ids"]
+            mask = arrays.get("attention_mask", np.ones_like(ids)) != 0
+            tops = endpoint.next_tokens([row[kept].tolist() for row, kept in zip(ids, mask, strict=True)])
+            made = [window_logits(top, ids.shape[1], vocabulary) for top in tops]
+            return Answer(
+                np.stack([logits for logits, _ in made]), {UNLISTED: np.asarray([rest for _, rest in made], np.float32)}
+            )
+
+        whole = fingerprint([endpoint.url, endpoint.model, "tokens", options.top, vocabulary])
+        lineage = (f"teacher: {whole}", f"of {asked.reference}: its top {options.top} log-probabilities, T = 1")
+        return Teacher(outputs, whole, None, None, 0, lineage, (UNLISTED,), None, options.top)
+
+
+def _endpoint(asked: ModelRequest) -> Endpoint:
+    from edgekd.endpoint import Endpoint
+
+    url, _, model = asked.place.rpartition("#")
+    o: OpenAiOptions = asked.options
+    return Endpoint(url, model, o.api, o.key_variable, o.top, o.parallel, o.timeout_s, o.retries)
 
 
 @dataclass(frozen=True)
@@ -167,18 +205,22 @@ def _bare(text: str) -> str:
     return text.strip(" \t\n▁Ġ\"'.,:;!*").lower()
 
 
+def _tokenizer(asked: ModelRequest, options: OpenAiOptions) -> Any:
+    if options.tokenizer is None:
+        return None
+    from edgekd import plugins
+    from edgekd.errors import MissingToolchainError
+
+    if plugins.missing(("tokenizers",)):
+        raise MissingToolchainError(repr(asked.reference), "tokenizers", "hf")
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(asked.folder / options.tokenizer))
+
+
 def _texts_of(asked: ModelRequest, options: OpenAiOptions) -> Callable[[Arrays], list[str]]:
     """From samples to their text."""
-    tokenizer = None
-    if options.tokenizer is not None:
-        from edgekd import plugins
-        from edgekd.errors import MissingToolchainError
-
-        if plugins.missing(("tokenizers",)):
-            raise MissingToolchainError(repr(asked.reference), "tokenizers", "hf")
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(asked.folder / options.tokenizer))
+    tokenizer = _tokenizer(asked, options)
 
     def texts(arrays: Arrays) -> list[str]:
         if "text" in arrays:
