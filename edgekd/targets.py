@@ -122,7 +122,7 @@ class TopTargets:
             raise UsageError(
                 f"this teacher cache knows the mass outside its top classes at T = "
                 f"{', '.join(f'{known:g}' for known in self.log_sums)}, not at T = {temperature:g}; "
-                "take one of these, or a teacher and a codec that know all classes"
+                'take one of these, or [teacher] codec = "dense-f16"'
             )
         log_head = self.logits / temperature - self.log_sums[temperature][:, None]
         softened = student / temperature
