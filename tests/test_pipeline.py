@@ -307,7 +307,11 @@ def test_a_student_that_does_not_fit_the_teacher_is_one_line(tmp_path: Path) -> 
 def test_a_loss_of_the_users_own_is_an_arm(tmp_path: Path) -> None:
     from edgekd.pipeline import capture_stage, distill_stage
 
-    make_recipe(tmp_path, **{'arms = ["control", "kd", "dist"]': 'arms = ["model:squared"]', "views = 2": "views = 1"})
+    changes = {
+        'arms = ["control", "kd", "dist"]': 'arms = ["model:squared"]',
+        "overrides.dist": 'overrides."model:squared"',
+    }
+    make_recipe(tmp_path, **changes, **{"views = 2": "views = 1"})
     model = tmp_path / "model.py"
     # The first weights of a student may depend on the number of threads, so that is set before it is made.
     source = model.read_text().replace(
