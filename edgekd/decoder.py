@@ -127,7 +127,7 @@ class _Decoder(nn.Module):
 
     def step(self, tokens: Tensor, positions: Tensor, caches: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         hidden = (self.slots > positions[..., None])[:, None]  # (1, 1, n, context)
-        mask = torch.where(hidden, _HIDDEN, 0.0)
+        mask = hidden.float() * _HIDDEN
         # Queries that share a key stand below one another: (1, 1, queries of a key · n, context).
         mask = torch.cat([mask] * self.shared, dim=2)
         slots = _slots(caches, positions[0].long())

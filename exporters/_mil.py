@@ -99,6 +99,12 @@ class MilProgram:
         size = first.shape[0] if first.shape else 1
         return (size,) if size != -1 else self._allowed[first.name].first_sizes(len(first.shape))
 
+    def takes(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether an input may have that shape."""
+        declared = self._types[name].shape or ()
+        fits = len(shape) == len(declared) and all(w in (-1, g) for w, g in zip(declared, shape, strict=True))
+        return fits and self._allowed.get(name, Allowed()).takes(shape)
+
     def make_state(self) -> State:
         """States as Core ML starts them: zeros."""
         return {

@@ -158,6 +158,8 @@ def describe(spec: Any, card: Card, precision: Precision, labelled: TensorSpec |
         if card.preprocessing
         else "",
     }
+    if card.decoder is not None:
+        facts |= {"context": str(card.decoder.context), "end_tokens": json.dumps(card.decoder.end_tokens)}
     for key, value in facts.items():
         if value:
             spec.description.metadata.userDefined[f"edgekd.{key}"] = value

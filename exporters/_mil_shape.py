@@ -91,7 +91,9 @@ def sliding_windows(x: Tensor, axis: int, size: int, stride: int = 1) -> Tensor:
 
 @operator(moves=True)
 def concat(values: Tensors, axis: int, interleave: bool = False) -> Tensor:
-    """One after the other, or one slice of each in turn (then all have the same shape)."""
+    """One after the other, or one slice of each in turn (then all have the same shape); scalars make a vector."""
+    if all(value.ndim == 0 for value in values):
+        return torch.stack(values, axis)
     if not interleave:
         return torch.cat(values, axis)
     axis = axis % values[0].ndim

@@ -12,6 +12,7 @@ import re
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch.export import ExportedProgram
@@ -21,18 +22,30 @@ from edgekd.errors import ExportError
 from edgekd.quiet import quiet as silence
 from edgekd.quiet import quiet_native
 
-__all__ = ["convert", "first_line", "quiet", "requantize"]
+__all__ = ["Signature", "convert", "first_line", "quiet", "requantize"]
 
 
-def convert(
-    program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], signature: str, *, keep_64_bit: bool
-) -> bytes:
-    """The content of a ``.tflite`` file.
+@dataclass(frozen=True)
+class Signature:
+    """A program under a name, which an app calls.
+
+    Attributes:
+        name: Of the signature.
+        program: With every axis fixed. It is consumed: the converter rewrites its graph.
+        inputs, outputs: Names in the signature, in the order of the program's.
+    """
+
+    name: str
+    program: ExportedProgram
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+
+
+def convert(signatures: Sequence[Signature], *, keep_64_bit: bool) -> bytes:
+    """The content of a ``.tflite`` file; weights that several signatures read are in it once.
 
     Args:
-        program: With every axis fixed. It is consumed: the converter rewrites its graph.
-        inputs, outputs: Names in the file's signature, in the order of the program's.
-        signature: Its name.
+        signatures: The first one is what the file computes for those who ask for no signature.
         keep_64_bit: Keep 64-bit numbers; else they become 32-bit.
 
     Raises:
@@ -45,31 +58,35 @@ def convert(
         from litert_torch._convert import core
         from litert_torch.backend import inline_consts
 
-        for node in program.graph.nodes:
-            # The converter makes tensor names out of this: without it they hold Python classes, and the same program
-            # gives other bytes after it was saved and loaded.
-            node.meta["nn_module_stack"] = {"": ("", node.name)}
         _teach_layout()
-        try:
-            program = fx_infra.graph_utils.reset_from_node_meta(program)
-            program = fx_infra.safe_run_decompositions(program, fx_infra.decomp.pre_convert_decomp(), can_skip=False)
-            program = core._run_convert_passes(program)
-            context = backend.export_utils.create_ir_context()
-            plugins = [inline_consts.InlineConstsContext(enable_resource_constants=False)]
-            lowered = backend.export.exported_program_to_mlir(
-                program, ir_context=context, lowering_context_plugins=plugins
-            )
-        except Exception as error:
-            raise ExportError(f"litert-torch cannot translate the program: {_reason(error, '')}") from error
+        context = backend.export_utils.create_ir_context()
+        plugins = [inline_consts.InlineConstsContext(enable_resource_constants=False)]
+        lowered = []
+        for signature in signatures:
+            for node in signature.program.graph.nodes:
+                # The converter makes tensor names out of this: without it they hold Python classes, and the same
+                # program gives other bytes after it was saved and loaded.
+                node.meta["nn_module_stack"] = {"": ("", node.name)}
+            try:
+                program = fx_infra.graph_utils.reset_from_node_meta(signature.program)
+                table = fx_infra.decomp.pre_convert_decomp()
+                program = core._run_convert_passes(fx_infra.safe_run_decompositions(program, table, can_skip=False))
+                made = backend.export.exported_program_to_mlir(
+                    program, ir_context=context, lowering_context_plugins=plugins
+                )
+            except Exception as error:
+                raise ExportError(f"litert-torch cannot translate the program: {_reason(error, '')}") from error
+            lowered.append(made.module)
         with quiet_native() as said:
             try:
-                converter_api_ext.set_signature(
-                    lowered.module.operation,
-                    signature_name=signature,
-                    input_names=list(inputs),
-                    output_names=list(outputs),
-                )
-                module = converter_api_ext.merge_modules([lowered.module])
+                for module, signature in zip(lowered, signatures, strict=True):
+                    converter_api_ext.set_signature(
+                        module.operation,
+                        signature_name=signature.name,
+                        input_names=list(signature.inputs),
+                        output_names=list(signature.outputs),
+                    )
+                module = converter_api_ext.merge_modules(lowered)
                 config = converter_api_ext.ConvertToTFLConfig()
                 config.model_origin_framework = "PYTORCH"
                 config.strict_qdq_mode = True
@@ -150,14 +167,14 @@ def _without_blocks(content: bytes) -> Iterator[tuple[str, str]]:
     from ai_edge_quantizer.utils.tfl_flatbuffer_utils import get_op_scope
 
     model = schema.ModelT.InitFromPackedBuf(content, 0)
-    (graph,) = model.subgraphs
     names = {schema.BuiltinOperator.FULLY_CONNECTED: "FULLY_CONNECTED"}
     names[schema.BuiltinOperator.EMBEDDING_LOOKUP] = "EMBEDDING_LOOKUP"
-    for operator in graph.operators:
-        code = model.operatorCodes[operator.opcodeIndex]
-        kind = names.get(max(code.builtinCode, code.deprecatedBuiltinCode))
-        if kind is not None and graph.tensors[operator.inputs[1]].shape[-1] % BLOCK:
-            yield kind, get_op_scope(operator, graph.tensors)
+    for graph in model.subgraphs:
+        for operator in graph.operators:
+            code = model.operatorCodes[operator.opcodeIndex]
+            kind = names.get(max(code.builtinCode, code.deprecatedBuiltinCode))
+            if kind is not None and graph.tensors[operator.inputs[1]].shape[-1] % BLOCK:
+                yield kind, get_op_scope(operator, graph.tensors)
 
 
 def _reason(error: Exception, said: str) -> str:

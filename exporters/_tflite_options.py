@@ -36,6 +36,10 @@ class TFLiteOptions(Options):
     int4_convolutions: bool = Field(
         default=False, description="Store weights of convolutions in 4 bits too in w4a8: smaller, but without XNNPACK."
     )
+    prefill: str = Field(
+        default="",
+        description="Tokens that each prefill signature of a language model reads, as 8,64; by default up to 128.",
+    )
     signature: str = Field(
         default="serving_default", min_length=1, description="Name of the signature that an app calls."
     )

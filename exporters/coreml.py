@@ -27,6 +27,7 @@ from ._mil import load_package
 from ._mil_compress import Scheme, compress_weights
 from ._mil_contents import read_contents
 from ._mil_convert import convert, describe, input_types, label_output, without_bars
+from ._mil_decoder import CONTEXT, CoreMLDecoder, decoder_input_types, lengths_of, stateful_program
 from ._mil_fold import fold_pads
 from ._mil_options import SYSTEMS, CoreMLOptions, probabilities
 from ._mil_prepare import is_quantized, prepare_program, within_half
@@ -69,6 +70,7 @@ class CoreMLExporter:
         **conversions("fp32", "fp16", "w8", "w8a8", "w4a8", "auto"),
         **{word: Conversion("fp32", tolerance) for word, tolerance in _LOSSY.items()},
     }
+    cached_precisions: tuple[Precision, ...] = ("fp16",)
     options = CoreMLOptions
 
     def write(self, student: Student, path: Path, precision: Precision, options: CoreMLOptions = _DEFAULTS) -> None:
@@ -80,24 +82,18 @@ class CoreMLExporter:
         """
         _check(student, precision, options)
         student, _ = options.applied(student, {})
-        batch = sizes(options.batch, "coreml", "batch")
-        length = sizes(options.length, "coreml", "length") if options.length else None
-        flexible = batch != (1,) or length is not None
-        program = student.program if flexible else at_batch(student.program)
-        inputs, outputs = input_specs(program), output_specs(program)
-        for spec in inputs:
-            if spec.dtype == "bool":
-                raise ExportError(f"input {spec.name!r} is bool; Core ML takes float32 and int32 inputs")
-        names = [s.name for s in outputs]
         with quiet() as complaints, without_bars():
+            program, settings = _sized(student, options)
+            inputs, outputs = input_specs(program), output_specs(program)
+            for spec in inputs:
+                if spec.dtype == "bool":
+                    raise ExportError(f"input {spec.name!r} is bool; Core ML takes float32 and int32 inputs")
+            names = [s.name for s in outputs]
             half = precision == "fp16" or options.half
             program = prepare_program(program)
             if half:
                 program = within_half(program)
-            _check_states(program, precision, options)
-            settings: dict[str, Any] = {}
-            if flexible or options.image:
-                settings["inputs"] = input_types(student, inputs, batch, length, options)
+            _check_states(program, precision, options, student.card.decoder is not None)
             if options.classifier:
                 place = names.index(probabilities(student).name)
                 settings["classifier_config"] = label_output(program, student.card, place)
@@ -120,8 +116,12 @@ class CoreMLExporter:
                 write_package(spec, weights, path)
 
     def load(self, path: Path) -> Runner:
-        """The package in the reference evaluator (see :func:`load`), with the inputs and outputs of its program."""
-        return ProgramRunner(load(path))
+        """The package in the reference evaluator (see :func:`load`), with the inputs and outputs of its program.
+
+        That of a language model fulfils :class:`edgekd.protocols.Decoding` too.
+        """
+        runner = ProgramRunner(load(path))
+        return CoreMLDecoder(runner) if CONTEXT in runner.program.metadata else runner
 
     def contents(self, path: Path) -> Contents:
         """Operators and constants of the package's program."""
@@ -129,6 +129,20 @@ class CoreMLExporter:
 
 
 EXPORTER = CoreMLExporter()
+
+
+def _sized(student: Student, options: CoreMLOptions) -> tuple[ExportedProgram, dict[str, Any]]:
+    """The program for the sizes that were asked for, and what coremltools must be told of its inputs."""
+    if student.card.decoder is not None:
+        types = decoder_input_types(lengths_of(student, options))
+        return stateful_program(student.program, student.card.decoder.context), {"inputs": types}
+    batch = sizes(options.batch, "coreml", "batch")
+    length = sizes(options.length, "coreml", "length") if options.length else None
+    flexible = batch != (1,) or length is not None
+    program = student.program if flexible else at_batch(student.program)
+    if not flexible and not options.image:
+        return program, {}
+    return program, {"inputs": input_types(student, input_specs(program), batch, length, options)}
 
 
 def _check(student: Student, precision: Precision, options: CoreMLOptions) -> None:
@@ -141,12 +155,18 @@ def _check(student: Student, precision: Precision, options: CoreMLOptions) -> No
         raise UsageError(f"coreml has no precision {precision!r}; it has {', '.join(CoreMLExporter.precisions)}")
     system = SYSTEMS.index(options.minimum_deployment_target)
     needs = [(f"coreml {precision}", _SINCE.get(precision, SYSTEMS[0]))]
+    if student.card.decoder is not None:
+        needs.append(("a language model with caches", "iOS18"))
     if options.sparse:
         joint = precision not in ("fp32", "fp16")
         needs.append((f"coreml {precision} with sparse weights", "iOS18" if joint else "iOS16"))
     for what, since in needs:
         if SYSTEMS.index(since) > system:
             raise UsageError(f"{what} needs {since}; minimum_deployment_target is {options.minimum_deployment_target}")
+    if student.card.decoder is not None:
+        lengths_of(student, options)
+        if precision != "fp16":
+            raise UsageError(f"coreml writes language models with caches in fp16, not in {precision}")
     if options.sparse and precision in STATIC:
         raise UsageError(f"coreml {precision} has no sparse weights; w8, w4, p2 to p8, fp16 and fp32 have")
     quantized = any(is_quantized(node) for node in student.program.graph.nodes)
@@ -174,7 +194,9 @@ def _scheme(precision: Precision, options: CoreMLOptions) -> Scheme | None:
     )
 
 
-def _check_states(program: ExportedProgram, precision: Precision, options: CoreMLOptions) -> None:
+def _check_states(
+    program: ExportedProgram, precision: Precision, options: CoreMLOptions, reads_any_length: bool
+) -> None:
     """Buffers that a program writes become states, which Core ML has since iOS 18, in half precision, from zero."""
     buffers = list(dict.fromkeys(program.graph_signature.buffers_to_mutate.values()))
     if not buffers:
@@ -186,7 +208,7 @@ def _check_states(program: ExportedProgram, precision: Precision, options: CoreM
         )
     if precision != "fp16" and not options.half:
         raise UsageError(f"Core ML keeps {', '.join(buffers)} in half precision; ask for fp16, or half=true")
-    if options.batch != "1" or options.length:
+    if options.batch != "1" or (options.length and not reads_any_length):
         raise UsageError(
             f"a program that keeps {', '.join(buffers)} from call to call has one shape; set no batch or length"
         )

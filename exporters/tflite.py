@@ -24,21 +24,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from edgekd.contents import Contents
-from edgekd.errors import DataError, ExportError, ModelFileError
+from edgekd.errors import DataError, ExportError, ModelFileError, UsageError
 from edgekd.fold import folded_module
 from edgekd.models import input_specs, output_specs
 from edgekd.parity import conversions, fitting
 from edgekd.precisions import STATIC, WIDE
-from edgekd.protocols import Arrays
+from edgekd.protocols import Arrays, Runner
 from edgekd.quiet import quiet_native
 from edgekd.tracing import retrace
-from edgekd.types import Conversion, Precision, Student, TensorSpec, Tolerance
+from edgekd.types import Conversion, Json, Precision, Student, TensorSpec, Tolerance
 
 from ._sizes import check_open, few_of, sizes
 from ._tflite_contents import read_contents
-from ._tflite_convert import convert, first_line, quiet, requantize
+from ._tflite_convert import Signature, convert, first_line, quiet, requantize
+from ._tflite_decoder import DECODE, Kept, prefill_lengths, signatures
 from ._tflite_edit import integer_edges, with_activations_of_16_bits, with_open_batch, with_weights_of_4_bits
 from ._tflite_graph import prepare, program_precision
 from ._tflite_metadata import check_intact, read_metadata, write_with_metadata
@@ -64,6 +67,7 @@ class TFLiteExporter:
         **conversions("fp32", "fp16", "w8", "w8d8", "w8a8", "w4a8", "w8a16", "auto"),
         "w4d8": Conversion("fp32", W4D8_TOLERANCE),
     }
+    cached_precisions: tuple[Precision, ...] = ("fp32", "fp16", "w8", "w8d8", "w4d8")
     options = TFLiteOptions
 
     def write(self, student: Student, path: Path, precision: Precision, options: TFLiteOptions = _DEFAULTS) -> None:
@@ -83,25 +87,17 @@ class TFLiteExporter:
             raise ExportError(
                 f"tflite {precision} is made from a program in {source}; {student.card.name!r} is {found}"
             )
-        batch = sizes(options.batch, "tflite", "batch")
-        if batch != (1,):
-            check_open(program, "tflite", options.batch, "")
-        prepared = prepare(module)
-        converted = {}
-        for size in batch if len(batch) == 1 else (2, 3):
+        facts: Json
+        if student.card.decoder is not None:
+            lengths = prefill_lengths(student, options)
             with quiet():
-                fixed = retrace(prepared, program, batch=size)
-            inputs, outputs = input_specs(fixed), output_specs(fixed)  # before the converter rewrites the program
-            wide = any(spec.dtype in ("int64", "float64") for spec in (*inputs, *outputs))
-            names = [s.name for s in inputs], [s.name for s in outputs]
-            converted[size] = convert(fixed, *names, options.signature, keep_64_bit=wide)
-        if len(batch) > 1:
-            content = with_open_batch(converted[2], converted[3])
-            inputs, outputs = (
-                tuple(replace(spec, shape=(-1, *spec.shape[1:])) for spec in specs) for specs in (inputs, outputs)
-            )
+                several = list(signatures(prepare(module), program, lengths))
+            inputs, outputs = _specs(several[0])
+            content = convert(several, keep_64_bit=False)
+            facts = {**student.card.decoder.to_json(), "prefill": list(lengths)}
         else:
-            content = converted[batch[0]]
+            content, inputs, outputs = _single(prepare(module), program, options)
+            facts = {"batch": options.batch} if -1 in inputs[0].shape else {}
         if precision == "w4a8":
             content = with_weights_of_4_bits(content, options.int4_convolutions)
         if precision == WIDE:
@@ -117,7 +113,6 @@ class TFLiteExporter:
                 for specs, changed in ((inputs, applied.card.inputs), (outputs, applied.card.outputs))
             )
         runner = _verify(content, inputs, outputs, precision)
-        facts = {"batch": options.batch} if len(batch) > 1 else {}
         write_with_metadata(path, content, student.card, precision, runner.inputs, runner.outputs, facts)
         if precision == "w4d8" and all(weight.dtype != "int4" for weight in read_contents(path).weights):
             path.unlink()
@@ -126,15 +121,19 @@ class TFLiteExporter:
                 "none; take w8d8, or w8a8, which quantizes convolutions too"
             )
 
-    def load(self, path: Path) -> LiteRTRunner:
+    def load(self, path: Path) -> Runner:
         """Load a file in LiteRT's interpreter: one thread, XNNPACK where it has a kernel.
+
+        That of a language model fulfils :class:`edgekd.protocols.Decoding` too; what is called alone is ``decode``.
 
         Raises:
             ModelFileError: The file is missing, damaged, of another format, or has several signatures.
         """
         check_intact(path)
         try:
-            return LiteRTRunner(_interpreter(model_path=str(path)), read_metadata(path).get("batch"))
+            facts = read_metadata(path)
+            runner = LiteRTRunner(_interpreter(model_path=str(path)), facts.get("batch"))
+            return LiteRTDecoder(runner, Kept(path, int(facts["context"]))) if "context" in facts else runner
         except (RuntimeError, ValueError) as error:
             raise ModelFileError(f"{path} cannot be loaded by LiteRT: {_refusal(error)}") from error
 
@@ -161,11 +160,13 @@ class LiteRTRunner:
             ValueError: The file has several signatures.
         """
         self._interpreter = interpreter
-        signatures = interpreter.get_signature_list()
-        if len(signatures) > 1:
-            raise ValueError(f"it has {len(signatures)} signatures; one was expected")
+        keys = list(interpreter.get_signature_list())
+        if DECODE in keys:
+            keys = [DECODE]
+        if len(keys) > 1:
+            raise ValueError(f"it has {len(keys)} signatures; one was expected")
         names: tuple[dict[int, str], dict[int, str]] = ({}, {})
-        for key in signatures:  # the signature's order is alphabetical, that of the tensors is the program's
+        for key in keys:  # the signature's order is alphabetical, that of the tensors is the program's
             signature = interpreter.get_signature_runner(key)
             details = signature.get_input_details(), signature.get_output_details()
             names = tuple({d["index"]: name for name, d in part.items()} for part in details)  # type: ignore[assignment]
@@ -214,7 +215,64 @@ class LiteRTRunner:
             self._batch = len(open_ones[0][1])
 
 
+class LiteRTDecoder:
+    """A language model with caches; fulfils :class:`edgekd.protocols.Decoding` beside ``Runner``.
+
+    Attributes:
+        context: Tokens that the caches hold.
+    """
+
+    def __init__(self, runner: LiteRTRunner, kept: Kept) -> None:
+        self.runtime, self.inputs, self.outputs = runner.runtime, runner.inputs, runner.outputs
+        self.context = kept.context
+        self._runner, self._kept = runner, kept
+
+    def __call__(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        """Read a token, with caches that are given."""
+        return self._runner(inputs)
+
+    def read(self, tokens: Sequence[int], start: int) -> np.ndarray:
+        return self._kept.read(tokens, start)
+
+
 EXPORTER = TFLiteExporter()
+
+
+def _single(
+    module: GraphModule, program: ExportedProgram, options: TFLiteOptions
+) -> tuple[bytes, tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """A file of one signature for the batches that were asked for, and what it takes and gives.
+
+    Args:
+        module: That of ``program``, prepared for the converter.
+    """
+    if options.prefill:
+        raise UsageError("tflite prefill is for language models with caches; this program has none")
+    batch = sizes(options.batch, "tflite", "batch")
+    if batch != (1,):
+        check_open(program, "tflite", options.batch, "")
+    converted = {}
+    for size in batch if len(batch) == 1 else (2, 3):
+        with quiet():
+            fixed = retrace(module, program, batch=size)
+        names = [s.name for s in input_specs(fixed)], [s.name for s in output_specs(fixed)]
+        signature = Signature(options.signature, fixed, *names)
+        inputs, outputs = _specs(signature)
+        wide = any(spec.dtype in ("int64", "float64") for spec in (*inputs, *outputs))
+        converted[size] = convert([signature], keep_64_bit=wide)
+    if len(batch) == 1:
+        return converted[batch[0]], inputs, outputs
+    inputs, outputs = (tuple(replace(s, shape=(-1, *s.shape[1:])) for s in specs) for specs in (inputs, outputs))
+    return with_open_batch(converted[2], converted[3]), inputs, outputs
+
+
+def _specs(signature: Signature) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """What a signature takes and gives; to be asked before the converter rewrites its program."""
+    inputs, outputs = input_specs(signature.program), output_specs(signature.program)
+    return (
+        tuple(replace(spec, name=name) for spec, name in zip(inputs, signature.inputs, strict=True)),
+        tuple(replace(spec, name=name) for spec, name in zip(outputs, signature.outputs, strict=True)),
+    )
 
 
 def _named(details: Sequence[dict[str, Any]], names: dict[int, str]) -> list[tuple[int, TensorSpec]]:
