@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 from pathlib import Path
 
@@ -23,15 +24,29 @@ def function_fault(reference: str, folder: Path) -> str:
     if not function:
         return f"{reference!r} is not module:function"
     if path.is_file():
-        source = path.read_text(encoding="utf-8", errors="replace")
-        if (
-            not any(f"{keyword} {function}" in source for keyword in ("def", "class", "import"))
-            and f"{function} =" not in source
-        ):
-            return f"{path.name} beside the recipe defines no {function!r}"
-        return ""
+        names = _names_in(path.read_text(encoding="utf-8", errors="replace"))
+        if names is None or function in names:
+            return ""
+        return f"{path.name} beside the recipe defines no {function!r}"
     try:
         found = importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         found = False
     return "" if found else f"no {path.name} beside the recipe, and no module {module!r} is installed"
+
+
+def _names_in(source: str) -> set[str] | None:
+    """What a module's source defines, assigns or imports; None where that cannot be read off it."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return None  # Python says what is wrong with it when it is run
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+    return None if "*" in names else names
