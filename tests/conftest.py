@@ -8,9 +8,12 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see edgekd.cli.main
 
+import atexit
+import shutil
 import tempfile
 
 os.environ["EDGEKD_STATE"] = tempfile.mkdtemp(prefix="edgekd-tests-")  # no test writes into the user's history
+atexit.register(shutil.rmtree, os.environ["EDGEKD_STATE"], ignore_errors=True)
 os.environ.pop("EDGEKD_HISTORY", None)
 
 import numpy as np

