@@ -11,7 +11,6 @@ import numpy as np
 
 from edgekd.errors import DeviceError, InconclusiveError, UsageError
 from edgekd.measurement import Plan
-from edgekd.models import bind_inputs
 from edgekd.protocols import Device, Progress, Side
 from edgekd.store import read_json, state_folder, write_json
 from edgekd.types import Artifact
@@ -19,7 +18,7 @@ from edgekd.types import Artifact
 from .cells import Pair, Resolution, Samples, log_ratios_of
 from .gate import GATE_PLAN, Sitting
 from .rule import Rule
-from .session import where_of, why_not_run
+from .session import inputs_of, plan_for, where_of, why_not_run
 from .stats import ratio_of_logs
 
 __all__ = ["FEWEST_PAIRS", "calibrate", "load_resolution", "resolution_of", "resolution_path", "save_resolution"]
@@ -57,10 +56,10 @@ def calibrate(
     if not status.reachable:
         raise DeviceError(f"{device_name}: {status.reason}")
     where = where_of(device_name, status.facts)
-    if artifact.target not in status.targets:
-        raise UsageError(why_not_run(artifact.target, where, status))
-    rule = rule or Rule()
-    side = Side(artifact, folder, bind_inputs(artifact.inputs, samples.inputs))
+    if why := why_not_run(artifact, where, status):
+        raise UsageError(why)
+    rule, plan = rule or Rule(), plan_for(plan, [artifact], samples.inputs)
+    side = Side(artifact, folder, inputs_of(artifact, samples.inputs))
     sitting = Sitting(
         Pair(label, artifact, folder, artifact, folder), (side, side), device, plan, random.Random(seed), rule.looks[0]
     )

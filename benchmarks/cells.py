@@ -37,8 +37,8 @@ __all__ = [
 FAST = 0.1
 """The quantile of a block's samples that files are compared by. Against the median, on a busy machine: docs/gate.md."""
 
-TIMED = {"latency": "ms", "cold_start": "ms", "peak_memory": "bytes"}
-"""Metrics that vary from launch to launch, with their units."""
+TIMED = {"latency": "ms", "first_token": "ms", "cold_start": "ms", "peak_memory": "bytes"}
+"""Metrics that vary from launch to launch, with their units; ``first_token`` only of language models with caches."""
 
 
 @dataclass(frozen=True)
@@ -77,22 +77,25 @@ class Margins(JsonMixin):
 
     Attributes:
         latency: Of the fast tenth of the timed inferences: what lies above tells more of the machine than of the file.
+        first_token: Of a language model with caches: the fast tenth of the times to an answer's first token.
         cold_start: Loading the file in a fresh process, and the first inference.
         peak_memory: Resident, of what came on top of the runtime.
         size: Of the file or package; compared exactly.
         accuracy: Share of right classes.
         agreement: Share of the teacher's top classes, or mean cosine with its outputs.
-        latency_floor_ms, cold_start_floor_ms, peak_memory_floor_bytes: A smaller difference never counts, whatever its
-            share: it is nothing to a user.
+        latency_floor_ms, first_token_floor_ms, cold_start_floor_ms, peak_memory_floor_bytes: A smaller difference never
+            counts, whatever its share: it is nothing to a user.
     """
 
     latency: float = 0.03
+    first_token: float = 0.03
     cold_start: float = 0.10
     peak_memory: float = 0.05
     size: float = 0.01
     accuracy: float = 0.01
     agreement: float = 0.01
     latency_floor_ms: float = 0.01
+    first_token_floor_ms: float = 0.1
     cold_start_floor_ms: float = 5.0
     peak_memory_floor_bytes: float = 1e6
 
@@ -100,6 +103,7 @@ class Margins(JsonMixin):
         """Largest new / old of a timed metric that is no regression."""
         floor = {
             "latency": self.latency_floor_ms,
+            "first_token": self.first_token_floor_ms,
             "cold_start": self.cold_start_floor_ms,
             "peak_memory": self.peak_memory_floor_bytes,
         }[metric]
@@ -113,8 +117,8 @@ class Cell(JsonMixin):
 
     Attributes:
         label: Of the pair.
-        metric: ``latency``, ``cold_start``, ``peak_memory``, ``accuracy``, ``agreement``, ``size``, ``finite``
-            (the outputs) or ``delegation``.
+        metric: ``latency``, ``first_token``, ``cold_start``, ``peak_memory``, ``accuracy``, ``agreement``, ``size``,
+            ``finite`` (the outputs) or ``delegation``.
         old, new: Values in ``unit``: medians over the blocks, or scores; None where the metric is no number.
         change: How much worse, as a share (of accuracy and agreement: the difference); negative is better.
         low, high: Interval of the change; None where it is exact.
@@ -194,6 +198,8 @@ def value_of(block: Block, metric: str) -> float | None:
     """A timed metric of one block; None where the device could not tell."""
     if metric == "latency":
         return float(np.quantile(block.latency_ms, FAST))
+    if metric == "first_token":
+        return float(np.quantile(block.first_token_ms, FAST)) if block.first_token_ms else None
     if metric == "cold_start":
         return block.model_load_ms + block.first_inference_ms
     if block.peak_memory_bytes is None:

@@ -17,7 +17,6 @@ import numpy as np
 
 from edgekd.errors import DeviceError, InconclusiveError, UsageError
 from edgekd.measurement import Block, Measurement, Plan
-from edgekd.models import bind_inputs
 from edgekd.protocols import Device, Progress, Side
 
 from .cells import (
@@ -37,7 +36,16 @@ from .cells import (
 )
 from .paired import Drop, cosines
 from .rule import Rule, decide, holm, worst
-from .session import class_output, flags_of, measure_pair, timed_only, where_of, why_not_run
+from .session import (
+    class_output,
+    flags_of,
+    inputs_of,
+    measure_pair,
+    plan_for,
+    timed_only,
+    where_of,
+    why_not_run,
+)
 
 __all__ = ["GATE_PLAN", "Sitting", "compare"]
 
@@ -133,16 +141,16 @@ def compare(
     if not status.reachable:
         raise InconclusiveError(f"{device_name}: {status.reason}")
     where, drawn = where_of(device_name, status.facts), random.Random(seed)
+    plan = plan_for(plan, [file for pair in pairs for file in (pair.old, pair.new)], samples.inputs)
     notes = _resolution_notes(resolution, where, margins, metrics)
     cells, sittings = list[Cell](), list[Sitting]()
     for pair in pairs:
-        if pair.new.target in status.targets:
+        if not (why := why_not_run(pair.new, where, status)):
             files = ((pair.old, pair.old_folder), (pair.new, pair.new_folder))
-            sides = tuple(Side(file, folder, bind_inputs(file.inputs, samples.inputs)) for file, folder in files)
+            sides = tuple(Side(file, folder, inputs_of(file, samples.inputs)) for file, folder in files)
             sittings.append(Sitting(pair, sides, device, plan, drawn, most_void=rule.looks[0]))
         else:
-            why = f"not run: {why_not_run(pair.new.target, where, status)}"
-            cells.append(Cell(pair.label, "latency", "inconclusive", why=why))
+            cells.append(Cell(pair.label, "latency", "inconclusive", why=f"not run: {why}"))
     if progress and sittings:
         progress.start(f"comparing on {where}", total=rule.looks[0] * len(sittings))
     drops: dict[tuple[int, str], Drop] = {}
@@ -246,8 +254,14 @@ def _notes(sitting: Sitting) -> list[str]:
     if sitting.outputs is None:
         return []
     label, notes = sitting.pair.label, []
-    old, new = (out[class_output(side.artifact)] for out, side in zip(sitting.outputs, sitting.sides, strict=True))
-    if old.shape == new.shape:
+    is_language_model = sitting.pair.new.card.decoder is not None
+    old, new = (
+        next(iter(out.values())) if is_language_model else out[class_output(side.artifact)]
+        for out, side in zip(sitting.outputs, sitting.sides, strict=True)
+    )
+    if is_language_model and old.shape == new.shape:
+        notes.append(f"{label}: answers of old and new to {len(old)} prompts: {np.mean(old == new):.2%} same tokens")
+    elif old.shape == new.shape:
         top = f", same top class {np.mean(old.argmax(axis=1) == new.argmax(axis=1)):.2%}" if old.ndim == 2 else ""
         notes.append(
             f"{label}: outputs of old and new on {len(old)} samples: cosine {cosines(old, new).mean():.6f}{top}"

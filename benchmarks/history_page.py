@@ -13,10 +13,11 @@ from edgekd.ledger import UNKNOWN, format_bytes, format_latency
 from .changes import Change, changes
 from .charts import over_releases
 from .history import Entry
+from .stats import first_token_ms
 
 __all__ = ["Series", "html", "lines", "series_of"]
 
-WORSE_UP = {"latency": True, "size": True, "accuracy": False, "agreement": False}
+WORSE_UP = {"latency": True, "first token": True, "size": True, "accuracy": False, "agreement": False}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Series:
             m = entry.measurement
             value = {
                 "latency": entry.latency_ms,
+                "first token": first_token_ms(m),
                 "size": float(m.size_bytes) or None,
                 "accuracy": m.accuracy,
                 "agreement": m.teacher_agreement,
@@ -77,10 +79,22 @@ def lines(entries: Sequence[Entry]) -> list[str]:
             flags = f"  [{', '.join(m.flags)}]" if m.flags else ""
             told.append(
                 f"  {entry.created:%Y-%m-%d %H:%M}  {entry.label:<14} {entry.how:<7} "
-                f"p50 {format_latency(entry.latency_ms)} ms  {format_bytes(m.size_bytes)}  accuracy {accuracy}{flags}"
+                f"{_speed(entry)}  {format_bytes(m.size_bytes)}  accuracy {accuracy}{flags}"
             )
         told += [f"  {sentence}" for sentence in _sentences(series)]
     return told or ["nothing has been measured yet; edgekd bench and edgekd compare write the history"]
+
+
+def _speed(entry: Entry) -> str:
+    """The median, or of a language model what its users wait for."""
+    first = first_token_ms(entry.measurement)
+    if first is None or not entry.latency_ms:
+        return f"p50 {format_latency(entry.latency_ms)} ms"
+    plan = entry.measurement.plan
+    return (
+        f"first token {format_latency(first)} ms (prompt of {plan.prompt_tokens}), "
+        f"{format_latency(1e3 / entry.latency_ms)} tokens/s"
+    )
 
 
 def _sentences(series: Series) -> Iterator[str]:
@@ -99,7 +113,12 @@ def html(entries: Sequence[Entry]) -> str:
     sections, verdicts = [], []
     for series in series_of(entries):
         figures = []
-        for metric, unit, scale in (("latency", "ms", 1.0), ("size", "kB", 1e3), ("accuracy", "%", 0.01)):
+        for metric, unit, scale in (
+            ("latency", "ms", 1.0),
+            ("first token", "ms", 1.0),
+            ("size", "kB", 1e3),
+            ("accuracy", "%", 0.01),
+        ):
             found = series.values(metric)
             if found:
                 svg = over_releases(

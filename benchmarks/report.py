@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html as markup
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from string import Template
 
@@ -59,6 +59,7 @@ def html(ledger: Ledger, measurements: Sequence[Measurement]) -> str:
         _picture(ledger),
         _rows(ledger),
         _parity(ledger),
+        _answers(measurements),
         _latency(measurements),
         _not_run(measurements),
         _arms(ledger),
@@ -104,7 +105,10 @@ def _figures(ledger: Ledger) -> str:
     if timed:
         fastest = min(timed, key=lambda row: row.latency_ms or 0.0)
         beside = f"{label(fastest)}, {fastest.latency_device}"
-        cells.append((f"{format_latency(fastest.latency_ms)} ms", "fastest file, median", beside))
+        speed = f"{format_latency(fastest.latency_ms)} ms"
+        if fastest.tokens_per_second is not None:
+            speed = f"{format_latency(fastest.tokens_per_second)} tokens/s"
+        cells.append((speed, "fastest file, median", beside))
     if not cells:
         return ""
     inner = "".join(f"<div><span>{_text(b)}</span><b>{_text(a)}</b><span>{_text(c)}</span></div>" for a, b, c in cells)
@@ -143,6 +147,7 @@ def _rows(ledger: Ledger) -> str:
     header, kinds = file_column(ledger.rows)
     language = any(row.perplexity is not None for row in ledger.rows)
     embeds = any(row.cosine is not None for row in ledger.rows)
+    answers = any(row.tokens_per_second is not None for row in ledger.rows)
     for row, file in zip(ledger.rows, kinds, strict=True):
         note = f"<small>{_text(row.note)}</small>" if row.note else ""
         status = (
@@ -164,13 +169,17 @@ def _rows(ledger: Ledger) -> str:
                 format_bytes(row.size_bytes),
                 format_count(row.parameters),
                 format_count(row.macs),
-                format_latency(row.latency_ms),
+                *(
+                    [format_latency(row.first_token_ms), format_latency(row.tokens_per_second)]
+                    if answers
+                    else [format_latency(row.latency_ms)]
+                ),
                 status,
             ]
         )
     headers = ["", header, "accuracy %", "agreement %", *(["perplexity"] if language else [])]
     headers += [*(["cosine", "neighbours %", "same label %"] if embeds else []), "KL", "ECE"]
-    headers += ["size", "parameters", "MACs", "p50 ms", "parity"]
+    headers += ["size", "parameters", "MACs", *(["first token ms", "tokens/s"] if answers else ["p50 ms"]), "parity"]
     return _section(
         "From the teacher to the device",
         _table(headers, body, numeric=range(2, len(headers) - 1)),
@@ -189,7 +198,9 @@ def _parity(ledger: Ledger) -> str:
         failed = ", ".join(
             f"{output.name} (off by {output.max_abs:.2g})" for output in proof.outputs if not output.passed
         )
-        reason = " ".join(part for part in (proof.reason, failed and f"Failed outputs: {failed}") if part)
+        told = proof.generation
+        answers = told and f"{told.same} of {told.prompts} answers of {told.new_tokens} tokens are the program's own."
+        reason = " ".join(part for part in (proof.reason, failed and f"Failed outputs: {failed}", answers) if part)
         body.append(
             [
                 label(row),
@@ -209,6 +220,42 @@ def _parity(ledger: Ledger) -> str:
         "Is the file the program?",
         _table(headers, body, numeric=range(2, 6), prose=(7,)),
         "Each file was loaded by its own runtime and compared with the program it was written from.",
+    )
+
+
+def _answers(measurements: Sequence[Measurement]) -> str:
+    """What users of a language model wait for."""
+    measured = [m for m in measurements if m.status == "measured" and stats.first_token_ms(m) is not None]
+    body = []
+    for m in measured:
+        summary = stats.summarize(m)
+        assert summary is not None
+        spread = stats.spread(stats.first_token_medians(m))
+        body.append(
+            [
+                _name(m),
+                str(m.plan.prompt_tokens),
+                format_latency(summary.first_token_ms),
+                UNKNOWN if spread is None else f"{spread * 100:.1f} %",
+                _against_fp32(m, measured, stats.first_token_medians),
+                format_latency(summary.tokens_per_second),
+                UNKNOWN if summary.spread is None else f"{summary.spread * 100:.1f} %",
+                _against_fp32(m, measured),
+                str(sum(len(block.first_token_ms) for block in m.blocks)),
+                str(m.plan.new_tokens),
+            ]
+        )
+    if not body:
+        return ""
+    headers = ["", "prompt", "first token ms", "spread", "times fp32", "tokens/s", "spread", "times fp32", "answers",
+               "of tokens"]  # fmt: skip
+    text = (
+        "From a prompt of so many tokens handed over to the first token of the answer, and how many tokens a second "
+        "follow: medians of the block medians. Times fp32: time to the first token, and time of a token after it, as "
+        "multiples of the fp32 file's, with their 95 % intervals. Below, an inference is one token after the first."
+    )
+    return _section(
+        "How soon an answer begins, and how fast it goes on", _table(headers, body, numeric=range(1, 10)), text
     )
 
 
@@ -256,13 +303,17 @@ def _latency(measurements: Sequence[Measurement]) -> str:
     )  # fmt: skip
 
 
-def _against_fp32(measurement: Measurement, measured: Sequence[Measurement]) -> str:
+def _against_fp32(
+    measurement: Measurement,
+    measured: Sequence[Measurement],
+    medians: Callable[[Measurement], Sequence[float]] = stats.block_medians,
+) -> str:
     """Ratio to the fp32 file of the same target and device, where both were measured in as many blocks."""
     for other in measured:
         if (other.target, other.device, other.precision) == (measurement.target, measurement.device, "fp32"):
             if other is measurement or len(other.blocks) != len(measurement.blocks):
                 return UNKNOWN
-            found = stats.latency_ratio(other, measurement)
+            found = stats.ratio(medians(other), medians(measurement))
             if found.low is None or found.high is None:
                 return f"{found.estimate:.2f} (no interval)"
             return f"{found.estimate:.2f} ({found.low:.2f} to {found.high:.2f})"

@@ -22,9 +22,11 @@ __all__ = [
     "TOLD_BY_THE_DEVICE",
     "class_output",
     "flags_of",
+    "inputs_of",
     "measure",
     "measure_many",
     "measure_pair",
+    "plan_for",
     "timed_only",
     "top_classes",
     "where_of",
@@ -102,7 +104,8 @@ def measure_many(
     Args:
         artifacts: Each with the folder that its path is relative to.
         device_name: As the user calls the device; what it is is added from its facts.
-        inputs: By the programs' names or in their order, samples on the first axis; the first is the one timed.
+        inputs: By the programs' names or in their order, samples on the first axis; the first is the one timed. Of
+            language models with caches: prompts, (prompts, tokens).
         labels: Right classes, (samples,); None when there are none.
         teacher_top: The teacher's top classes, (samples,); None without a teacher.
         seed: Of the order in each round.
@@ -120,17 +123,15 @@ def measure_many(
     status = device.probe()
     if not status.reachable:
         raise DeviceError(f"{device_name}: {status.reason}")
-    where = where_of(device_name, status.facts)
+    where, plan = where_of(device_name, status.facts), plan_for(plan, [artifact for artifact, _ in artifacts], inputs)
     collected = [
-        _Collected(artifact, folder, bind_inputs(artifact.inputs, inputs))
-        if artifact.target in status.targets
-        else None
+        None if why_not_run(artifact, where, status) else _Collected(artifact, folder, inputs_of(artifact, inputs))
         for artifact, folder in artifacts
     ]
     with contextlib.closing(device):
         _run_interleaved([one for one in collected if one is not None], device, plan, seed, where, progress)
     return tuple(
-        _not_run(artifact, where, plan, why_not_run(artifact.target, where, status))
+        _not_run(artifact, where, plan, why_not_run(artifact, where, status))
         if one is None
         else _measured(one, where, plan, labels, teacher_top)
         for one, (artifact, _) in zip(collected, artifacts, strict=True)
@@ -158,7 +159,7 @@ def _run_interleaved(
 
 def timed_only(artifact: Artifact, inputs: Arrays) -> dict[str, np.ndarray]:
     """The samples of the one inference that is timed: the outputs of all are wanted once in a sitting."""
-    batch = max(1, artifact.inputs[0].shape[0])
+    batch = 1 if artifact.card.decoder is not None else max(1, artifact.inputs[0].shape[0])
     return {name: array[:batch] for name, array in inputs.items()}
 
 
@@ -186,9 +187,35 @@ def _measured(
     )
 
 
-def why_not_run(target: str, where: str, status: DeviceStatus) -> str:
-    """Why a device does not run a target's files: as it says itself, else what it runs instead."""
-    return status.not_run.get(target, f"{where} runs {', '.join(status.targets) or 'nothing'}; not {target}")
+def why_not_run(artifact: Artifact, where: str, status: DeviceStatus) -> str:
+    """Why a device does not run a file: as it says itself, else what it runs instead; empty when it does."""
+    target = artifact.target
+    if target not in status.targets:
+        return status.not_run.get(target, f"{where} runs {', '.join(status.targets) or 'nothing'}; not {target}")
+    if artifact.card.decoder is not None and target not in status.decodes:
+        runs = ", ".join(status.decodes) or "no target"
+        return f"{where} runs language models with caches of {runs}; not of {target}"
+    return ""
+
+
+def plan_for(plan: Plan, artifacts: Sequence[Artifact], inputs: Arrays) -> Plan:
+    """The plan with the lengths of prompt and answer, where language models with caches are among the files."""
+    contexts = [artifact.card.decoder.context for artifact in artifacts if artifact.card.decoder is not None]
+    if not contexts:
+        return plan
+    prompt = next(iter(inputs.values())).shape[1]
+    return dataclasses.replace(
+        plan, prompt_tokens=prompt, new_tokens=plan.new_tokens or min(64, min(contexts) - prompt)
+    )
+
+
+def inputs_of(artifact: Artifact, inputs: Arrays) -> dict[str, np.ndarray]:
+    """What a file is handed, by its own names: of a language model with caches the tokens of prompts alone.
+
+    Raises:
+        DataError: The inputs do not fit.
+    """
+    return bind_inputs(artifact.inputs if artifact.card.decoder is None else artifact.inputs[:1], inputs)
 
 
 def _not_run(artifact: Artifact, where: str, plan: Plan, reason: str) -> Measurement:

@@ -21,6 +21,8 @@ __all__ = [
     "Ratio",
     "Summary",
     "block_medians",
+    "first_token_medians",
+    "first_token_ms",
     "latency_ms",
     "latency_ratio",
     "outliers",
@@ -55,6 +57,8 @@ class Summary(JsonMixin):
         samples: All timed samples.
         outliers: Those beyond Tukey's fences of their own block; counted, never dropped.
         blocks: How many fresh processes.
+        first_token_ms: Of a language model with caches: median of the block medians.
+        tokens_per_second: Of such: those after the first of an answer, 1000 / ``p50_ms``.
     """
 
     p50_ms: float
@@ -70,6 +74,8 @@ class Summary(JsonMixin):
     outliers: int
     blocks: int
     warm_load_ms: float | None = None
+    first_token_ms: float | None = None
+    tokens_per_second: float | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,17 @@ def block_medians(measurement: Measurement) -> tuple[float, ...]:
 def latency_ms(measurement: Measurement) -> float | None:
     """Median of the block medians in milliseconds; None when nothing was measured."""
     medians = block_medians(measurement)
+    return float(np.median(medians)) if medians else None
+
+
+def first_token_medians(measurement: Measurement) -> tuple[float, ...]:
+    """The same, of the time to an answer's first token; empty for what is no language model with caches."""
+    return tuple(float(np.median(block.first_token_ms)) for block in measurement.blocks if block.first_token_ms)
+
+
+def first_token_ms(measurement: Measurement) -> float | None:
+    """Median of the block medians in milliseconds; None where no answers were timed."""
+    medians = first_token_medians(measurement)
     return float(np.median(medians)) if medians else None
 
 
@@ -179,6 +196,8 @@ def summarize(measurement: Measurement) -> Summary | None:
         outliers=sum(outliers(block.latency_ms) for block in blocks),
         blocks=len(blocks),
         warm_load_ms=float(np.median(warm)) if warm else None,
+        first_token_ms=first_token_ms(measurement),
+        tokens_per_second=None if first_token_ms(measurement) is None else 1e3 / p50,
     )
 
 

@@ -22,6 +22,7 @@ from edgekd.protocols import Arrays, Side
 from edgekd.types import Artifact
 
 from .agent.block import SETTLING_S
+from .agent.runtimes import DECODERS
 
 AGENT = "agent.pyz"
 WITH_OUTPUTS = {"inputs": "inputs.npz", "outputs": "outputs.npz"}
@@ -86,9 +87,17 @@ def checked_inputs(who: str, artifact: Artifact, inputs: Arrays, plan: Plan, tar
     """
     if artifact.target not in targets:
         raise UsageError(f"{who} runs {', '.join(targets) or 'nothing'}; not {artifact.target!r}")
+    decoder = artifact.card.decoder
+    if decoder is not None and artifact.target not in DECODERS:
+        raise UsageError(f"{who} runs language models with caches of {', '.join(DECODERS)}; not {artifact.target!r}")
+    if decoder is not None and (plan.new_tokens < 2 or plan.prompt_tokens + plan.new_tokens > decoder.context):
+        raise UsageError(
+            f"{plan.prompt_tokens} tokens of prompt and {plan.new_tokens} new ones were asked for; {artifact.path} "
+            f"holds {decoder.context} together, and an answer has at least 2"
+        )
     if plan.blocks < 1 or plan.threads < 1 or plan.min_runs < 1:
         raise UsageError(f"a plan needs at least 1 block, thread and run; this one has {plan}")
-    names = [spec.name for spec in artifact.inputs]
+    names = _given(artifact)
     lacking = [name for name in names if name not in inputs]
     if lacking:
         raise UsageError(f"{artifact.path} takes input {lacking[0]!r}; given are {', '.join(inputs) or 'none'}")
@@ -113,11 +122,14 @@ def packed_agent() -> bytes:
 
 def make_job(artifact: Artifact, model: str, plan: Plan, session_config: Mapping[str, str]) -> dict[str, Any]:
     """A job for the agent, without outputs; ``WITH_OUTPUTS`` adds them."""
+    decoder = artifact.card.decoder
+    outputs = [spec.name for spec in artifact.outputs]
     return {
         "target": artifact.target,
         "model": model,
-        "input_names": [spec.name for spec in artifact.inputs],
-        "output_names": [spec.name for spec in artifact.outputs],
+        "input_names": _given(artifact),
+        "output_names": outputs if decoder is None else outputs[:1],
+        "decoder": None if decoder is None else {"context": decoder.context, "new_tokens": plan.new_tokens},
         "sample": "sample.npz",
         "inputs": None,
         "outputs": None,
@@ -125,6 +137,12 @@ def make_job(artifact: Artifact, model: str, plan: Plan, session_config: Mapping
         "session_config": dict(session_config),
         "plan": dataclasses.asdict(plan),
     }
+
+
+def _given(artifact: Artifact) -> list[str]:
+    """Inputs that are handed over: of a language model with caches the first alone, its tokens."""
+    names = [spec.name for spec in artifact.inputs]
+    return names if artifact.card.decoder is None else names[:1]
 
 
 def jobs_of(job: dict[str, Any], plan: Plan, inputs: Arrays) -> Iterator[tuple[dict[str, Any], float]]:
@@ -141,14 +159,15 @@ def samples_in(inputs: Arrays) -> int:
 
 def write_inputs(folder: Path, artifact: Artifact, inputs: Arrays) -> None:
     """``sample.npz``, what is timed, and ``inputs.npz``, what outputs are wanted for."""
-    batch = max(1, artifact.inputs[0].shape[0])
+    batch = 1 if artifact.card.decoder is not None else max(1, artifact.inputs[0].shape[0])
     np.savez(folder / "sample.npz", allow_pickle=False, **{name: array[:batch] for name, array in inputs.items()})
     np.savez(folder / "inputs.npz", allow_pickle=False, **dict(inputs))
 
 
 def limit_s(plan: Plan, samples: int) -> float:
     """When to give up on one process, in seconds."""
-    return START_S + (plan.warmup_s + SETTLING_S + plan.max_s) * 2 + samples * SAMPLE_S
+    answers_s = samples * plan.new_tokens  # a second a token
+    return START_S + (plan.warmup_s + SETTLING_S + plan.max_s) * 2 + samples * SAMPLE_S + answers_s
 
 
 def last_words(code: int, said: str) -> str:

@@ -38,7 +38,7 @@ from ._agents import (
 )
 from ._folders import own_folder
 from .agent.machine import describe_machine
-from .agent.runtimes import SESSION_CONFIG
+from .agent.runtimes import DECODERS, SESSION_CONFIG
 
 __all__ = ["DEVICE", "HostDevice"]
 
@@ -80,7 +80,13 @@ class HostDevice:
                 not_run[target] = f"{packages.module} is not installed; pip install 'edgekd[{packages.extra}]'"
             else:
                 targets.append(target)
-        return DeviceStatus(reachable=True, facts=describe_machine(), targets=tuple(targets), not_run=not_run)
+        return DeviceStatus(
+            reachable=True,
+            facts=describe_machine(),
+            targets=tuple(targets),
+            not_run=not_run,
+            decodes=tuple(target for target in targets if target in DECODERS),
+        )
 
     def run(
         self, artifact: Artifact, folder: Path, inputs: Arrays, plan: Plan

@@ -43,7 +43,7 @@ from ._agents import (
 from ._folders import new_name, own_folder, stale
 from ._shell import safe_name, watched
 from ._ssh import Connection
-from .agent.runtimes import SESSION_CONFIG
+from .agent.runtimes import DECODERS, SESSION_CONFIG
 
 __all__ = ["DEVICE", "SshDevice"]
 
@@ -111,7 +111,8 @@ class SshDevice:
             else:
                 not_run[target] = f"{packages.module} is not on the board; settings.python may name one that has it"
         facts = self._profile.facts | found["facts"]
-        return DeviceStatus(reachable=True, facts=facts, targets=tuple(targets), not_run=not_run)
+        decodes = tuple(target for target in targets if target in DECODERS)
+        return DeviceStatus(reachable=True, facts=facts, targets=tuple(targets), not_run=not_run, decodes=decodes)
 
     def run(
         self, artifact: Artifact, folder: Path, inputs: Arrays, plan: Plan

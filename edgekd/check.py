@@ -9,9 +9,11 @@ from edgekd.blocks import started_from
 from edgekd.distill import check_outputs
 from edgekd.embeddings import check_embedding
 from edgekd.ensemble import teacher_accuracy
-from edgekd.errors import NumericalError
+from edgekd.errors import NumericalError, UsageError
+from edgekd.export import requests_of
 from edgekd.feature_records import layout_of
 from edgekd.features import with_features
+from edgekd.language_student import NoCachesError, untrained_decoder
 from edgekd.models import count_parameters
 from edgekd.plugins import load_exporter, require
 from edgekd.records import record_bytes
@@ -20,7 +22,7 @@ from edgekd.targets import codec_of
 from edgekd.tracing import export_program
 from edgekd.views import view_batch, view_partners, view_seeds
 from edgekd.window_records import plain_codec
-from edgekd.windows import NO_FILES, counted_positions, positions_of
+from edgekd.windows import counted_positions, positions_of
 from edgekd.workspace import Workspace
 
 __all__ = ["check_workspace"]
@@ -82,7 +84,7 @@ def check_workspace(work: Workspace) -> dict[str, str]:
         labels = [split.labels for split in (splits.train, splits.validation, splits.test)]
         counts = [0 if label is None else int(counted_positions(label).sum()) for label in labels]
         facts["tokens that count"] = "train {}, validation {}, test {}".format(*counts)
-        facts["files"] = f"{NO_FILES}: edgekd run stops after distill"
+        facts["files"] = _files(work)
     if work.teacher.parameters:
         share = count_parameters(student) / work.teacher.parameters
         facts["student parameters"] += f", {share:.1%} of the teacher's (10 to 20 % is a sane start)"
@@ -97,3 +99,22 @@ def _control_words(work: Workspace) -> str:
     """What a student of embeddings without a teacher learns from."""
     labels = work.splits.labels
     return f"from {len(labels)} labels alone, by a head that is left behind" if labels else "none: there are no labels"
+
+
+def _files(work: Workspace) -> str:
+    """What the files of a language model will be.
+
+    Raises:
+        UsageError: The recipe asks for what cannot be written or judged.
+    """
+    export = work.recipe.export
+    try:
+        student = untrained_decoder(work)
+    except NoCachesError as error:
+        return f"none, edgekd run stops after distill: {error}"
+    requests_of({target: export.precisions_of(target) for target in export.targets}, student)
+    assert student.card.decoder is not None
+    context, length = student.card.decoder.context, positions_of(work.splits.test.labels)
+    if context < length:
+        raise UsageError(f"export.context: {context} slots do not hold a window of {length}, which files are judged on")
+    return f"keep keys and values; prompt and answer have {context} tokens together"

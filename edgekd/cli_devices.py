@@ -72,7 +72,14 @@ def bench(
             show(f"{what:<14} not run: {item.reason}")
         else:
             flags = f"  [{', '.join(item.flags)}]" if item.flags else ""
-            show(f"{what:<14} p50 {stats.summarize(item).p50_ms:.3f} ms on {item.device}{flags}")
+            found = stats.summarize(item)
+            speed = f"p50 {found.p50_ms:.3f} ms"
+            if found.first_token_ms is not None:
+                speed = (
+                    f"first token {found.first_token_ms:.3f} ms (prompt of {item.plan.prompt_tokens}), "
+                    f"{found.tokens_per_second:.1f} tokens/s"
+                )
+            show(f"{what:<14} {speed} on {item.device}{flags}")
 
 
 @bench_app.command("import")

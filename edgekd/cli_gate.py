@@ -234,7 +234,9 @@ def _samples(inputs: Path | None, recipe: Path | None) -> Any:
     except UsageError as error:
         raise UsageError(f"which inputs? --inputs data.npz, or a recipe: {error}") from None
     proof = proof_of(Workspace(load_recipe(path)))
-    return plugins.load_module("edgekd.benchmarks.cells").Samples(proof.task, proof.labels, proof.teacher)
+    # A language model is asked the prompts that it was proven with.
+    task = proof.samples if proof.windows is not None else proof.task
+    return plugins.load_module("edgekd.benchmarks.cells").Samples(task, proof.labels, proof.teacher)
 
 
 def _resolution(path: Path | None, device_name: str) -> Any:

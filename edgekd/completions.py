@@ -14,13 +14,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from edgekd import plugins
 from edgekd.errors import DataError, MissingToolchainError, UsageError
+from edgekd.hugging_face import generating
 from edgekd.protocols import Progress
 from edgekd.sources import module_fingerprint
 from edgekd.store import atomic_write, fingerprint, hash_path
@@ -104,8 +104,8 @@ def teacher_writer(module: nn.Module, tokenizer_file: Path, settings: Completion
     from tokenizers import Tokenizer
     from transformers import GenerationConfig
 
-    model: Any = getattr(module, "model", None)
-    if not callable(getattr(model, "generate", None)) or not model.can_generate():
+    model = generating(module)
+    if model is None:
         raise UsageError("this teacher does not generate text; hf:folder of a causal language model does")
     if settings.beams > 1 and settings.temperature > 0:
         raise UsageError(f"{settings.beams} beams search for the likeliest text; that goes with temperature 0")

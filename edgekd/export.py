@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from edgekd.lint import lint
 from edgekd.metrics import accuracy, agreement
 from edgekd.models import bind_inputs, example_inputs, input_specs, program_bytes, run_program
 from edgekd.parity import compare, first_overflow, run_file
-from edgekd.protocols import Arrays, Exporter, Options, Progress, Runner
+from edgekd.perplexity import JudgedWindows, judge_decoder
+from edgekd.protocols import Arrays, Decoding, Exporter, Options, Progress, Runner, WritingCaches
 from edgekd.quiet import collected
 from edgekd.store import MANIFEST, hash_path, load_artifact, replace_folder, size_of, staging_folder, write_json
 from edgekd.types import Artifact, Parity, Precision, Student, TensorSpec, Tolerance
@@ -51,6 +52,7 @@ class Proof:
         labels: Classes of ``task``, (samples,).
         teacher: The teacher's logits of ``task``, (samples, classes); None without a teacher.
         note: What limits the proof, for the manifest.
+        windows: What a language model with caches is judged on, token by token; None where there is nothing.
     """
 
     samples: Arrays
@@ -58,6 +60,7 @@ class Proof:
     labels: np.ndarray | None = None
     teacher: np.ndarray | None = None
     note: str = ""
+    windows: JudgedWindows | None = None
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,10 @@ def requests_of(
         candidates: Forms of ``int8`` that will be measured beside fp32; without them, a rule decides.
 
     Raises:
-        UsageError: A target lacks a precision.
+        UsageError: A target lacks a precision, or does not write language models with caches in it.
     """
+    if candidates and student.card.decoder is not None:
+        raise UsageError("--tune measures no language models with caches; name a precision, or int8 without --tune")
     found: dict[tuple[str, Precision], Request] = {}
 
     def add(request: Request) -> None:
@@ -116,6 +121,20 @@ def requests_of(
     return list(found.values())
 
 
+def _written_of(student: Student, target: str, exporter: Exporter) -> Collection[Precision]:
+    """Precisions in which a target writes this student.
+
+    Raises:
+        UsageError: It is a language model with caches, and the target writes none.
+    """
+    if student.card.decoder is None:
+        return exporter.precisions
+    if isinstance(exporter, WritingCaches):
+        return exporter.cached_precisions
+    names = [n for n in plugins.exporter_names() if isinstance(plugins.load_exporter(n), WritingCaches)]
+    raise UsageError(f"{target} writes no language models with caches; there are {', '.join(names)}")
+
+
 def resolve_precision(word: str, target: str, exporter: Exporter, student: Student) -> tuple[Precision, str]:
     """A precision of this target from what the user wrote; ``int8`` is chosen by rule.
 
@@ -125,10 +144,13 @@ def resolve_precision(word: str, target: str, exporter: Exporter, student: Stude
     Raises:
         UsageError: The target lacks it; the message has those it has.
     """
+    written = _written_of(student, target, exporter)
     if word == "int8":
-        return choose_int8(student.program, exporter.precisions)
+        return choose_int8(student.program, written)
     if word not in exporter.precisions:
         raise UsageError(f"{target} has no precision {word!r}; it has {', '.join(exporter.precisions)}, and int8")
+    if word not in written:
+        raise UsageError(f"{target} writes no language models with caches in {word}; there are {', '.join(written)}")
     return word, ""
 
 
@@ -165,9 +187,11 @@ def export_student(
             exporter.write(student, part / name, precision, options)
         runner = exporter.load(part / name)
         parity = _prove(student, runner, proof.samples, conversion.tolerance, options)
-        task = None
+        task = quality = None
         if proof.task is not None and parity.status == "passed":
             task = run_file(runner, options.applied(student, proof.task)[1])[0]
+        if proof.windows is not None and parity.status == "passed" and isinstance(runner, Decoding):
+            quality = judge_decoder(runner, proof.windows)
         artifact = Artifact(
             target=target,
             precision=precision,
@@ -180,10 +204,9 @@ def export_student(
             toolchain=toolchain(exporter),
             source=program_hash(student),
             parity=parity,
-            accuracy=accuracy(task, proof.labels) if task is not None and proof.labels is not None else None,
-            teacher_agreement=agreement(task, proof.teacher)
-            if task is not None and proof.teacher is not None
-            else None,
+            accuracy=_accuracy(task, proof) if quality is None else quality.accuracy,
+            teacher_agreement=_agreement(task, proof) if quality is None else quality.teacher_agreement,
+            perplexity=None if quality is None else quality.perplexity,
             options=options.model_dump(mode="json"),
             notes=tuple(note for note in (*notes, *notes_of(student.card), proof.note) if note),
             warnings=tuple(warnings),
@@ -197,6 +220,14 @@ def export_student(
         raise ParityError(f"{target} {precision} failed its proof and is kept in {failed}: {parity.reason}")
     shutil.rmtree(failed, ignore_errors=True)
     return artifact
+
+
+def _accuracy(task: np.ndarray | None, proof: Proof) -> float | None:
+    return None if task is None or proof.labels is None else accuracy(task, proof.labels)
+
+
+def _agreement(task: np.ndarray | None, proof: Proof) -> float | None:
+    return None if task is None or proof.teacher is None else agreement(task, proof.teacher)
 
 
 def write_request(

@@ -12,27 +12,27 @@ import numpy as np
 from edgekd import plugins
 from edgekd.compress import compress
 from edgekd.data import load_arrays
-from edgekd.decoder import POSITIONS, TOKENS, decoder_program
+from edgekd.decoder import TOKENS
 from edgekd.errors import ModelFileError, UsageError
-from edgekd.export import Proof, Request, requests_of, synthetic_samples, write_request
+from edgekd.export import Proof, requests_of, synthetic_samples, write_request
 from edgekd.generation import proof_prompts
-from edgekd.hugging_face import hugging_face_example, hugging_face_module
+from edgekd.hugging_face import generating, hugging_face_example, hugging_face_module
+from edgekd.language_student import configured_ends, context_of, decoder_student
 from edgekd.mixed import DEFAULT_MAX_DROP, Budget
-from edgekd.models import bind_inputs, count_macs, count_parameters, example_inputs, input_specs, output_specs
+from edgekd.models import bind_inputs, count_macs, count_parameters, input_specs, output_specs
 from edgekd.precisions import STATIC
-from edgekd.protocols import Arrays, Exporter, Options, Progress, WritingCaches
+from edgekd.protocols import Arrays, Options, Progress
 from edgekd.quiet import quiet
 from edgekd.regressions import note_regressions
 from edgekd.store import fingerprint, hash_path, read_json
 from edgekd.student_files import load_student
 from edgekd.tracing import export_program
 from edgekd.tune import CANDIDATES, settle
-from edgekd.types import LOGITS, Card, Decoder, Student
+from edgekd.types import LOGITS, Card, Student
 
 __all__ = ["export_external", "language_model", "load_external"]
 
 SYNTHETIC_SAMPLES = 16
-DEFAULT_CONTEXT = 1024
 TOKENIZER = "tokenizer.json"
 HELD_OUT_SHARE = 0.25
 
@@ -86,8 +86,6 @@ def export_external(
     else:
         calibrating, proof = None, _prompts(student, assets, samples)
     requests = requests_of(dict.fromkeys(targets, precisions), student, CANDIDATES if tuned else ())
-    if student.card.decoder is not None:
-        _check_caches(exporters, requests)
     sources = {request: exporters[request.target].precisions[request.precision].source for request in requests}
     if calibrating is None:
         # A candidate that cannot be made is none; what was asked for is missed.
@@ -111,23 +109,6 @@ def export_external(
     return settle(requests, written, student, proof, progress)
 
 
-def _check_caches(exporters: Mapping[str, Exporter], requests: Sequence[Request]) -> None:
-    """Whether language models with caches can be written like that.
-
-    Raises:
-        UsageError: A target does not write them, or not in a precision.
-    """
-    for request in requests:
-        exporter = exporters[request.target]
-        words = exporter.cached_precisions if isinstance(exporter, WritingCaches) else ()
-        if request.precision not in words:
-            what = f"{request.target} writes no language models with caches"
-            if words:
-                raise UsageError(f"{what} in {request.precision}; there are {', '.join(words)}")
-            names = [n for n in plugins.exporter_names() if isinstance(plugins.load_exporter(n), WritingCaches)]
-            raise UsageError(f"{what}; there are {', '.join(names)}")
-
-
 def load_external(reference: str, max_length: int | None = None) -> tuple[Student, dict[str, bytes]]:
     """A program, its card and its assets, by reference.
 
@@ -142,8 +123,8 @@ def load_external(reference: str, max_length: int | None = None) -> tuple[Studen
 
 def _from_hugging_face(folder: Path, max_length: int | None) -> tuple[Student, dict[str, bytes]]:
     module = hugging_face_module(folder)
-    model = getattr(module, "model", None)
-    if model is not None and hasattr(model, "can_generate") and model.can_generate():
+    model = generating(module)
+    if model is not None:
         return language_model(model, folder, max_length)
     max_length = max_length or 128
     program = export_program(module, hugging_face_example(folder, module, max_length))
@@ -175,25 +156,12 @@ def _from_hugging_face(folder: Path, max_length: int | None) -> tuple[Student, d
 
 def language_model(model: Any, folder: Path, context: int | None) -> tuple[Student, dict[str, bytes]]:
     """A causal language model of transformers as a program with caches; its tokenizer is the one in the folder."""
-    context = context or min(DEFAULT_CONTEXT, getattr(model.config, "max_position_embeddings", DEFAULT_CONTEXT))
-    program = decoder_program(model, context)
     tokenizer = _tokenizer(folder)
-    ends = getattr(model.generation_config, "eos_token_id", None)
     files = sorted((*folder.glob("*.safetensors"), *folder.glob("*.gguf")))
-    inputs = input_specs(program)
-    meanings = {TOKENS: "token ids", POSITIONS: "positions", LOGITS: LOGITS}
-    card = Card(
-        name=folder.resolve().name,
-        inputs=tuple(replace(spec, meaning=meanings.get(spec.name, "cache")) for spec in inputs),
-        outputs=tuple(replace(spec, meaning=meanings.get(spec.name, "cache")) for spec in output_specs(program)),
-        preprocessing={"kind": "text", "tokenizer": TOKENIZER} if tokenizer else {},
-        parameters=count_parameters(program),
-        macs=count_macs(program) // example_inputs(program)[0].shape[1],
-        lineage=(f"file: {fingerprint([hash_path(path) for path in files])}",),
-        assets=(TOKENIZER,) if tokenizer else (),
-        decoder=Decoder(context, tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)),
-    )
-    return Student(program, card), {TOKENIZER: tokenizer} if tokenizer else {}
+    lineage = (f"file: {fingerprint([hash_path(path) for path in files])}",)
+    name, told = folder.resolve().name, TOKENIZER if tokenizer else ""
+    student = decoder_student(model, context_of(model, context), name, lineage, configured_ends(model), told)
+    return student, {TOKENIZER: tokenizer} if tokenizer else {}
 
 
 def _tokenizer(folder: Path) -> bytes | None:

@@ -15,7 +15,19 @@ from edgekd.parity import compare
 from edgekd.protocols import Decoding, Runner
 from edgekd.types import LOGITS, Generation, Parity, Student, TensorSpec, Tolerance
 
-__all__ = ["GREEDY", "ProgramDecoder", "Sampling", "Told", "generate", "proof_prompts", "prove_generation", "tell"]
+__all__ = [
+    "GREEDY",
+    "NEW_TOKENS",
+    "PROMPTS",
+    "PROMPT_TOKENS",
+    "ProgramDecoder",
+    "Sampling",
+    "Told",
+    "generate",
+    "proof_prompts",
+    "prove_generation",
+    "tell",
+]
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 16, 64
 """Of a proof, where nothing else is given."""

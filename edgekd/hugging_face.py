@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from edgekd import plugins
 from edgekd.errors import DataError, MissingToolchainError, ModelFileError, first_line
 from edgekd.quiet import quiet
 
-__all__ = ["hugging_face_example", "hugging_face_module"]
+__all__ = ["generating", "hugging_face_example", "hugging_face_module"]
 
 
 def hugging_face_module(folder: Path, task: str | None = None) -> nn.Module:
@@ -57,6 +58,15 @@ def hugging_face_module(folder: Path, task: str | None = None) -> nn.Module:
     image = getattr(model, "main_input_name", "input_ids") == "pixel_values"
     model.config.use_cache = False  # a window is read at once; with a cache the outputs would hold one
     return (_ImageModel(model) if image else _TextModel(model)).eval()
+
+
+def generating(module: nn.Module) -> Any:
+    """The causal language model of transformers that a module is or wraps; None where there is none."""
+    for found in module.modules():
+        can = getattr(found, "can_generate", None)
+        if callable(can) and can():
+            return found
+    return None
 
 
 def _gguf_module(folder: Path) -> nn.Module:

@@ -64,6 +64,9 @@ class Row(JsonMixin):
         is_shipped: Of a student: whether the files were made from it.
         perplexity: Of a language model, on the tokens of the test split.
         cosine, neighbours, same_label: Of an embedding (:class:`edgekd.embeddings.Likeness`), on the test split.
+        first_token_ms: Of a language model's file: from a prompt handed over to the first token of its answer.
+        tokens_per_second: Of the same, after the first.
+        prompt_tokens: How long that prompt was.
     """
 
     stage: Stage
@@ -87,6 +90,9 @@ class Row(JsonMixin):
     cosine: float | None = None
     neighbours: float | None = None
     same_label: float | None = None
+    first_token_ms: float | None = None
+    tokens_per_second: float | None = None
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -265,7 +271,9 @@ def table(ledger: Ledger) -> Table:
         "size": [format_bytes(row.size_bytes) for row in rows],
         "params": [format_count(row.parameters) for row in rows],
         "MACs": [format_count(row.macs) for row in rows],
-        "p50 ms": [_latency_cell(row, devices) for row in rows],
+        "p50 ms": [UNKNOWN if row.tokens_per_second else _latency_cell(row, devices) for row in rows],
+        "first ms": [_marked(format_latency(row.first_token_ms), row, devices) for row in rows],
+        "tokens/s": [_marked(format_latency(row.tokens_per_second), row, devices) for row in rows],
         "parity": [row.parity.replace("_", " ") for row in rows],
     }
     made = Table(
@@ -280,7 +288,9 @@ def table(ledger: Ledger) -> Table:
         cells = [shown[header][index] or UNKNOWN for header in shown]
         made.add_row(Text(label(row)), *(Text(cell) for cell in cells), style="dim" if row.stage == "control" else None)
     marks = [""] if len(devices) == 1 else [f"{_mark(index)} " for index in range(len(devices))]
-    below = [f"{mark}p50 on {device}" for mark, device in zip(marks, devices, strict=True)] if devices else []
+    prompts = sorted({row.prompt_tokens for row in rows if row.prompt_tokens})
+    what = f"first token after a prompt of {', '.join(map(str, prompts))}, and tokens/s" if prompts else "p50"
+    below = [f"{mark}{what} on {device}" for mark, device in zip(marks, devices, strict=True)] if devices else []
     below += [f"{label(row)}: {row.note}" for row in rows if row.note]
     if below:
         made.caption = Text("\n".join(below))
@@ -303,8 +313,11 @@ def file_column(rows: Sequence[Row]) -> tuple[str, tuple[str, ...]]:
 
 def _latency_cell(row: Row, devices: tuple[str, ...]) -> str:
     """With the mark of its device where there are several: numbers of two devices must not pass for one column."""
-    shown = format_latency(row.latency_ms)
-    if len(devices) < 2 or row.latency_ms is None:
+    return _marked(format_latency(row.latency_ms), row, devices)
+
+
+def _marked(shown: str, row: Row, devices: tuple[str, ...]) -> str:
+    if len(devices) < 2 or shown == UNKNOWN:
         return shown
     return f"{shown} {_mark(devices.index(row.latency_device))}" if row.latency_device else shown
 

@@ -18,6 +18,9 @@ class Plan(JsonMixin):
     two windows of 10 differ by less than 2 %, for at most 200 more runs or 5 s more. Timed: at least ``min_runs`` and
     ``min_s``, but never longer than ``max_s``. With ``profile`` a block's operators are timed after all else, in a
     second session.
+
+    Of a language model with caches an inference is one token: answers of ``new_tokens`` to a prompt of
+    ``prompt_tokens`` follow each other, and their first tokens are timed on their own. Both are 0 for other models.
     """
 
     threads: int = 1
@@ -28,6 +31,8 @@ class Plan(JsonMixin):
     min_s: float = 1.0
     max_s: float = 10.0
     profile: bool = False
+    prompt_tokens: int = 0
+    new_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ class Block(JsonMixin):
             A void block is measured again, with its partner, and counted.
         warm_load_ms: Loading the same file once more in the same process; None where that was not done.
         operators: Of the profile, in the order they ran; empty without one, or where the runtime has none.
+        first_token_ms: Of a language model with caches, for each answer: from the prompt handed over to its first
+            token. ``latency_ms`` has every further token, and ``first_inference_ms`` is the first answer's first token.
     """
 
     runtime_load_ms: float
@@ -78,6 +85,7 @@ class Block(JsonMixin):
     void: str = ""
     warm_load_ms: float | None = None
     operators: tuple[OperatorTime, ...] = ()
+    first_token_ms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,7 @@ class DeviceStatus(JsonMixin):
         facts: Model, processor, memory, operating system: what was readable, as text.
         targets: Names of exporters whose files it runs.
         not_run: Targets that it does not run, each with the reason and what would run them.
+        decodes: Targets whose language models with caches it runs.
     """
 
     reachable: bool
@@ -148,3 +157,4 @@ class DeviceStatus(JsonMixin):
     facts: dict[str, str] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
     not_run: dict[str, str] = field(default_factory=dict)
+    decodes: tuple[str, ...] = ()

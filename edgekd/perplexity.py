@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,15 +11,25 @@ import torch
 from torch.nn import functional as F
 
 from edgekd.data import Split
+from edgekd.decoder import caches_of
 from edgekd.errors import CacheError
 from edgekd.metrics import Quality, calibration_gap
-from edgekd.models import run_program
+from edgekd.models import input_specs, run_program
+from edgekd.protocols import Decoding
 from edgekd.targets import DenseTargets, Targets, TopTargets
 from edgekd.teacher_cache import TeacherCache
 from edgekd.types import Student
 from edgekd.windows import counted_positions
 
-__all__ = ["Tokens", "judge_student", "judge_teacher", "quality_of_tokens", "tokens_of"]
+__all__ = [
+    "JudgedWindows",
+    "Tokens",
+    "judge_decoder",
+    "judge_student",
+    "judge_teacher",
+    "quality_of_tokens",
+    "tokens_of",
+]
 
 POSITIONS_AT_ONCE = 2048
 
@@ -76,15 +87,68 @@ def quality_of_tokens(tokens: Tokens, in_window: np.ndarray) -> Quality:
     )
 
 
+@dataclass(frozen=True)
+class JudgedWindows:
+    """Windows with their next tokens, and what the teacher said there.
+
+    Attributes:
+        split: With labels, (windows, positions).
+        cache: Of the split that they are from.
+    """
+
+    split: Split
+    cache: TeacherCache
+
+
 def judge_student(student: Student, split: Split, cache: TeacherCache) -> Quality:
     """A program on windows, some at a time: the logits of all would not fit."""
-    assert split.labels is not None
-    parts = []
+    judged = JudgedWindows(split, cache)
+    if student.card.decoder is not None:
+        module = student.program.module(check_guards=False)
+        empty = [torch.zeros(spec.shape) for spec in caches_of(input_specs(student.program))]
+
+        def read(ids: np.ndarray) -> np.ndarray:
+            places = torch.arange(len(ids), dtype=torch.int32)[None]
+            with torch.no_grad():
+                logits: np.ndarray = module(torch.from_numpy(ids)[None], places, *empty)[0][0].numpy()
+            return logits
+
+        return _judge(judged, 1, lambda rows: _one_window(judged, rows, read))
     step = max(1, POSITIONS_AT_ONCE // cache.positions)
+    return _judge(judged, step, lambda rows: next(iter(run_program(student.program, split.arrays(rows)).values())))
+
+
+def judge_decoder(decoder: Decoding, judged: JudgedWindows) -> Quality:
+    """A file on windows as an app runs it: each token is read after the ones before it, which are in the caches."""
+
+    def read(ids: np.ndarray) -> np.ndarray:
+        return np.stack([decoder.read([token], place) for place, token in enumerate(ids.tolist())])
+
+    return _judge(judged, 1, lambda rows: _one_window(judged, rows, read))
+
+
+def _one_window(judged: JudgedWindows, rows: np.ndarray, read: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Logits of a window of which nothing is read after the last position that counts, (1, positions, vocabulary)."""
+    (ids,) = next(iter(judged.split.arrays(rows).values())).astype(np.int32)  # the tokens come first
+    assert judged.split.labels is not None
+    end = int(np.flatnonzero(counted_positions(judged.split.labels[rows][0]))[-1]) + 1
+    found = read(ids[:end])
+    return np.pad(found, ((0, len(ids) - end), (0, 0)))[None]
+
+
+def _judge(judged: JudgedWindows, step: int, logits_of: Callable[[np.ndarray], np.ndarray]) -> Quality:
+    """Quality over the counted positions.
+
+    Args:
+        step: Windows at a time.
+        logits_of: From rows of the split, (windows, positions, vocabulary).
+    """
+    split, cache, parts = judged.split, judged.cache, []
+    assert split.labels is not None
     for start in range(0, len(split), step):
         rows = np.arange(start, min(start + step, len(split)))
         counted = counted_positions(split.labels[rows])
-        logits = next(iter(run_program(student.program, split.arrays(rows)).values()))[counted]
+        logits = logits_of(rows)[counted]
         teacher = cache.read(cache.rows(split.ids[rows]), np.zeros(len(rows), np.int64), counted).outputs.classes
         parts.append(tokens_of(torch.from_numpy(logits), torch.from_numpy(split.labels[rows][counted]), teacher))
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Tokens.__annotations__}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 import edgekd
 from edgekd import plugins, processes
 from edgekd.capture import capture
+from edgekd.decoder import TOKENS
 from edgekd.distill import (
     ArmResult,
     EmbeddingResult,
@@ -28,10 +30,13 @@ from edgekd.distill import (
 )
 from edgekd.errors import UsageError
 from edgekd.export import Proof, Request, requests_of, toolchain, write_request
+from edgekd.generation import PROMPTS
 from edgekd.keeping import keep, measurements_of
+from edgekd.language_student import trained_decoder
 from edgekd.measurement import Measurement, Plan, Profile
 from edgekd.precisions import PORTABLE, WEIGHT_BITS
 from edgekd.profiles import device_of, load_profile
+from edgekd.proofs import prompts_of, windows_proof
 from edgekd.protocols import Options, Progress
 from edgekd.prune import parse_pruning
 from edgekd.recovery import Settings, calibration_split, compressed, pruned, settings_of, training_inputs
@@ -40,7 +45,7 @@ from edgekd.store import MANIFEST, hash_path, load_artifact, write_json
 from edgekd.student_files import load_student, save_student
 from edgekd.tune import CANDIDATES, settle
 from edgekd.types import Artifact, Json, Precision, Student
-from edgekd.windows import NO_FILES, positions_of
+from edgekd.windows import positions_of
 from edgekd.workers import Crew
 from edgekd.workspace import SPLITS, Workspace
 
@@ -49,10 +54,12 @@ __all__ = [
     "bench_stage",
     "capture_stage",
     "compress_stage",
+    "decoder_stage",
     "distill_stage",
     "embedding_results_of",
     "export_stage",
     "finished",
+    "is_language_model",
     "proof_of",
     "prune_stage",
     "results_of",
@@ -168,12 +175,45 @@ def prune_stage(work: Workspace, progress: Progress, force: bool = False) -> Non
     _once(work, "prune", inputs, make, progress, force)
 
 
+def decoder_stage(work: Workspace, progress: Progress, force: bool = False) -> None:
+    """The shipped student with caches, if it is a language model: what all that follows is made from.
+
+    Raises:
+        UsageError: There is no student yet, or no caches can be made of it.
+        ModelFileError: Its architecture is one that caches do not serve.
+    """
+    if not is_language_model(work):
+        return
+    folder = shipped(work)[1]
+    inputs: Json = {
+        "student": hash_path(folder / "student.pt2"),
+        "card": hash_path(folder / "card.json"),
+        "context": work.recipe.export.context,
+        "edgekd": edgekd.__version__,
+        "torch": torch.__version__,
+    }
+
+    def make() -> list[Path]:
+        save_student(work.folder.decoder, *trained_decoder(work, folder))
+        return [work.folder.decoder]
+
+    _once(work, "decoder", inputs, make, progress, force)
+
+
+def is_language_model(work: Workspace) -> bool:
+    """Whether samples are windows of tokens."""
+    return positions_of(work.splits.train.labels) > 0
+
+
 def base_folder(work: Workspace) -> Path:
-    """Where the ``fp32`` program lies that files are made from: the pruned student, else the shipped one.
+    """Where the ``fp32`` program lies that files are made from: the pruned student, else the shipped one; of a language
+    model the one with caches.
 
     Raises:
         UsageError: It is not there yet.
     """
+    if is_language_model(work):
+        return work.folder.require(work.folder.decoder, "export")
     if work.recipe.compress.prune is None:
         return shipped(work)[1]
     return work.folder.require(work.folder.pruned, "compress")
@@ -198,8 +238,11 @@ def compress_stage(
         BudgetError: ``auto`` finds no mix within its budget.
     """
     prune_stage(work, progress, force)
+    decoder_stage(work, progress, force)
     result, folder = shipped(work)[0], base_folder(work)
     student, assets = load_student(folder)
+    if student.card.decoder is not None and (wrong := [word for word in precisions if word != "w8"]):
+        raise UsageError(f"a language model with caches is compressed to w8; {wrong[0]} was asked")
     wanted = precisions or _programs(requests(work, student))
     if not wanted:
         progress.say("compress: no precision of this recipe needs it")
@@ -275,9 +318,10 @@ def export_stage(
 
     Raises:
         ParityError: A file computes something else than its program.
-        UsageError: There is no student yet, a target lacks a precision, or the samples are windows of tokens.
+        UsageError: There is no student yet, or a target lacks a precision.
     """
     prune_stage(work, progress)
+    decoder_stage(work, progress)
     student, _ = load_student(base_folder(work))
     proof = proof_of(work)
     wanted = requests(work, student, targets, precisions, CANDIDATES if tuned else ())
@@ -327,18 +371,11 @@ def source_folder(work: Workspace, target: str, precision: Precision) -> Path:
 
 
 def proof_of(work: Workspace) -> Proof:
-    """Held-out samples from the test split, with labels and the teacher's logits.
-
-    Raises:
-        UsageError: The samples are windows of tokens, of whose positions no cache holds all logits.
-    """
+    """Held-out samples from the test split, with labels and the teacher's logits."""
     test = work.splits.test
-    if positions_of(test.labels):
-        raise UsageError(
-            f"{NO_FILES}; edgekd export {work.folder.path / 'students' / 'ARM-SEED'} --target onnx writes a student, "
-            "without a cache of keys and values"
-        )
     order = np.argsort(test.ids)  # by id: a stable random choice
+    if is_language_model(work):
+        return windows_proof(test.take(order), work.cache("test"), work.recipe.export)
     parity = test.arrays(order[: work.recipe.export.samples])
     task = test.take(order[: work.recipe.export.accuracy_samples])
     if work.recipe.teacher.embeds:
@@ -374,8 +411,10 @@ def bench_stage(
     session = plugins.load_module("edgekd.benchmarks.session")
     spec = work.recipe.bench
     plan = Plan(threads=spec.threads, blocks=spec.blocks, warmup_s=spec.warmup_s, min_s=spec.min_s)
-    proof = proof_of(work)
-    assert proof.task is not None
+    proof, asked_of = proof_of(work), None
+    if is_language_model(work):
+        plan = replace(plan, prompt_tokens=spec.prompt_tokens, new_tokens=spec.new_tokens)
+        asked_of = prompts_of(work.splits.test, PROMPTS, spec.prompt_tokens)
     for asked in devices or _recipe_devices(work):
         profile = load_profile(asked)
         name = profile.name
@@ -388,8 +427,9 @@ def bench_stage(
 
         def make(profile: Profile = profile, name: str = name) -> list[Path]:
             teacher_top = None if proof.teacher is None else proof.teacher.argmax(axis=1)
+            inputs = proof.task if asked_of is None else {TOKENS: asked_of}
             measured = session.measure_many(
-                artifacts, name, device_of(profile), proof.task, proof.labels, teacher_top, plan, progress
+                artifacts, name, device_of(profile), inputs, proof.labels, teacher_top, plan, progress
             )
             told = [(artifact, folder, one) for (artifact, folder), one in zip(artifacts, measured, strict=True)]
             return keep(work.folder, name, told, release, "bench", progress)
@@ -411,8 +451,9 @@ def watch_stage(
     """
     artifacts = finished(work)
     session, proof = plugins.load_module("edgekd.benchmarks.session"), proof_of(work)
-    assert proof.task is not None
-    one = {name: array[:1] for name, array in proof.task.items()}
+    if plan.profile and is_language_model(work):
+        raise UsageError("operators of language models with caches are not timed; edgekd bench without --profile works")
+    one = {name: array[:1] for name, array in (proof.task or proof.samples).items()}
     found = []
     for asked in devices or _recipe_devices(work):
         profile = load_profile(asked)

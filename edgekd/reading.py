@@ -161,6 +161,8 @@ def _cross_faults(table: Json, folder: Path) -> list[str]:
     ship = distill.get("ship", "best")
     if ship not in ("best", "control", *(each("distill", "arms") or known)):
         faults.append(f"distill.ship: {ship!r} is not an arm; 'best' or one of distill.arms would work")
+    if data.get("tokens") and section("compress").get("prune"):
+        faults.append("compress.prune: a language model is not pruned; leave it out")
     faults += _export_faults(section("export"), each("export", "targets"), each("export", "precisions"))
     for index, device in enumerate(each("bench", "devices")):
         try:

@@ -242,6 +242,9 @@ class Compress(Table):
 class Export(Table):
     """What is written, and how many held-out samples prove it; ``[export.<target>]`` is for one target alone.
 
+    Samples of a language model are tokens: those that a file answers with, and those that it is judged on. Its
+    ``context`` is how many tokens prompt and answer may have together; by default 1024 or what the student is made for.
+
     The table of a target holds its own ``precisions``, which replace the general ones, and what its exporter can be
     told (``Exporter.options``).
     """
@@ -252,6 +255,7 @@ class Export(Table):
     precisions: Annotated[tuple[str, ...], Field(min_length=1)] = ("fp32", "int8")
     samples: Count = 64
     accuracy_samples: Count = 10_000
+    context: Annotated[int, Field(ge=2)] | None = None
 
     def precisions_of(self, target: str) -> tuple[Precision, ...]:
         """What a target is written in; may hold ``int8``."""
@@ -267,7 +271,7 @@ class Export(Table):
 
 
 class Bench(Table):
-    """Where and how it is measured."""
+    """Where and how it is measured; a language model on answers of ``new_tokens`` to prompts of ``prompt_tokens``."""
 
     devices: tuple[str, ...] = ("host",)
     """Names, or paths of .toml files."""
@@ -275,6 +279,8 @@ class Bench(Table):
     blocks: Count = 6
     warmup_s: Annotated[float, Field(ge=0)] = 0.5
     min_s: Annotated[float, Field(gt=0)] = 1.0
+    prompt_tokens: Count = 64
+    new_tokens: Annotated[int, Field(ge=2)] = 64
 
 
 DENSE_CLASSES = 256

@@ -7,6 +7,7 @@ A run folder::
       students/<arm>-<seed>/              student.pt2, card.json, result.json, assets
       answers/<arm>-<seed>.npz            what it answers on the test split
       pruned/                             as a student: the shipped one with fewer weights, if the recipe prunes
+      decoder/                            of language models: the same with caches of keys and values
       compressed/<precision>/             the same, quantized
       artifacts/<target>-<precision>/     model file, manifest.json, assets
       artifacts/<…>.failed/               a file that did not prove itself
@@ -260,6 +261,10 @@ class RunFolder:
     @property
     def pruned(self) -> Path:
         return self.path / "pruned"
+
+    @property
+    def decoder(self) -> Path:
+        return self.path / "decoder"
 
     def artifact(self, target: str, precision: str) -> Path:
         return self.path / "artifacts" / f"{target}-{precision}"

@@ -253,6 +253,7 @@ def _compressed_rows(work: Workspace) -> list[Row]:
 def _artifact_row(artifact: Artifact, name: str, measurements: Sequence[Measurement]) -> Row:
     stats = plugins.load_module("edgekd.benchmarks.stats")
     measured = next((m for m in measurements if m.artifact_sha256 == artifact.sha256 and m.status == "measured"), None)
+    found = None if measured is None else stats.summarize(measured)
     return Row(
         stage="artifact",
         name=name,
@@ -260,12 +261,16 @@ def _artifact_row(artifact: Artifact, name: str, measurements: Sequence[Measurem
         precision=artifact.precision,
         accuracy=artifact.accuracy,
         teacher_agreement=artifact.teacher_agreement,
+        perplexity=artifact.perplexity,
         size_bytes=artifact.size_bytes,
         parameters=artifact.card.parameters,
         macs=artifact.card.macs,
         latency_ms=None if measured is None else stats.latency_ms(measured),
         latency_device="" if measured is None else measured.device,
         parity=artifact.parity.status,
+        first_token_ms=None if found is None else found.first_token_ms,
+        tokens_per_second=None if found is None else found.tokens_per_second,
+        prompt_tokens=0 if measured is None else measured.plan.prompt_tokens,
         proof=artifact.parity,
         note=" ".join(artifact.notes),
     )
@@ -375,9 +380,13 @@ def _artifact_sentences(artifacts: Sequence[Artifact], measurements: Sequence[Me
         words = []
         if artifact.accuracy is not None and parent.accuracy is not None:
             words.append(f"{(artifact.accuracy - parent.accuracy) * 100:+.2f} points of accuracy")
+        if artifact.perplexity is not None and parent.perplexity is not None:
+            words.append(f"perplexity {artifact.perplexity:.1f} in place of {parent.perplexity:.1f}")
         words.append(f"{artifact.size_bytes / parent.size_bytes:.2f}× the size")
         if artifact.sha256 in measured and parent.sha256 in measured:
             words.append(_latency_words(measured[parent.sha256], measured[artifact.sha256]))
+        if artifact.parity.generation is not None:
+            words.append(f"{artifact.parity.generation.agreement:.1%} of its tokens are those of its program")
         lines.append(f"{artifact.target} {artifact.precision} against fp32: {', '.join(words)}.")
     return lines
 
@@ -386,8 +395,9 @@ def _latency_words(parent: Measurement, child: Measurement) -> str:
     """The ratio of two latencies from one interleaved session, and whether it can be told from 1."""
     stats = plugins.load_module("edgekd.benchmarks.stats")
     ratio = stats.latency_ratio(parent, child)
+    latency = "time a token" if child.plan.new_tokens else "latency"
     if ratio.low is None or ratio.high is None:
-        return f"{ratio.estimate:.2f}× the latency (too few blocks for an interval)"
+        return f"{ratio.estimate:.2f}× the {latency} (too few blocks for an interval)"
     word = "faster" if ratio.high < 1 else "slower" if ratio.low > 1 else "no difference that can be told"
     interval = f"{ratio.confidence:.0%} interval {ratio.low:.2f} to {ratio.high:.2f}"
-    return f"{ratio.estimate:.2f}× the latency, {word} ({interval})"
+    return f"{ratio.estimate:.2f}× the {latency}, {word} ({interval})"

@@ -360,6 +360,7 @@ class Artifact(JsonMixin):
         parity: Against that program.
         accuracy: Share of right classes on the test split; None when the data has no labels.
         teacher_agreement: Share of samples with the teacher's top class; None without a teacher.
+        perplexity: Of a recipe's language model, read token by token on windows of the test split, as ``accuracy`` is.
         options: What the target was told, by name (``Exporter.options``).
         notes: What a user should know: why ``int8`` became this precision, a file larger than its parent …
         warnings: What the toolchain complained of while it wrote the file, each once.
@@ -385,3 +386,4 @@ class Artifact(JsonMixin):
     warnings: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
     regressions: tuple[str, ...] = ()
+    perplexity: float | None = None

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["NO_FILES", "counted_positions", "positions_of"]
-
-NO_FILES = "files of windows of tokens are not written or proven from a recipe yet"
+__all__ = ["counted_positions", "positions_of"]
 
 
 def positions_of(labels: np.ndarray | None) -> int:

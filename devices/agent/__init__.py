@@ -7,7 +7,7 @@ relative to its own folder; those of a single one to the working directory.
 It stands alone (standard library, NumPy and the runtime of the job's target): ``devices/_agents.py`` packs this folder
 into one file, which host and ssh run with a Python that need not have edgekd.
 
-The job is a JSON object, the result another; ``job.KEYS`` names the job's fields (and ``cores``, a list of processors
-to run on, may stand beside them). Exit code 0 when the result was written; 1 with one line on stderr when it failed; 2
-when the job is wrong.
+The job is a JSON object, the result another; ``job.KEYS`` names the job's fields. Beside them may stand ``cores``, a
+list of processors to run on, and for a language model with caches ``decoder``: its ``context``, and ``new_tokens`` of
+an answer. Exit code 0 when the result was written; 1 with one line on stderr when it failed; 2 when the job is wrong.
 """

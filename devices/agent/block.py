@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .answers import Answers, checked_lengths
 from .errors import AgentError, first_line
 from .job import Replaced, read_arrays
 from .machine import describe_machine, peak_memory_bytes, read_state, status_field, throttled
-from .runtimes import RUNTIMES, OnnxRuntime, Runtime
+from .runtimes import DECODERS, RUNTIMES, OnnxRuntime, Runtime
 from .turns import Turns
 
 WINDOW = 10  # inferences in each of the two windows whose medians are compared
@@ -30,6 +31,9 @@ TIMER_SHARE = 0.02  # largest share of one sample that the step of the clock may
 
 def measure(job: dict[str, Any], turns: Turns | None = None) -> dict[str, Any]:
     """One block: load, first inference, warm-up, timed inferences; then the outputs, if they are wanted.
+
+    Of a language model with caches (``decoder`` in the job) an inference is one token of an answer, the first is that
+    of a prompt, and the outputs are answers.
 
     Args:
         turns: Of the timed inferences, with other processes; None when this one is alone.
@@ -47,7 +51,7 @@ def measure(job: dict[str, Any], turns: Turns | None = None) -> dict[str, Any]:
 
     conditions = describe_machine() | {"pinned_to_cores": pinned}
     conditions |= {f"{key}_before": value for key, value in read_state().items()}
-    module_name, start = RUNTIMES[job["target"]]
+    module_name, start = (DECODERS if job.get("decoder") else RUNTIMES)[job["target"]]
     began = time.perf_counter_ns()
     try:
         module = importlib.import_module(module_name)
@@ -67,14 +71,19 @@ def measure(job: dict[str, Any], turns: Turns | None = None) -> dict[str, Any]:
     loaded = time.perf_counter_ns()
 
     sample = runtime.prepare(_first(read_arrays(job["sample"], job["input_names"]), runtime.batch))
+    answers = _answers(runtime, sample, job) if job.get("decoder") else None
+    time_ms = answers.time_token if answers else _time
     step_ns = timer_step_ns()
     try:
-        first_ms = _time(runtime, sample, 1)
-        warmup_ms, converged = warm_up(runtime, sample, plan)
+        first_ms = answers.time_first() if answers else _time(runtime, sample, 1)
+        warmup_ms, converged = warm_up(runtime, sample, plan, time_ms)
         group = inferences_per_sample(step_ns, statistics.median(warmup_ms[-WINDOW:] or [first_ms]))
         switched = status_field("nonvoluntary_ctxt_switches")
         cpu_ns = time.process_time_ns()
-        latency_ms = time_inferences(runtime, sample, plan, group, turns)
+        if answers:
+            answers.begin_again()
+        latency_ms = time_inferences(runtime, sample, plan, group, turns, time_ms)
+        first_token_ms = answers.enough() if answers else []
         cpu_ns = time.process_time_ns() - cpu_ns
     except Exception as error:
         raise AgentError(f"{runtime.name} cannot run {job['model']}: {first_line(error)}") from error
@@ -91,12 +100,12 @@ def measure(job: dict[str, Any], turns: Turns | None = None) -> dict[str, Any]:
         "involuntary_switches": str(int(status_field("nonvoluntary_ctxt_switches")) - int(switched))
         if switched
         else "",
-        "cpu_share": f"{cpu_ns / (sum(latency_ms) * group * 1e6):.2f}",
+        "cpu_share": f"{cpu_ns / ((sum(latency_ms) * group + sum(first_token_ms)) * 1e6):.2f}",
         "turns": str(turns.taken) if turns else "",
         "delegation": runtime.delegation(),
     }
     if job["outputs"] is not None:
-        write_outputs(runtime, job)
+        (write_answers if answers else write_outputs)(runtime, job)
     again = time.perf_counter_ns()
     start(module, job)
     warm_ms = (time.perf_counter_ns() - again) / 1e6
@@ -107,6 +116,7 @@ def measure(job: dict[str, Any], turns: Turns | None = None) -> dict[str, Any]:
         "first_inference_ms": first_ms,
         "warmup_ms": warmup_ms,
         "latency_ms": latency_ms,
+        "first_token_ms": first_token_ms,
         "peak_memory_bytes": peak,
         "converged": converged,
         "conditions": {key: value for key, value in conditions.items() if value},
@@ -191,9 +201,15 @@ def settled(latency_ms: list[float]) -> bool:
 
 
 def time_inferences(
-    runtime: Runtime, sample: dict[str, Any], plan: dict[str, Any], group: int, turns: Turns | None = None
+    runtime: Runtime,
+    sample: dict[str, Any],
+    plan: dict[str, Any],
+    group: int,
+    turns: Turns | None = None,
+    time_ms: Callable[..., float] | None = None,
 ) -> list[float]:
     """Timed samples with the garbage collector off; each is the mean of ``group`` inferences (1 on a fine clock)."""
+    time_ms = time_ms or _time
     latency_ms: list[float] = []
     spent_ms = turn_ms = 0.0
     turn_runs = 0
@@ -209,7 +225,7 @@ def time_inferences(
                 if not turns.wait(is_enough):
                     break
                 turn_ms, turn_runs = 0.0, 0
-            latency_ms.append(_time(runtime, sample, group))
+            latency_ms.append(time_ms(runtime, sample, group))
             spent_ms += latency_ms[-1] * group
             turn_ms += latency_ms[-1] * group
             turn_runs += 1
@@ -268,6 +284,22 @@ def write_outputs(runtime: Runtime, job: dict[str, Any]) -> None:
             part.append(output)
     with Replaced(Path(job["outputs"])) as path, path.open("wb") as file:
         np.savez(file, **{name: np.concatenate(part) for name, part in zip(job["output_names"], parts, strict=True)})
+
+
+def _answers(runtime: Any, sample: dict[str, Any], job: dict[str, Any]) -> Answers:
+    (prompt,) = sample[job["input_names"][0]].tolist()
+    return Answers(runtime, prompt, checked_lengths(job, len(prompt)))
+
+
+def write_answers(runtime: Any, job: dict[str, Any]) -> None:
+    """Answers to all prompts: ``tokens``, int32 (prompts, new tokens)."""
+    import numpy as np
+
+    name = job["input_names"][0]
+    prompts = read_arrays(job["inputs"], [name])[name].tolist()
+    found = [Answers(runtime, prompt, checked_lengths(job, len(prompt))).whole() for prompt in prompts]
+    with Replaced(Path(job["outputs"])) as path, path.open("wb") as file:
+        np.savez(file, allow_pickle=False, **{name: np.array(found, np.int32)})
 
 
 def _first(arrays: dict[str, Any], batch: int) -> dict[str, Any]:

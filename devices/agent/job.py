@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import AgentError, first_line
-from .runtimes import RUNTIMES, check_names
+from .runtimes import DECODERS, RUNTIMES, check_names
 
 KEYS = {
     "target": "onnx, ort, tflite, executorch or coreml",
@@ -34,8 +34,10 @@ def read_job(path: Path) -> dict[str, Any]:
     lacking = [f"{key} ({meaning})" for key, meaning in KEYS.items() if key not in job]
     if lacking:
         raise ValueError(f"the job lacks {', '.join(lacking)}")
-    if job["target"] not in RUNTIMES:
-        raise ValueError(f"no runtime for target {job['target']!r}; there are {', '.join(RUNTIMES)}")
+    known = DECODERS if job.get("decoder") else RUNTIMES
+    if job["target"] not in known:
+        what = "a language model with caches" if job.get("decoder") else "target"
+        raise ValueError(f"no runtime for {what} {job['target']!r}; there are {', '.join(known)}")
     if not job["input_names"] or job["plan"]["threads"] < 1 or job["plan"]["min_runs"] < 1:
         raise ValueError("a job needs an input, a thread and a timed run")
     if (job["inputs"] is None) != (job["outputs"] is None):

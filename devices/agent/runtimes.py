@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,6 +86,32 @@ class OnnxRuntime:
         return [
             {k: v for k, v in n.items() if k != "times"} | {"ms": statistics.median(n["times"])} for n in times.values()
         ]
+
+
+class OnnxDecoder(OnnxRuntime):
+    """A language model with caches, each bound as input and output in one: it stays where it is."""
+
+    def __init__(self, module: Any, job: dict[str, Any]) -> None:
+        super().__init__(module, job)
+        import numpy as np
+
+        self._tokens = job["input_names"][0]
+        self._binding = self._session.io_binding()
+        self._binding.bind_output(job["output_names"][0], "cpu")  # the logits: the first of its outputs
+        for value in self._session.get_inputs():
+            if value.name.startswith("kv_cache_"):
+                cache = module.OrtValue.ortvalue_from_numpy(np.zeros(value.shape, _onnx_dtype(value.type)))
+                self._binding.bind_ortvalue_input(value.name, cache)
+                self._binding.bind_ortvalue_output(f"{value.name}_out", cache)
+
+    def read(self, tokens: Sequence[int], start: int) -> Any:
+        """See :class:`.answers.Decoder`."""
+        import numpy as np
+
+        self._binding.bind_cpu_input(self._tokens, np.array([tokens], np.int32))
+        self._binding.bind_cpu_input("input_pos", np.arange(start, start + len(tokens), dtype=np.int32)[None])
+        self._session.run_with_iobinding(self._binding)
+        return self._binding.get_outputs()[0].numpy()[0, -1]
 
 
 class LiteRt:
@@ -221,6 +247,9 @@ RUNTIMES: dict[str, tuple[str, Callable[[Any, dict[str, Any]], Runtime]]] = {
     "executorch": ("executorch.runtime", ExecuTorch),
     "coreml": ("coremltools", CoreMl),
 }
+
+DECODERS: dict[str, tuple[str, Callable[[Any, dict[str, Any]], Any]]] = {"onnx": ("onnxruntime", OnnxDecoder)}
+"""Of language models with caches: runtimes that also fulfil :class:`.answers.Decoder`."""
 
 
 def _cast(arrays: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
