@@ -32,7 +32,7 @@ from edgekd.protocols import Arrays, Progress
 from edgekd.sources import load_student_module
 from edgekd.tracing import export_program, rename_outputs
 from edgekd.types import LOGITS, Artifact, Card, JsonMixin, Student
-from edgekd.windows import NO_FILES, positions_of
+from edgekd.windows import positions_of
 from edgekd.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ def _measured(
             folder = Path(temporary) / str(index)
             try:
                 if positions_of(work.splits.train.labels):
-                    raise UsageError(NO_FILES)
+                    raise UsageError("language models are timed once they are trained: edgekd bench")
                 artifact = export_student(student, {}, target, "fp32", folder, Proof(samples))
             except EdgekdError as error:
                 latencies = tuple(Latency(profile.name, "not_run", str(error)) for profile in profiles)
