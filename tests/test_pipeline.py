@@ -138,20 +138,20 @@ def test_a_second_run_does_nothing_again_and_says_so(finished: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("moment", ["capture train: started", "kd, seed 0: started", "export onnx fp32: started"])
-def test_a_killed_run_goes_on_to_the_same_student(finished: Path, tmp_path: Path, moment: str) -> None:
+def test_a_run_that_is_killed_again_and_again_goes_on_to_the_same_student(finished: Path, tmp_path: Path) -> None:
     make_recipe(tmp_path)
     shutil.copy(finished / "teacher.safetensors", tmp_path)  # the teacher is not edgekd's to make
-    process = subprocess.Popen(
-        [sys.executable, "-m", "edgekd.cli", "run"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith(moment):
-            os.kill(process.pid, signal.SIGKILL)
-            break
-    process.stderr.close()
-    assert process.wait() == -signal.SIGKILL
+    for moment in ("capture train: started", "kd, seed 0: started", "export onnx fp32: started"):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "edgekd.cli", "run"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith(moment):
+                os.kill(process.pid, signal.SIGKILL)
+                break
+        process.stderr.close()
+        assert process.wait() == -signal.SIGKILL, moment
     resumed = run(tmp_path)
 
     assert resumed.returncode == 0, resumed.stderr
