@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.ledger import Row, format_bytes, format_latency, format_share, label
 from edgekd.measurement import Measurement
+from edgekd.reporting.ledger import Row, format_bytes, format_latency, format_share, label
 
 from .stats import block_medians
 

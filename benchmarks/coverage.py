@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.errors import EdgekdError, ParityError
-from edgekd.student_files import load_student, save_student
+from edgekd.programs.student_files import load_student, save_student
 
 from .coverage_page import PRECISIONS, RESULTS, TARGETS, Cell, page, read_cells, write_cells
 from .isolation import isolated, one_line
@@ -98,8 +98,8 @@ def _prepare(architecture: Architecture, folder: Path) -> dict[str, Any]:
     """
     import torch
 
-    from edgekd.models import count_parameters, flatten_outputs, input_specs, output_specs, run_program
-    from edgekd.tracing import export_program
+    from edgekd.programs.models import count_parameters, flatten_outputs, input_specs, output_specs, run_program
+    from edgekd.programs.tracing import export_program
     from edgekd.types import Card, Student
 
     from .random_weights import settle
@@ -131,8 +131,8 @@ def _prepare(architecture: Architecture, folder: Path) -> dict[str, Any]:
 def _run(target: str, precision: str, folder: Path) -> dict[str, Any]:
     """Export and prove one cell; compressed programs are made once an architecture."""
     from edgekd import plugins
-    from edgekd.compress import compress
-    from edgekd.export import Proof, export_student, resolve_precision
+    from edgekd.compression.compress import compress
+    from edgekd.exporting.export import Proof, export_student, resolve_precision
 
     exporter = plugins.load_exporter(target)
     arrays = dict(np.load(folder / "samples.npz"))
@@ -163,8 +163,8 @@ def _run(target: str, precision: str, folder: Path) -> dict[str, Any]:
 
 def _signal(student: Student, runner: Any, samples: Mapping[str, np.ndarray]) -> float:
     """Smallest cosine over the outputs, each without its mean over the samples; 1 where nothing is left."""
-    from edgekd.models import run_program
-    from edgekd.parity import run_file
+    from edgekd.exporting.parity import run_file
+    from edgekd.programs.models import run_program
 
     cosines = [1.0]
     for a, b in zip(run_program(student.program, samples).values(), run_file(runner, samples), strict=True):
@@ -189,7 +189,7 @@ def _import_everything() -> None:
         import torch
 
         from edgekd import plugins
-        from edgekd.export import toolchain
+        from edgekd.exporting.export import toolchain
 
         for target in TARGETS:
             toolchain(plugins.load_exporter(target))  # reads the list of all packages once

@@ -19,18 +19,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgekd.answers import answers_of
 from edgekd.console import progress_for
-from edgekd.distill import CONTROL, ArmResult, arm_inputs, arms_of, choose_arm, load_result
+from edgekd.distillation.distill import CONTROL, ArmResult, arm_inputs, arms_of, choose_arm, load_result
 from edgekd.metrics import quality
-from edgekd.pipeline import capture_stage, distill_stage
 from edgekd.protocols import Progress
-from edgekd.reading import load_recipe
-from edgekd.seeds import first_seeds
+from edgekd.recipes.reading import load_recipe
+from edgekd.recipes.seeds import first_seeds
+from edgekd.reporting.answers import answers_of
+from edgekd.reporting.verdict import arm_rows
+from edgekd.stages.pipeline import capture_stage, distill_stage
+from edgekd.stages.workspace import SPLITS, Workspace
 from edgekd.store import load_card, read_json, write_json
 from edgekd.types import Json
-from edgekd.verdict import arm_rows
-from edgekd.workspace import SPLITS, Workspace
 
 __all__ = ["BAND", "KEPT", "NOT_RUN", "RESULTS", "ROOT", "TASKS", "Task", "judged"]
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from edgekd.distill import CONTROL
+from edgekd.distillation.distill import CONTROL
 from edgekd.store import read_json
 from edgekd.types import Json
 

@@ -18,15 +18,15 @@ import torch
 
 from edgekd import plugins
 from edgekd.console import progress_for
-from edgekd.data import load_splits
-from edgekd.distill import plan_of
+from edgekd.data.samples import load_splits
+from edgekd.distillation.distill import plan_of
+from edgekd.distillation.train import learning_rate_at
 from edgekd.metrics import accuracy
 from edgekd.protocols import Progress
-from edgekd.reading import load_recipe
-from edgekd.recipe import Recipe
-from edgekd.sources import load_student_module
+from edgekd.recipes.reading import load_recipe
+from edgekd.recipes.recipe import Recipe
 from edgekd.store import read_json, write_json
-from edgekd.train import learning_rate_at
+from edgekd.teachers.sources import load_student_module
 from edgekd.types import Json
 
 from .distill import RESULTS, ROOT, TASKS

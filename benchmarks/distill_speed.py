@@ -4,7 +4,7 @@
 sides train the same student on the same samples with the same augmentation, batch size and optimizer, on one thread:
 
 - ``plain``: a loop of its own, labels only, the views made as edgekd makes them, and no cache;
-- ``cache``: :func:`edgekd.train.train`, as ``edgekd distill`` runs it, with KD from the teacher cache;
+- ``cache``: :func:`edgekd.distillation.train.train`, as ``edgekd distill`` runs it, with KD from the teacher cache;
 - ``torchdistill``: its ``DistillationBox`` with KD from a teacher that runs at every step, and torch's own loader; the
   teacher has ten times the student's parameters, or is that of the example. ``pip install --no-deps --target DIR
   torchdistill torchvision`` and ``PYTHONPATH=DIR``.
@@ -32,23 +32,23 @@ import torch
 from torch import nn
 
 from edgekd import plugins
-from edgekd.capture import capture
 from edgekd.console import progress_for
-from edgekd.data import Split, split_from_arrays
-from edgekd.files import ImageFiles
-from edgekd.mixing import mixup
-from edgekd.models import count_macs, count_parameters
-from edgekd.order import Order
+from edgekd.data.files import ImageFiles
+from edgekd.data.mixing import mixup
+from edgekd.data.order import Order
+from edgekd.data.samples import Split, split_from_arrays
+from edgekd.data.views import Views, view_batch, view_seeds
+from edgekd.programs.models import count_macs, count_parameters
+from edgekd.programs.tracing import export_program
 from edgekd.protocols import Progress
-from edgekd.recipe import ImageData
-from edgekd.records import record_bytes
-from edgekd.sources import Answer, Teacher
+from edgekd.recipes.recipe import ImageData
 from edgekd.store import write_json
-from edgekd.targets import Top, codec_of
-from edgekd.teacher_cache import CaptureKey
-from edgekd.tracing import export_program
+from edgekd.teachers.capture import capture
+from edgekd.teachers.records import record_bytes
+from edgekd.teachers.sources import Answer, Teacher
+from edgekd.teachers.targets import Top, codec_of
+from edgekd.teachers.teacher_cache import CaptureKey
 from edgekd.types import Json
-from edgekd.views import Views, view_batch, view_seeds
 
 from .distill_steps import BATCH, STEPS, Case, Network, Side, augment, cached_step, plain_step, torchdistill_step
 

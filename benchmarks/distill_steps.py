@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from edgekd.data import Split
-from edgekd.losses import LOSSES, Term, weighted
-from edgekd.order import Order
-from edgekd.outputs import StudentOutputs, TeacherOutputs
+from edgekd.data.order import Order
+from edgekd.data.samples import Split
+from edgekd.data.truth import Truth
+from edgekd.data.views import Views, view_batch, view_seeds
+from edgekd.distillation.losses import LOSSES, Term, weighted
+from edgekd.distillation.train import TrainingPlan, learning_rate_at, train
 from edgekd.protocols import Augmentation
-from edgekd.teacher_cache import TeacherCache
-from edgekd.train import TrainingPlan, learning_rate_at, train
-from edgekd.truth import Truth
-from edgekd.views import Views, view_batch, view_seeds
+from edgekd.teachers.outputs import StudentOutputs, TeacherOutputs
+from edgekd.teachers.teacher_cache import TeacherCache
 
 __all__ = [
     "BATCH",

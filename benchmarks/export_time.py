@@ -29,10 +29,10 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from edgekd import plugins
-from edgekd.models import input_specs, output_specs
+from edgekd.programs.models import input_specs, output_specs
+from edgekd.programs.tracing import export_program
 from edgekd.quiet import quiet
 from edgekd.store import read_json, write_json
-from edgekd.tracing import export_program
 from edgekd.types import Card, Student
 
 RESULTS = Path(__file__).parent / "results" / "export_time.json"

@@ -188,8 +188,8 @@ def network(layers: int, folder: Path) -> Artifact:
     import torch
     from torch import nn
 
-    from edgekd.models import input_specs, output_specs
-    from edgekd.tracing import export_program
+    from edgekd.programs.models import input_specs, output_specs
+    from edgekd.programs.tracing import export_program
     from edgekd.types import Student
 
     torch.manual_seed(0)
@@ -216,7 +216,7 @@ INPUTS = {"x": np.random.default_rng(0).standard_normal((1, 3, 20, 20)).astype(n
 def record(folder: Path, minutes: float, plan: Plan = GATE_PLAN) -> dict[str, Any]:
     """Pairs of a network with itself for so long: in turns, then one block after the other, and again."""
     from edgekd.devices.host import HostDevice
-    from edgekd.models import bind_inputs
+    from edgekd.programs.models import bind_inputs
 
     artifact, device = network(LAYERS, folder), HostDevice()
     inputs = bind_inputs(artifact.inputs, INPUTS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.etree import ElementTree
 
-from edgekd.ledger import UNKNOWN, format_bytes, format_latency
+from edgekd.reporting.ledger import UNKNOWN, format_bytes, format_latency
 
 from .cells import Cell, Comparison
 from .rule import Verdict

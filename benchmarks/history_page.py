@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from string import Template
 
-from edgekd.ledger import UNKNOWN, format_bytes, format_latency
+from edgekd.reporting.ledger import UNKNOWN, format_bytes, format_latency
 
 from .changes import Change, changes
 from .charts import over_releases

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgekd.models import input_specs, output_specs
+from edgekd.programs.models import input_specs, output_specs
+from edgekd.programs.tracing import export_program
 from edgekd.protocols import Arrays
-from edgekd.tracing import export_program
 from edgekd.types import Card, Student, TensorSpec
 
 __all__ = ["MODELS", "TRAINED", "Case", "NotInstalled"]

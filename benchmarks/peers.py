@@ -29,13 +29,13 @@ import numpy as np
 from edgekd.benchmarks.peer_models import MODELS, TRAINED, Case, NotInstalled
 from edgekd.benchmarks.session import measure_many
 from edgekd.benchmarks.stats import block_medians, latency_ms, latency_ratio
-from edgekd.compress import compress
+from edgekd.compression.compress import compress
 from edgekd.devices.host import HostDevice
 from edgekd.errors import EdgekdError
+from edgekd.exporting.parity import compare
 from edgekd.measurement import Measurement, Plan
-from edgekd.models import run_program
-from edgekd.parity import compare
 from edgekd.plugins import load_exporter
+from edgekd.programs.models import run_program
 from edgekd.protocols import Arrays
 from edgekd.quiet import quiet
 from edgekd.store import hash_path, write_json

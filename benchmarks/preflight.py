@@ -15,15 +15,15 @@ from pathlib import Path
 
 import torch
 
+from edgekd.choosing.preflight import duration, preflight
 from edgekd.console import progress_for
-from edgekd.pipeline import capture_stage, distill_stage
-from edgekd.preflight import duration, preflight
 from edgekd.protocols import Progress
-from edgekd.reading import load_recipe
-from edgekd.recipe import Recipe
+from edgekd.recipes.reading import load_recipe
+from edgekd.recipes.recipe import Recipe
+from edgekd.stages.pipeline import capture_stage, distill_stage
+from edgekd.stages.workspace import Workspace
 from edgekd.store import write_json
 from edgekd.types import Json
-from edgekd.workspace import Workspace
 
 
 def compared(recipe: Recipe, progress: Progress) -> Json:

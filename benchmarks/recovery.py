@@ -27,25 +27,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgekd.capture import capture
-from edgekd.compress import quantize_static
+from edgekd.compression.compress import quantize_static
+from edgekd.compression.prune import parse_pruning, prune
+from edgekd.compression.qat import train_quantized
 from edgekd.console import progress_for
-from edgekd.data import Split, split_from_arrays
-from edgekd.losses import LABELS, LOSSES, Term, weighted
+from edgekd.data.samples import Split, split_from_arrays
+from edgekd.data.truth import Truth
+from edgekd.data.views import Views
+from edgekd.distillation.losses import LABELS, LOSSES, Term, weighted
+from edgekd.distillation.train import Objective, TrainingPlan, train
 from edgekd.metrics import accuracy
-from edgekd.models import count_parameters, input_specs, output_specs, run_program
-from edgekd.outputs import StudentOutputs, TeacherOutputs
+from edgekd.programs.models import count_parameters, input_specs, output_specs, run_program
+from edgekd.programs.tracing import export_program
 from edgekd.protocols import Progress
-from edgekd.prune import parse_pruning, prune
-from edgekd.qat import train_quantized
-from edgekd.sources import load_teacher
 from edgekd.store import write_json
-from edgekd.teacher_cache import CaptureKey, TeacherCache
-from edgekd.tracing import export_program
-from edgekd.train import Objective, TrainingPlan, train
-from edgekd.truth import Truth
+from edgekd.teachers.capture import capture
+from edgekd.teachers.outputs import StudentOutputs, TeacherOutputs
+from edgekd.teachers.sources import load_teacher
+from edgekd.teachers.teacher_cache import CaptureKey, TeacherCache
 from edgekd.types import Card, Json, Student
-from edgekd.views import Views
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "digits"

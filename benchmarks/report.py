@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from string import Template
 
-from edgekd.ledger import (
+from edgekd.measurement import Measurement
+from edgekd.reporting.ledger import (
     UNKNOWN,
     Ledger,
     file_column,
@@ -21,7 +22,6 @@ from edgekd.ledger import (
     format_spread,
     label,
 )
-from edgekd.measurement import Measurement
 
 from . import charts, stats
 from .session import FLAGS

@@ -13,7 +13,7 @@ import numpy as np
 
 from edgekd.errors import DataError, DeviceError, UsageError
 from edgekd.measurement import Block, DeviceStatus, Measurement, Plan
-from edgekd.models import bind_inputs
+from edgekd.programs.models import bind_inputs
 from edgekd.protocols import Arrays, Device, Progress, Side, TakingTurns
 from edgekd.types import Artifact
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from edgekd import plugins
-from edgekd.data import load_arrays
+from edgekd.data.samples import load_arrays
 from edgekd.errors import ModelFileError, UsageError
 from edgekd.store import MANIFEST, hash_path, load_artifact, size_of
 from edgekd.types import Artifact, Card, Parity

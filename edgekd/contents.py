@@ -1,4 +1,4 @@
-"""What is really in a file, in words that all formats share: exporters gather it, ``edgekd.lint`` judges it."""
+"""What is really in a file, in words that all formats share: exporters gather it, ``edgekd.exporting.lint`` judges."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class OperatorFact(JsonMixin):
 
 @dataclass(frozen=True)
 class Contents(JsonMixin):
-    """What is really in a file: the evidence for ``edgekd.lint``."""
+    """What is really in a file: the evidence for ``edgekd.exporting.lint``."""
 
     operators: tuple[OperatorFact, ...]
     weights: tuple[WeightFact, ...]

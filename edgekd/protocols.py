@@ -17,8 +17,8 @@ from edgekd.types import Artifact, Conversion, Precision, Student, TensorSpec
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
-    from edgekd.recipe_models import Preprocessing
-    from edgekd.sources import Teacher
+    from edgekd.recipes.recipe_models import Preprocessing
+    from edgekd.teachers.sources import Teacher
 
 __all__ = [
     "Arrays",
@@ -132,8 +132,8 @@ class Exporter(Protocol):
         requires: Modules that must be importable.
         extra: Name of the extra that installs them.
         precisions: What it can write, by word: from which program, and how near the file must come to it. Those that
-            all targets share are in ``edgekd.parity.conversions``. ``w8`` and ``w8a8`` arrive as programs that already
-            hold quantize/dequantize nodes and are translated number for number.
+            all targets share are in ``edgekd.exporting.parity.conversions``. ``w8`` and ``w8a8`` arrive as programs
+            that already hold quantize/dequantize nodes and are translated number for number.
         options: What can be set.
     """
 
@@ -165,7 +165,7 @@ class Exporter(Protocol):
         """
 
     def contents(self, path: Path) -> Contents:
-        """Weights as stored, and operators as the runtime would run them: the evidence for ``edgekd.lint``.
+        """Weights as stored, and operators as the runtime would run them: the evidence for ``edgekd.exporting.lint``.
 
         Raises:
             ModelFileError: The file is damaged or of another format.

@@ -100,7 +100,7 @@ class Calibration(JsonMixin):
         data: Fingerprint of the samples, in order.
         samples: How many samples were shown.
         observer: ``minmax`` …
-        corrections: What made the program more accurate besides (``edgekd.corrections``), in that order.
+        corrections: What made the program more accurate besides (``edgekd.compression.corrections``), in that order.
     """
 
     data: str
@@ -124,7 +124,7 @@ class KeptLayer(JsonMixin):
 
 @dataclass(frozen=True)
 class Mixture(JsonMixin):
-    """What ``auto`` measured and chose (``edgekd.mixed``).
+    """What ``auto`` measured and chose (``edgekd.compression.mixed``).
 
     Attributes:
         metric: ``accuracy`` on labels, ``agreement`` with the fp32 program's top class, or ``cosine`` with its output.
@@ -150,7 +150,7 @@ class Retraining(JsonMixin):
     """Training that won back what compression lost.
 
     Attributes:
-        method: ``qat`` (``edgekd.qat``), or how it was pruned (``edgekd.prune``).
+        method: ``qat`` (``edgekd.compression.qat``), or how it was pruned (``edgekd.compression.prune``).
         arm: The loss that it learned with; ``control`` is labels only.
         epochs: How long.
         before: Accuracy on the test split of the same compression without training.
@@ -168,7 +168,7 @@ class Retraining(JsonMixin):
 
 @dataclass(frozen=True)
 class Decoder(JsonMixin):
-    """What makes a program a language model that keeps keys and values (``edgekd.decoder``).
+    """What makes a program a language model that keeps keys and values (``edgekd.programs.decoder``).
 
     Attributes:
         context: Slots of its caches: tokens of prompt and answer together.
@@ -187,8 +187,8 @@ class Card(JsonMixin):
         name: Of the model.
         inputs, outputs: With the batch axis first.
         labels: Class names in the order of the last output axis; empty when there are none.
-        preprocessing: What the app does before the model, as plain data (see ``edgekd.data``).
-        precision: Of the program itself: ``fp32``, or one of those that ``edgekd.compress`` makes.
+        preprocessing: What the app does before the model, as plain data (see ``edgekd.data.samples``).
+        precision: Of the program itself: ``fp32``, or one of those that ``edgekd.compression.compress`` makes.
         parameters: Count of trained numbers.
         macs: Multiply-accumulates for one sample, counted, not estimated; None when not counted.
         lineage: From the teacher to this program, oldest first, each ``stage: fingerprint``.
@@ -221,7 +221,7 @@ class Student:
 
     Attributes:
         program: Inference only, float inputs and outputs, batch axis first; the batch is dynamic where the model
-            allows it (``edgekd.tracing.at_batch`` fixes it).
+            allows it (``edgekd.programs.tracing.at_batch`` fixes it).
         card: What it is.
     """
 
@@ -251,7 +251,7 @@ class Conversion:
 
     Attributes:
         source: Precision of the program that the file is written from: ``fp32``, or one of those that
-            ``edgekd.compress`` makes, which the file then translates number for number.
+            ``edgekd.compression.compress`` makes, which the file then translates number for number.
         tolerance: How far the file may be from that program.
     """
 
@@ -364,7 +364,7 @@ class Artifact(JsonMixin):
         options: What the target was told, by name (``Exporter.options``).
         notes: What a user should know: why ``int8`` became this precision, a file larger than its parent …
         warnings: What the toolchain complained of while it wrote the file, each once.
-        findings: Of ``edgekd.lint``: what costs size or time without need.
+        findings: Of ``edgekd.exporting.lint``: what costs size or time without need.
         regressions: In what it is worse than the fp32 file of the same target: larger, or slower where it was measured.
     """
 

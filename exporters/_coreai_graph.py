@@ -10,8 +10,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from edgekd.errors import ExportError
-from edgekd.fold import attribute, clean, folded_module, free_name, set_constant
-from edgekd.tracing import retrace
+from edgekd.programs.fold import attribute, clean, folded_module, free_name, set_constant
+from edgekd.programs.tracing import retrace
 
 __all__ = ["prepared"]
 

@@ -11,9 +11,9 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from edgekd.errors import ExportError
-from edgekd.fold import attribute, clean, folded_module, set_constant
-from edgekd.layers import CONVOLUTIONS, LINEAR
-from edgekd.tracing import retrace
+from edgekd.programs.fold import attribute, clean, folded_module, set_constant
+from edgekd.programs.layers import CONVOLUTIONS, LINEAR
+from edgekd.programs.tracing import retrace
 
 from ._padding import hoist_above_padding, merge_padding
 
@@ -26,7 +26,7 @@ def prepared(program: ExportedProgram, *, dynamic: bool) -> ExportedProgram:
     """The program for a batch of one.
 
     Args:
-        program: As ``edgekd.compress`` made it.
+        program: As ``edgekd.compression.compress`` made it.
         dynamic: Linear layers with int8 weights quantize their inputs as they come, one scale a row.
 
     Raises:

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from edgekd.fold import attribute, clean, folded_module, set_constant
-from edgekd.models import input_specs, output_specs
-from edgekd.tracing import retrace
+from edgekd.programs.fold import attribute, clean, folded_module, set_constant
+from edgekd.programs.models import input_specs, output_specs
+from edgekd.programs.tracing import retrace
 
 __all__ = ["halved"]
 

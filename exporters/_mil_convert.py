@@ -12,7 +12,7 @@ import numpy as np
 from torch.export import ExportedProgram
 
 from edgekd.errors import ExportError, UsageError, first_line
-from edgekd.models import OPEN
+from edgekd.programs.models import OPEN
 from edgekd.types import Card, Precision, Student, TensorSpec
 
 from ._mil_options import CoreMLOptions, pixels

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from edgekd.decoder import POSITIONS, TOKENS, caches_of, last_token
 from edgekd.errors import DataError, UsageError
-from edgekd.models import input_specs
+from edgekd.programs.decoder import POSITIONS, TOKENS, caches_of, last_token
+from edgekd.programs.models import input_specs
+from edgekd.programs.tracing import rename_outputs, without_origin
 from edgekd.protocols import Arrays
-from edgekd.tracing import rename_outputs, without_origin
 from edgekd.types import LOGITS, Student
 
 from ._mil_options import CoreMLOptions
@@ -110,7 +110,7 @@ def stateful_program(program: ExportedProgram, context: int) -> ExportedProgram:
     """The program with its caches as buffers that it writes, and logits of the last token, (1, 1, vocabulary).
 
     Args:
-        program: Of ``edgekd.decoder``.
+        program: Of ``edgekd.programs.decoder``.
     """
     module = last_token(program).module(check_guards=False)
     for node in list(module.graph.nodes):

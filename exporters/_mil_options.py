@@ -11,9 +11,9 @@ from pydantic import Field
 from torch.export import ExportedProgram
 
 from edgekd.errors import UsageError
-from edgekd.models import input_specs, output_specs
+from edgekd.programs.models import input_specs, output_specs
+from edgekd.programs.tracing import retrace
 from edgekd.protocols import Arrays, Options
-from edgekd.tracing import retrace
 from edgekd.types import LOGITS, Student, TensorSpec
 
 __all__ = ["SYSTEMS", "CoreMLOptions", "Pixels", "pixels", "probabilities"]

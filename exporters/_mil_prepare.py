@@ -15,8 +15,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from edgekd.errors import ExportError
-from edgekd.fold import attribute, clean, set_constant
-from edgekd.tracing import retrace
+from edgekd.programs.fold import attribute, clean, set_constant
+from edgekd.programs.tracing import retrace
 
 from ._mil_lstm import LSTM, decomposed_lstm, register_translation
 from ._padding import hoist_above_padding

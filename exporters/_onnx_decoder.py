@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekd.decoder import POSITIONS, TOKENS, last_token
 from edgekd.errors import DataError, UsageError, first_line
+from edgekd.programs.decoder import POSITIONS, TOKENS, last_token
 from edgekd.types import LOGITS, Student
 
 from ._onnx_options import OnnxOptions

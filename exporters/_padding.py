@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from edgekd.fold import pads_with_zero
+from edgekd.programs.fold import pads_with_zero
 
 __all__ = ["hoist_above_padding", "merge_padding"]
 

@@ -7,8 +7,8 @@ from typing import TypeAlias
 from torch.export import ExportedProgram
 
 from edgekd.errors import UsageError
-from edgekd.models import OPEN, input_specs, open_axes
-from edgekd.tracing import at_batch
+from edgekd.programs.models import OPEN, input_specs, open_axes
+from edgekd.programs.tracing import at_batch
 
 __all__ = ["Sizes", "check_open", "few_of", "sizes", "with_axes"]
 

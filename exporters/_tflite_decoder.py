@@ -17,11 +17,11 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
-from edgekd.decoder import POSITIONS, TOKENS, caches_of
 from edgekd.errors import DataError, UsageError
-from edgekd.models import input_specs
+from edgekd.programs.decoder import POSITIONS, TOKENS, caches_of
+from edgekd.programs.models import input_specs
+from edgekd.programs.tracing import retrace, without_origin
 from edgekd.quiet import quiet_native
-from edgekd.tracing import retrace, without_origin
 from edgekd.types import LOGITS, Student
 
 from ._sizes import sizes

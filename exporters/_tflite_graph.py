@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from edgekd.fold import attribute, clean, set_constant
 from edgekd.precisions import WIDE
+from edgekd.programs.fold import attribute, clean, set_constant
 from edgekd.types import Precision
 
 from ._padding import hoist_above_padding, merge_padding

@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 
 from edgekd.errors import UsageError
-from edgekd.models import input_specs, output_specs
+from edgekd.programs.models import input_specs, output_specs
+from edgekd.programs.tracing import retrace
 from edgekd.protocols import Arrays, Options
-from edgekd.tracing import retrace
 from edgekd.types import Student
 
 __all__ = ["TFLiteOptions"]

@@ -30,8 +30,8 @@ from torch.export import ExportedProgram
 
 from edgekd.contents import Contents
 from edgekd.errors import DataError, ExportError, ModelFileError, UsageError, first_line
-from edgekd.models import input_specs, output_specs
-from edgekd.parity import conversions, fitting
+from edgekd.exporting.parity import conversions, fitting
+from edgekd.programs.models import input_specs, output_specs
 from edgekd.protocols import Arrays, Exporter, Options
 from edgekd.quiet import quiet, quiet_native
 from edgekd.types import Precision, Student, TensorSpec

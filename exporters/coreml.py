@@ -15,12 +15,12 @@ from torch.export import ExportedProgram
 
 from edgekd.contents import Contents
 from edgekd.errors import ExportError, UsageError
-from edgekd.models import input_specs, output_specs
-from edgekd.parity import conversions
+from edgekd.exporting.parity import conversions
 from edgekd.precisions import STATIC
+from edgekd.programs.models import input_specs, output_specs
+from edgekd.programs.tracing import at_batch
 from edgekd.protocols import Runner
 from edgekd.quiet import quiet
-from edgekd.tracing import at_batch
 from edgekd.types import Conversion, Precision, Student, Tolerance
 
 from ._mil import load_package
@@ -171,7 +171,7 @@ def _check(student: Student, precision: Precision, options: CoreMLOptions) -> No
         raise UsageError(f"coreml {precision} has no sparse weights; w8, w4, p2 to p8, fp16 and fp32 have")
     quantized = any(is_quantized(node) for node in student.program.graph.nodes)
     if CoreMLExporter.precisions[precision].source != "fp32" and not quantized:
-        raise UsageError(f"coreml {precision} takes a program with int8 weights; edgekd.compress makes one")
+        raise UsageError(f"coreml {precision} takes a program with int8 weights; edgekd.compression.compress makes one")
     if options.half and precision in ("fp32", *STATIC):
         raise UsageError(f"coreml half=true computes in half precision, which {precision} is not; ask for fp16")
     if options.classifier and options.batch != "1":

@@ -24,8 +24,8 @@ import torch
 
 from edgekd.contents import Contents
 from edgekd.errors import DataError, ExportError, ModelFileError, UsageError
-from edgekd.models import input_specs, output_specs
-from edgekd.parity import TOLERANCES, conversions, fitting
+from edgekd.exporting.parity import TOLERANCES, conversions, fitting
+from edgekd.programs.models import input_specs, output_specs
 from edgekd.protocols import Arrays, Exporter, Options
 from edgekd.quiet import quiet, quiet_native
 from edgekd.types import Conversion, Precision, Student, TensorSpec

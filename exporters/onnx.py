@@ -13,7 +13,7 @@ import numpy as np
 
 from edgekd.contents import Contents
 from edgekd.errors import DataError, ExportError, ModelFileError, UsageError, first_line
-from edgekd.parity import conversions
+from edgekd.exporting.parity import conversions
 from edgekd.precisions import STATIC
 from edgekd.protocols import Arrays, Runner
 from edgekd.quiet import quiet
@@ -199,7 +199,7 @@ def _translate(student: Student, precision: Precision, options: OnnxOptions) -> 
     import onnx_ir
     import torch
 
-    from edgekd.models import input_specs, output_specs
+    from edgekd.programs.models import input_specs, output_specs
 
     from . import _onnx_activations as activations
     from . import _onnx_blocks as blocks

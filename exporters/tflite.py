@@ -29,13 +29,13 @@ from torch.fx import GraphModule
 
 from edgekd.contents import Contents
 from edgekd.errors import DataError, ExportError, ModelFileError, UsageError
-from edgekd.fold import folded_module
-from edgekd.models import input_specs, output_specs
-from edgekd.parity import conversions, fitting
+from edgekd.exporting.parity import conversions, fitting
 from edgekd.precisions import STATIC, WIDE
+from edgekd.programs.fold import folded_module
+from edgekd.programs.models import input_specs, output_specs
+from edgekd.programs.tracing import retrace
 from edgekd.protocols import Arrays, Runner
 from edgekd.quiet import quiet_native
-from edgekd.tracing import retrace
 from edgekd.types import Conversion, Json, Precision, Student, TensorSpec, Tolerance
 
 from ._sizes import check_open, few_of, sizes

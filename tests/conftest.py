@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see edgekd.cli.main
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see edgekd.cli.app.main
 
 import atexit
 import shutil
@@ -21,10 +21,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekd.compress import compress
-from edgekd.models import input_specs, output_specs
+from edgekd.compression.compress import compress
+from edgekd.programs.models import input_specs, output_specs
+from edgekd.programs.tracing import export_program
 from edgekd.protocols import Exporter
-from edgekd.tracing import export_program
 from edgekd.types import Artifact, Card, Parity, Student, TensorSpec
 
 

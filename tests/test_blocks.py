@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekd.blocks import Stack, find_stacks, keep_blocks, spread_evenly, started_from
-from edgekd.check import check_workspace
 from edgekd.console import SilentProgress
 from edgekd.errors import RecipeError, UsageError
-from edgekd.pipeline import capture_stage, distill_stage
-from edgekd.reading import load_recipe
-from edgekd.sources import load_student_module
-from edgekd.student_files import load_student
-from edgekd.summary import collect
-from edgekd.workspace import Workspace
+from edgekd.programs.student_files import load_student
+from edgekd.recipes.reading import load_recipe
+from edgekd.reporting.summary import collect
+from edgekd.stages.check import check_workspace
+from edgekd.stages.pipeline import capture_stage, distill_stage
+from edgekd.stages.workspace import Workspace
+from edgekd.teachers.blocks import Stack, find_stacks, keep_blocks, spread_evenly, started_from
+from edgekd.teachers.sources import load_student_module
 
 
 class Residual(nn.Module):

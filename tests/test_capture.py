@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-import edgekd.capture
-from edgekd.capture import capture, verify_cache
-from edgekd.data import Split, split_from_arrays
+import edgekd.teachers.capture
+from edgekd.data.samples import Split, split_from_arrays
+from edgekd.data.views import Views, view_batch, view_seeds
 from edgekd.errors import CacheError, NumericalError
-from edgekd.shards import Maker, Part, Shard, make_shard
-from edgekd.sources import Answer, Teacher
 from edgekd.store import hash_path
-from edgekd.targets import DenseTargets
-from edgekd.teacher_cache import FORMAT, CaptureKey, open_cache
-from edgekd.views import Views, view_batch, view_seeds
+from edgekd.teachers.capture import capture, verify_cache
+from edgekd.teachers.shards import Maker, Part, Shard, make_shard
+from edgekd.teachers.sources import Answer, Teacher
+from edgekd.teachers.targets import DenseTargets
+from edgekd.teachers.teacher_cache import FORMAT, CaptureKey, open_cache
 
 
 class Quiet:
@@ -67,7 +67,7 @@ KEY = CaptureKey("teacher", "data", "noise", 3, 7)
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edgekd.capture, "RECORDS_PER_SHARD", 40)
+    monkeypatch.setattr(edgekd.teachers.capture, "RECORDS_PER_SHARD", 40)
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -149,7 +149,7 @@ def test_a_capture_that_was_killed_goes_on_and_gives_the_same_bytes(tmp_path: Pa
     script = f"""
 import os, pathlib, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-import edgekd.capture as c
+import edgekd.teachers.capture as c
 import test_capture as t
 c.RECORDS_PER_SHARD = 40
 teacher, calls = t.make_teacher(), []
@@ -164,7 +164,7 @@ c.capture(pathlib.Path({str(tmp_path / "c")!r}), t.make_split(), teacher_that_di
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, env=dict(os.environ))
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-500:]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(edgekd.capture, "RECORDS_PER_SHARD", 40)
+        patch.setattr(edgekd.teachers.capture, "RECORDS_PER_SHARD", 40)
         progress = Quiet()
         capture(tmp_path / "c", make_split(), make_teacher(), KEY, Views(noise), progress)
         capture(tmp_path / "whole", make_split(), make_teacher(), KEY, Views(noise), Quiet())

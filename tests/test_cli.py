@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.student_files import load_student, save_student
+from edgekd.programs.student_files import load_student, save_student
 from edgekd.types import Student
 
 
 def edgekd(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "edgekd.cli", *arguments], cwd=cwd, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "edgekd.cli.app", *arguments], cwd=cwd, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from edgekd.cli import app
-from edgekd.completions import CompletionSettings, complete_file, teacher_writer
+from edgekd.cli.app import app
+from edgekd.data.tokens import read_tokens
 from edgekd.errors import DataError, UsageError
-from edgekd.hugging_face import hugging_face_module
-from edgekd.recipe import TokenData
-from edgekd.tokens import read_tokens
+from edgekd.programs.hugging_face import hugging_face_module
+from edgekd.recipes.recipe import TokenData
+from edgekd.teachers.completions import CompletionSettings, complete_file, teacher_writer
 
 WORDS = 30
 

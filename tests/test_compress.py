@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekd.compress import choose_int8, compress, quantize_static, quantize_weights
+from edgekd.compression.compress import choose_int8, compress, quantize_static, quantize_weights
 from edgekd.errors import DataError, NumericalError, UsageError
-from edgekd.fold import fold_batch_norm
-from edgekd.models import input_specs, load_program, output_specs, program_bytes, run_program
-from edgekd.parity import TOLERANCES
-from edgekd.tracing import at_batch, export_program
+from edgekd.exporting.parity import TOLERANCES
+from edgekd.programs.fold import fold_batch_norm
+from edgekd.programs.models import input_specs, load_program, output_specs, program_bytes, run_program
+from edgekd.programs.tracing import at_batch, export_program
+from edgekd.programs.weights import integers_of, largest_scales, smallest_error_scales
 from edgekd.types import Card, Student
-from edgekd.weights import integers_of, largest_scales, smallest_error_scales
 
 
 class Residual(nn.Module):
@@ -423,7 +423,7 @@ def test_percentile_leaves_out_what_minmax_stretches_for(residual: Student, imag
 
 
 def test_mse_finds_the_range_that_brute_force_finds() -> None:
-    from edgekd.observers import MseObserver
+    from edgekd.compression.observers import MseObserver
 
     values = torch.from_numpy(np.random.default_rng(0).standard_t(2, 100_000).astype(np.float32))
     observer = MseObserver(dtype=torch.int8, quant_min=-128, quant_max=127, qscheme=torch.per_tensor_affine)
@@ -492,7 +492,7 @@ def test_compressed_programs_survive_their_files_and_another_process(
         (tmp_path / f"{name}.pt2").write_bytes(program_bytes(student.program))
     code = (
         "import sys, pathlib, numpy as np\n"
-        "from edgekd.models import load_program, run_program\n"
+        "from edgekd.programs.models import load_program, run_program\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "for name in ('w8', 'w8a8'):\n"
         "    outputs = run_program(load_program(folder / f'{name}.pt2'), {'image': np.load(folder / 'x.npy')})\n"
@@ -550,10 +550,10 @@ def test_keyword_inputs_keep_their_names() -> None:
 _DIGESTS = """
 import hashlib, numpy as np, torch
 from torch import nn
-from edgekd.compress import compress
-from edgekd.models import input_specs, output_specs, program_bytes
-from edgekd.tracing import export_program
-from edgekd.parity import TOLERANCES
+from edgekd.compression.compress import compress
+from edgekd.programs.models import input_specs, output_specs, program_bytes
+from edgekd.programs.tracing import export_program
+from edgekd.exporting.parity import TOLERANCES
 from edgekd.types import Card, Student
 torch.manual_seed(0)
 net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).eval()

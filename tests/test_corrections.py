@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekd.bias import correct_biases
-from edgekd.compress import quantize_static
-from edgekd.corrections import CORRECTION_NAMES, StaticPlan, parse_corrections, static_of
-from edgekd.equalize import equalize, pairs_of
+from edgekd.compression.bias import correct_biases
+from edgekd.compression.compress import quantize_static
+from edgekd.compression.corrections import CORRECTION_NAMES, StaticPlan, parse_corrections, static_of
+from edgekd.compression.equalize import equalize, pairs_of
+from edgekd.compression.smooth import smooth
+from edgekd.compression.static import output_error, outputs_of, static_module
 from edgekd.errors import UsageError
-from edgekd.fold import folded_module
-from edgekd.models import input_specs, output_specs, program_bytes
-from edgekd.smooth import smooth
-from edgekd.static import output_error, outputs_of, static_module
-from edgekd.tracing import export_program
+from edgekd.programs.fold import folded_module
+from edgekd.programs.models import input_specs, output_specs, program_bytes
+from edgekd.programs.tracing import export_program
 from edgekd.types import Card, Student
 
 

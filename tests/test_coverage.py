@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from edgekd.benchmarks.coverage_page import PRECISIONS, RESULTS, TARGETS, Cell, page, read_cells, write_cells
 from edgekd.benchmarks.isolation import isolated, one_line
-from edgekd.compress import compress
+from edgekd.compression.compress import compress
 from edgekd.errors import ExportError
-from edgekd.export import Proof, export_student
-from edgekd.models import input_specs, output_specs
+from edgekd.exporting.export import Proof, export_student
 from edgekd.plugins import load_exporter, missing
-from edgekd.tracing import export_program
+from edgekd.programs.models import input_specs, output_specs
+from edgekd.programs.tracing import export_program
 from edgekd.types import Artifact, Card, Student
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgekd.data import load_arrays, load_splits, split_from_arrays
+from edgekd.data.files import ImageFiles
+from edgekd.data.samples import load_arrays, load_splits, split_from_arrays
 from edgekd.errors import DataError, NumericalError
-from edgekd.files import ImageFiles
-from edgekd.reading import load_recipe
-from edgekd.recipe import ImageData, Recipe
+from edgekd.recipes.reading import load_recipe
+from edgekd.recipes.recipe import ImageData, Recipe
 
 
 def _arrays(count: int = 40, seed: int = 0) -> dict[str, np.ndarray]:

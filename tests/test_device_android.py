@@ -33,8 +33,8 @@ from edgekd.errors import DeviceError, UsageError
 from edgekd.measurement import Plan, Profile
 from edgekd.profiles import device_of, load_device, load_profile
 from edgekd.protocols import Side, TakingTurns
+from edgekd.stages.watching import minutes_lines
 from edgekd.types import Artifact
-from edgekd.watching import minutes_lines
 
 sys.path.insert(0, str(Path(__file__).parent))
 from adbd import Phones, start_phones, thermal, unpacked

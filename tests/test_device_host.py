@@ -23,8 +23,8 @@ from edgekd.errors import DeviceError, StorageError, UsageError
 from edgekd.measurement import Measurement, Plan
 from edgekd.profiles import load_device
 from edgekd.protocols import Side, TakingTurns
+from edgekd.stages.watching import minutes_lines, operator_lines
 from edgekd.types import Artifact
-from edgekd.watching import minutes_lines, operator_lines
 
 sys.path.insert(0, str(Path(__file__).parent))
 from elsewhere import ENDLESS, wait_for

@@ -2,10 +2,10 @@
 
 import pytest
 
-from edgekd.distill import CONTROL, ArmResult, check_outputs, choose_arm
+from edgekd.distillation.distill import CONTROL, ArmResult, check_outputs, choose_arm
 from edgekd.errors import DataError
 from edgekd.metrics import ClassCount, Quality
-from edgekd.recipe import Distill
+from edgekd.recipes.recipe import Distill
 
 
 def result(arm: str, seed: int, validation: float, test: float) -> ArmResult:

@@ -47,7 +47,7 @@ def help_page(command: str) -> str:
     environment = {**os.environ, "COLUMNS": "110", "TERM": "dumb", "NO_COLOR": "1"}
     arguments = [*command.split(), "--help"]
     done = subprocess.run(
-        [sys.executable, "-c", "from edgekd.cli import app; app(prog_name='edgekd')", *arguments],
+        [sys.executable, "-c", "from edgekd.cli.app import app; app(prog_name='edgekd')", *arguments],
         capture_output=True,
         text=True,
         env=environment,

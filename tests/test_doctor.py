@@ -2,7 +2,8 @@
 
 import pytest
 
-from edgekd import doctor, plugins
+from edgekd import plugins
+from edgekd.cli import doctor
 
 
 def test_a_bad_pair_is_told_with_what_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:

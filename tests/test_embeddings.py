@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from edgekd.check import check_workspace
 from edgekd.console import progress_for
-from edgekd.embeddings import check_embedding, likeness, nearest
+from edgekd.distillation.embeddings import check_embedding, likeness, nearest
+from edgekd.distillation.feature_losses import FEATURE_LOSSES
 from edgekd.errors import DataError, NumericalError, RecipeError, UsageError
-from edgekd.feature_losses import FEATURE_LOSSES
-from edgekd.pipeline import capture_stage, compress_stage, distill_stage, export_stage
-from edgekd.reading import VECTOR_LOSSES, load_recipe
+from edgekd.programs.student_files import load_student
+from edgekd.recipes.reading import VECTOR_LOSSES, load_recipe
+from edgekd.reporting.summary import collect, write_report
+from edgekd.stages.check import check_workspace
+from edgekd.stages.pipeline import capture_stage, compress_stage, distill_stage, export_stage
+from edgekd.stages.verify import verify_caches
+from edgekd.stages.workspace import Workspace
 from edgekd.store import load_artifact
-from edgekd.student_files import load_student
-from edgekd.summary import collect, write_report
-from edgekd.targets import VectorTargets, codec_of
+from edgekd.teachers.targets import VectorTargets, codec_of
 from edgekd.types import LOGITS
-from edgekd.verify import verify_caches
-from edgekd.workspace import Workspace
 
 CODE = """
 import numpy as np, torch

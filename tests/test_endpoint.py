@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from edgekd import plugins
 from edgekd.console import progress_for
-from edgekd.ensemble import teacher_sentences
+from edgekd.distillation.losses import soft_target_kl
 from edgekd.errors import DataError, UsageError
-from edgekd.losses import soft_target_kl
 from edgekd.metrics import softmax
 from edgekd.origins.openai import BOUNDED, UNLISTED, UNNAMED, named_classes
-from edgekd.pipeline import capture_stage
-from edgekd.reading import load_recipe
-from edgekd.sources import Teacher, load_teacher
-from edgekd.targets import codec_of
-from edgekd.workspace import Workspace
+from edgekd.recipes.reading import load_recipe
+from edgekd.stages.pipeline import capture_stage
+from edgekd.stages.workspace import Workspace
+from edgekd.teachers.ensemble import teacher_sentences
+from edgekd.teachers.sources import Teacher, load_teacher
+from edgekd.teachers.targets import codec_of
 
 WORDS = ["<unk>", "spam", "ham", "cheap", "pills", "hello", "friend", "is", "it", "now", "buy", "write", "Answer", ":"]
 KEY = "sk-never-to-be-written"
@@ -148,7 +148,7 @@ def running() -> Iterator[Service]:
 @pytest.fixture
 def service(running: Service, monkeypatch: pytest.MonkeyPatch) -> Service:
     running.faults, running.seen, running.dies_after = [], [], 10**9
-    monkeypatch.setattr("edgekd.endpoint.FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr("edgekd.teachers.endpoint.FIRST_WAIT_S", 0.001)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     return running
 

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from edgekd.check import check_workspace
 from edgekd.console import progress_for
-from edgekd.ensemble import MEMBERS, as_logits, averaged, teacher_of, teacher_sentences
 from edgekd.errors import DataError, UsageError
 from edgekd.metrics import softmax
-from edgekd.pipeline import capture_stage, distill_stage
-from edgekd.reading import load_recipe
-from edgekd.recipe import ImageData
-from edgekd.recipe_models import Member, Preprocessing
-from edgekd.served import described
-from edgekd.student_files import load_student
-from edgekd.teacher_inputs import prepared_images
-from edgekd.workspace import Workspace
+from edgekd.programs.student_files import load_student
+from edgekd.recipes.reading import load_recipe
+from edgekd.recipes.recipe import ImageData
+from edgekd.recipes.recipe_models import Member, Preprocessing
+from edgekd.stages.check import check_workspace
+from edgekd.stages.pipeline import capture_stage, distill_stage
+from edgekd.stages.served import described
+from edgekd.stages.workspace import Workspace
+from edgekd.teachers.ensemble import MEMBERS, as_logits, averaged, teacher_of, teacher_sentences
+from edgekd.teachers.teacher_inputs import prepared_images
 
 CODE = """
 import numpy as np, torch
@@ -102,7 +102,7 @@ def test_a_teachers_share_and_preprocessing_are_part_of_its_fingerprint_and_alon
             'model = "mine:good"\npreprocessing = "mine:turned"',
         )
     }
-    from edgekd.sources import load_teacher
+    from edgekd.teachers.sources import load_teacher
 
     assert len(set(prints.values())) == 5
     alone = load_teacher("mine:good", tmp_path, {"x": np.zeros((1, 4), np.float32)})

@@ -16,15 +16,15 @@ from torch import nn
 pytest.importorskip("coreai_torch", reason="coreai-torch is not installed; pip install 'edgekd[coreai]'")
 pytest.importorskip("coreai.runtime", reason="coreai-core has no runtime for this machine")
 
-from edgekd.compress import compress
+from edgekd.compression.compress import compress
 from edgekd.errors import DataError, ExportError, ModelFileError, UsageError
-from edgekd.export import Proof, export_student
 from edgekd.exporters.coreai import EXPORTER
-from edgekd.models import input_specs, output_specs, program_bytes, run_program
-from edgekd.parity import compare, run_file
+from edgekd.exporting.export import Proof, export_student
+from edgekd.exporting.parity import compare, run_file
 from edgekd.profiles import load_device
+from edgekd.programs.models import input_specs, output_specs, program_bytes, run_program
+from edgekd.programs.tracing import export_program
 from edgekd.store import hash_path, size_of
-from edgekd.tracing import export_program
 from edgekd.types import Card, Student
 
 Inputs = Callable[[Student, int], dict[str, np.ndarray]]
@@ -109,7 +109,7 @@ def test_the_same_program_gives_the_same_bytes_in_another_process(written: Writt
 import json, sys
 from pathlib import Path
 from edgekd.exporters.coreai import EXPORTER
-from edgekd.models import load_program
+from edgekd.programs.models import load_program
 from edgekd.types import Card, Student
 folder = Path(sys.argv[1])
 card = Card.from_json(json.loads((folder / "card.json").read_text()))

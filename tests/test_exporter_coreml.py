@@ -20,15 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.compress import compress
+from edgekd.compression.compress import compress
 from edgekd.errors import DataError, ExportError, ModelFileError, ParityError, UsageError
-from edgekd.export import Proof, export_student
 from edgekd.exporters._mil_package import model_proto
 from edgekd.exporters._mil_write import rename_features
 from edgekd.exporters.coreml import EXPORTER, load
-from edgekd.models import input_specs, load_program, output_specs, program_bytes, run_program
+from edgekd.exporting.export import Proof, export_student
+from edgekd.programs.models import input_specs, load_program, output_specs, program_bytes, run_program
+from edgekd.programs.tracing import export_program
 from edgekd.protocols import Exporter, Runner
-from edgekd.tracing import export_program
 from edgekd.types import Card, Precision, Student
 
 # Not importorskip: importing coremltools takes seconds, which collecting the tests should not.
@@ -243,7 +243,7 @@ def test_the_same_program_gives_the_same_bytes_in_another_process(convnet_studen
     script = (
         "import sys, pathlib, json\n"
         "from edgekd.exporters.coreml import EXPORTER\n"
-        "from edgekd.models import load_program\n"
+        "from edgekd.programs.models import load_program\n"
         "from edgekd.types import Card, Student\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "card = Card.from_json(json.loads((folder / 'card.json').read_text()))\n"

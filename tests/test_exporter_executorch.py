@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 pytest.importorskip("executorch", reason="executorch is not installed; pip install 'edgekd[executorch]'")
 
-from edgekd.compress import choose_int8, compress
+from edgekd.compression.compress import choose_int8, compress
 from edgekd.errors import DataError, ExportError, ModelFileError
-from edgekd.export import Proof, export_student
 from edgekd.exporters.executorch import EXPORTER
+from edgekd.exporting.export import Proof, export_student
+from edgekd.exporting.parity import compare, run_file
 from edgekd.measurement import Plan
-from edgekd.models import input_specs, output_specs, program_bytes, run_program
-from edgekd.parity import compare, run_file
 from edgekd.profiles import load_device
+from edgekd.programs.models import input_specs, output_specs, program_bytes, run_program
+from edgekd.programs.tracing import export_program
 from edgekd.store import hash_path
-from edgekd.tracing import export_program
 from edgekd.types import Card, Student
 
 Inputs = Callable[[Student, int], dict[str, np.ndarray]]
@@ -168,7 +168,7 @@ def test_the_same_program_gives_the_same_bytes_in_another_process(written: Writt
 import dataclasses, json, sys
 from pathlib import Path
 from edgekd.exporters.executorch import EXPORTER
-from edgekd.models import load_program
+from edgekd.programs.models import load_program
 from edgekd.types import Card, Student
 folder = Path(sys.argv[1])
 card = Card.from_json(json.loads((folder / "card.json").read_text()))

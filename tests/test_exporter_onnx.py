@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekd.compress import compress
+from edgekd.compression.compress import compress
 from edgekd.errors import DataError, ExportError, ModelFileError, UsageError
-from edgekd.models import input_specs, output_specs, run_program
-from edgekd.parity import compare, run_file
-from edgekd.tracing import export_program
+from edgekd.exporting.parity import compare, run_file
+from edgekd.programs.models import input_specs, output_specs, run_program
+from edgekd.programs.tracing import export_program
 from edgekd.types import Card, Precision, Student
 
 onnx = pytest.importorskip("onnx")
@@ -390,10 +390,10 @@ def test_weights_are_turned_and_multiplied_to_the_same_numbers() -> None:
 _HASHES = """
 import hashlib, sys, pathlib, numpy as np, torch
 from torch import nn
-from edgekd.compress import compress
+from edgekd.compression.compress import compress
 from edgekd.exporters.onnx import EXPORTER
-from edgekd.models import input_specs, output_specs
-from edgekd.tracing import export_program
+from edgekd.programs.models import input_specs, output_specs
+from edgekd.programs.tracing import export_program
 from edgekd.types import Card, Student
 torch.manual_seed(0)
 net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).eval()

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.compress import compress
+from edgekd.compression.compress import compress
 from edgekd.errors import ModelFileError
-from edgekd.models import input_specs, output_specs, program_bytes, run_program
-from edgekd.parity import compare, run_file
-from edgekd.tracing import export_program
+from edgekd.exporting.parity import compare, run_file
+from edgekd.programs.models import input_specs, output_specs, program_bytes, run_program
+from edgekd.programs.tracing import export_program
 from edgekd.types import Card, Precision, Student
 
 pytest.importorskip("onnx")
@@ -94,7 +94,7 @@ _AGAIN = """
 import sys
 from pathlib import Path
 from edgekd.exporters.ort import EXPORTER
-from edgekd.models import input_specs, load_program, output_specs
+from edgekd.programs.models import input_specs, load_program, output_specs
 from edgekd.types import Card, Student
 program = load_program(Path(sys.argv[1]))
 labels = ("a", "b", "c", "d", "e")

@@ -22,13 +22,13 @@ pytest.importorskip("litert_torch")
 pytest.importorskip("ai_edge_litert")
 pytest.importorskip("ai_edge_quantizer")
 
-from edgekd.compress import compress
+from edgekd.compression.compress import compress
 from edgekd.errors import DataError, ExportError, ModelFileError
 from edgekd.exporters.tflite import EXPORTER, read_metadata
-from edgekd.lint import lint
-from edgekd.models import input_specs, output_specs, program_bytes, run_program
+from edgekd.exporting.lint import lint
 from edgekd.plugins import load_exporter
-from edgekd.tracing import export_program
+from edgekd.programs.models import input_specs, output_specs, program_bytes, run_program
+from edgekd.programs.tracing import export_program
 from edgekd.types import Card, Precision, Student
 
 Write = Callable[[str, Precision], tuple[Student, Path]]
@@ -369,7 +369,7 @@ _AGAIN = """
 import sys
 from pathlib import Path
 from edgekd.exporters.tflite import EXPORTER
-from edgekd.models import input_specs, load_program, output_specs
+from edgekd.programs.models import input_specs, load_program, output_specs
 from edgekd.types import Card, Student
 for pt2, out, precision in zip(*[iter(sys.argv[1:])] * 3):
     program = load_program(Path(pt2))

@@ -8,27 +8,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import edgekd.train
-from edgekd.capture import capture
+import edgekd.distillation.train
 from edgekd.console import progress_for
-from edgekd.data import Split, split_from_arrays
-from edgekd.distill import arm_inputs, objective_of
+from edgekd.data.samples import Split, split_from_arrays
+from edgekd.data.views import Views
+from edgekd.distillation.distill import arm_inputs, objective_of
+from edgekd.distillation.feature_losses import feature_cosine, feature_mse
+from edgekd.distillation.features import FeatureStudent, bare_student, with_features
+from edgekd.distillation.train import TrainingPlan, train
 from edgekd.errors import CacheError, DataError, NumericalError, UsageError
-from edgekd.feature_losses import feature_cosine, feature_mse
-from edgekd.features import FeatureStudent, bare_student, with_features
-from edgekd.pipeline import capture_stage, distill_stage
-from edgekd.pooling import pooled
-from edgekd.reading import load_recipe
-from edgekd.recipe_models import Feature
-from edgekd.records import record_bytes
-from edgekd.sources import Answer, Teacher, load_teacher, module_fingerprint
-from edgekd.student_files import load_student
-from edgekd.targets import codec_of
-from edgekd.teacher_cache import CaptureKey, TeacherCache
-from edgekd.tracing import export_program
-from edgekd.train import TrainingPlan, train
-from edgekd.views import Views
-from edgekd.workspace import Workspace
+from edgekd.programs.student_files import load_student
+from edgekd.programs.tracing import export_program
+from edgekd.recipes.reading import load_recipe
+from edgekd.recipes.recipe_models import Feature
+from edgekd.stages.pipeline import capture_stage, distill_stage
+from edgekd.stages.workspace import Workspace
+from edgekd.teachers.capture import capture
+from edgekd.teachers.pooling import pooled
+from edgekd.teachers.records import record_bytes
+from edgekd.teachers.sources import Answer, Teacher, load_teacher, module_fingerprint
+from edgekd.teachers.targets import codec_of
+from edgekd.teachers.teacher_cache import CaptureKey, TeacherCache
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -309,7 +309,7 @@ def test_the_log_has_every_part_and_its_share_of_the_gradient_by_the_students_we
 def test_a_broken_off_training_resumes_its_projectors_bit_for_bit(
     tmp_path: Path, material: tuple[Split, TeacherCache], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(edgekd.train, "CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr(edgekd.distillation.train, "CHECKPOINT_EVERY_S", 0.0)
     split, cache = material
     plan = TrainingPlan(epochs=2, batch_size=16, learning_rate=1e-2, weight_decay=0, warmup_share=0.1, seed=3)
 

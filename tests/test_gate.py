@@ -20,7 +20,7 @@ from edgekd.benchmarks.history import History, is_available
 from edgekd.benchmarks.rule import Rule
 from edgekd.benchmarks.session import TOLD_BY_THE_DEVICE
 from edgekd.benchmarks.sides import read_pairs, read_samples
-from edgekd.cli_gate import parse_margins
+from edgekd.cli.gate import parse_margins
 from edgekd.devices.fake import FakeDevice
 from edgekd.devices.host import HostDevice
 from edgekd.errors import InconclusiveError, ModelFileError, UsageError
@@ -313,7 +313,7 @@ def test_margins_are_read_as_they_are_typed() -> None:
 def run_cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     import os
 
-    command = [sys.executable, "-c", "from edgekd.cli import main; main()", *arguments]
+    command = [sys.executable, "-c", "from edgekd.cli.app import main; main()", *arguments]
     environment = {**os.environ, "GITHUB_ACTIONS": "", **environment}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from edgekd import plugins
-from edgekd.compress import compress
-from edgekd.decoder import decoder_program, last_token
+from edgekd.compression.compress import compress
 from edgekd.errors import DataError, ModelFileError, UsageError
-from edgekd.export import Proof, export_student
-from edgekd.external import export_external, language_model
-from edgekd.generation import ProgramDecoder, Sampling, generate, prove_generation
-from edgekd.models import output_specs
+from edgekd.exporting.export import Proof, export_student
+from edgekd.exporting.external import export_external, language_model
+from edgekd.exporting.generation import ProgramDecoder, Sampling, generate, prove_generation
+from edgekd.programs.decoder import decoder_program, last_token
+from edgekd.programs.models import output_specs
+from edgekd.programs.student_files import load_student, save_student
 from edgekd.protocols import Decoding
 from edgekd.store import load_artifact
-from edgekd.student_files import load_student, save_student
 from edgekd.types import Artifact, Student
 
 transformers = pytest.importorskip("transformers")

@@ -55,7 +55,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         while not list(folder.glob(".s.PGSQL.5432")):
             assert time.monotonic() < end, "the server did not start"
             time.sleep(0.05)
-        yield f"postgresql+psycopg://edgekd@/postgres?host={folder}"
+        yield f"postgresql+psycopg://edgekd./postgres?host={folder}"
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(30)
@@ -207,7 +207,7 @@ def test_the_command_shows_what_was_kept(tmp_path: Path, monkeypatch: pytest.Mon
     from typer.testing import CliRunner
 
     from edgekd.benchmarks.history import keep
-    from edgekd.cli import app
+    from edgekd.cli.app import app
     from edgekd.console import LineProgress
 
     monkeypatch.setenv("EDGEKD_HISTORY", f"sqlite:///{tmp_path / 'h.db'}")

@@ -11,8 +11,8 @@ import pytest
 from edgekd.benchmarks.history import History, is_available
 from edgekd.console import LineProgress
 from edgekd.errors import DataError, UsageError
-from edgekd.imported import import_measurement
 from edgekd.measurement import Measurement
+from edgekd.stages.imported import import_measurement
 from edgekd.store import MANIFEST, RunFolder, read_json, write_json
 from edgekd.types import Artifact
 

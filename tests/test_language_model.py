@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from edgekd.check import check_workspace
+from edgekd.data.tokens import document_windows, row_window
+from edgekd.distillation.perplexity import quality_of_tokens, tokens_of
 from edgekd.errors import DataError, RecipeError, UsageError
-from edgekd.external import export_external
-from edgekd.perplexity import quality_of_tokens, tokens_of
-from edgekd.pipeline import capture_stage, distill_stage, export_stage
-from edgekd.reading import load_recipe
+from edgekd.exporting.external import export_external
+from edgekd.recipes.reading import load_recipe
+from edgekd.reporting.summary import write_report
+from edgekd.stages.check import check_workspace
+from edgekd.stages.pipeline import capture_stage, distill_stage, export_stage
+from edgekd.stages.workspace import Workspace
 from edgekd.store import load_artifact
-from edgekd.summary import write_report
-from edgekd.targets import DenseTargets
-from edgekd.tokens import document_windows, row_window
-from edgekd.workspace import Workspace
+from edgekd.teachers.targets import DenseTargets
 
 WORDS = 40
 

@@ -9,22 +9,22 @@ import pytest
 import torch
 
 from edgekd import plugins
-from edgekd.check import check_workspace
+from edgekd.distillation.perplexity import judge_student
 from edgekd.errors import UsageError
-from edgekd.generation import ProgramDecoder, generate
-from edgekd.language_student import trained_decoder
+from edgekd.exporting.generation import ProgramDecoder, generate
 from edgekd.measurement import DeviceStatus, Measurement, Plan
-from edgekd.perplexity import judge_student
-from edgekd.pipeline import bench_stage, capture_stage, compress_stage, distill_stage, export_stage, proof_of
 from edgekd.profiles import load_device
+from edgekd.programs.student_files import load_student
 from edgekd.protocols import Side
-from edgekd.reading import load_recipe
+from edgekd.recipes.reading import load_recipe
+from edgekd.reporting.summary import write_report
+from edgekd.stages.check import check_workspace
+from edgekd.stages.pipeline import bench_stage, capture_stage, compress_stage, distill_stage, export_stage, proof_of
+from edgekd.stages.verify import verify_artifacts
+from edgekd.stages.workspace import Workspace
 from edgekd.store import load_artifact, read_json
-from edgekd.student_files import load_student
-from edgekd.summary import write_report
+from edgekd.teachers.language_student import trained_decoder
 from edgekd.types import Artifact, Json
-from edgekd.verify import verify_artifacts
-from edgekd.workspace import Workspace
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")

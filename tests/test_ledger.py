@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from edgekd.ledger import (
+from edgekd.reporting.ledger import (
     ClassRow,
     Ledger,
     Row,

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from edgekd import lift, tracing
-from edgekd.fold import folded_module
-from edgekd.models import input_specs, output_specs
-from edgekd.tracing import at_batch, export_program, retrace
+from edgekd.programs import lift, tracing
+from edgekd.programs.fold import folded_module
+from edgekd.programs.models import input_specs, output_specs
+from edgekd.programs.tracing import at_batch, export_program, retrace
 
 
 class Calls(nn.Module):

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from edgekd import plugins
-from edgekd.compress import compress
+from edgekd.compression.compress import compress
 from edgekd.contents import Contents
-from edgekd.lint import claimed_bits, lint
-from edgekd.models import input_specs, output_specs
-from edgekd.tracing import export_program
+from edgekd.exporting.lint import claimed_bits, lint
+from edgekd.programs.models import input_specs, output_specs
+from edgekd.programs.tracing import export_program
 from edgekd.types import Card, Finding, Student
 
 TARGETS = ("coreml", "onnx", "tflite")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from edgekd.losses import (
+from edgekd.data.truth import Truth
+from edgekd.distillation.losses import (
     LOSSES,
     Term,
     decoupled,
@@ -19,9 +20,8 @@ from edgekd.losses import (
     target_kl,
     weighted,
 )
-from edgekd.reading import LABEL_LOSSES, known_losses
-from edgekd.targets import DenseTargets
-from edgekd.truth import Truth
+from edgekd.recipes.reading import LABEL_LOSSES, known_losses
+from edgekd.teachers.targets import DenseTargets
 
 
 def _logits(seed: int, batch: int = 6, classes: int = 4) -> torch.Tensor:

@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.compress import compress
+from edgekd.compression.compress import compress
 from edgekd.errors import DataError, ExportError, UsageError
-from edgekd.export import Proof, export_student, verify_artifact
 from edgekd.exporters._mil_compress import group_count, quantize_blocks
 from edgekd.exporters._mil_options import CoreMLOptions, pixels
 from edgekd.exporters._mil_palette import palettize
 from edgekd.exporters.coreml import EXPORTER, load
-from edgekd.models import input_specs, output_specs, program_bytes, run_program
-from edgekd.tracing import export_program
+from edgekd.exporting.export import Proof, export_student, verify_artifact
+from edgekd.programs.models import input_specs, output_specs, program_bytes, run_program
+from edgekd.programs.tracing import export_program
 from edgekd.types import Card, Student
 
 pytestmark = pytest.mark.skipif(find_spec("coremltools") is None, reason="coremltools is not installed")
@@ -583,7 +583,7 @@ def test_every_option_gives_the_same_bytes_in_another_process(
     script = (
         "import json, pathlib, sys\n"
         "from edgekd.exporters.coreml import EXPORTER\n"
-        "from edgekd.models import load_program\n"
+        "from edgekd.programs.models import load_program\n"
         "from edgekd.types import Card, Student\n"
         "folder, out = (pathlib.Path(a) for a in sys.argv[1:])\n"
         "for name, (word, options) in json.loads((folder / 'cases.json').read_text()).items():\n"

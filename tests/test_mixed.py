@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekd.compress import compress, notes_of, quantize_static
+from edgekd.compression.compress import compress, notes_of, quantize_static
+from edgekd.compression.mixed import Budget, mixed_precision
 from edgekd.errors import BudgetError, DataError, UsageError
 from edgekd.metrics import accuracy
-from edgekd.mixed import Budget, mixed_precision
-from edgekd.models import input_specs, output_specs, run_program
-from edgekd.tracing import export_program
+from edgekd.programs.models import input_specs, output_specs, run_program
+from edgekd.programs.tracing import export_program
 from edgekd.types import Card, Student, TensorSpec
 
 

@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from edgekd.capture import capture, verify_cache
-from edgekd.data import Split, split_from_arrays
+from edgekd.data.mixing import MIXINGS, cutmix, mixup
+from edgekd.data.samples import Split, split_from_arrays
+from edgekd.data.truth import Truth
+from edgekd.data.views import Views, view_batch, view_partners, view_seeds
+from edgekd.distillation.train import TrainingPlan, train
 from edgekd.errors import CacheError, DataError
-from edgekd.mixing import MIXINGS, cutmix, mixup
-from edgekd.outputs import StudentOutputs, TeacherOutputs
-from edgekd.reading import MIXINGS as KNOWN
-from edgekd.records import record_bytes
-from edgekd.sources import Answer, Teacher
-from edgekd.targets import Top
-from edgekd.teacher_cache import CaptureKey, open_cache
-from edgekd.train import TrainingPlan, train
-from edgekd.truth import Truth
-from edgekd.views import Views, view_batch, view_partners, view_seeds
+from edgekd.recipes.reading import MIXINGS as KNOWN
+from edgekd.teachers.capture import capture, verify_cache
+from edgekd.teachers.outputs import StudentOutputs, TeacherOutputs
+from edgekd.teachers.records import record_bytes
+from edgekd.teachers.sources import Answer, Teacher
+from edgekd.teachers.targets import Top
+from edgekd.teachers.teacher_cache import CaptureKey, open_cache
 
 
 class Quiet:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from edgekd.errors import DataError, ModelFileError
-from edgekd.models import (
+from edgekd.programs.models import (
     bind_inputs,
     count_macs,
     count_parameters,
@@ -21,7 +21,7 @@ from edgekd.models import (
     program_bytes,
     run_program,
 )
-from edgekd.tracing import at_batch, export_program, rename_outputs
+from edgekd.programs.tracing import at_batch, export_program, rename_outputs
 from edgekd.types import Student, TensorSpec
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from edgekd.order import Order
+from edgekd.data.order import Order
 
 IDS = np.random.default_rng(0).integers(0, 2**63, 23).astype(np.uint64)
 

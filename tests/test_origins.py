@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from edgekd import plugins
 from edgekd.errors import DataError, ModelFileError, UsageError
 from edgekd.protocols import Origin, Teaching, Trainable
-from edgekd.sources import load_teacher
+from edgekd.teachers.sources import load_teacher
 
 ORIGINS = ("blocks_of", "hf", "keras", "onnx", "openai", "pt2", "savedmodel", "timm", "torchscript", "torchvision")
 
@@ -184,7 +184,7 @@ code.save(folder + "/lambda.h5")
 RUN = """
 import json, sys, numpy as np
 from pathlib import Path
-from edgekd.sources import load_teacher
+from edgekd.teachers.sources import load_teacher
 x = np.random.default_rng(0).normal(size=(3, 12, 12, 3)).astype("float32")
 for reference, taps in json.loads(sys.argv[2]):
     answer = load_teacher(reference, Path(sys.argv[1]), {"image": x}, taps=taps).outputs({"image": x})
@@ -265,7 +265,7 @@ def test_a_saved_model_that_reads_files_is_refused(tmp_path: Path) -> None:
     if plugins.missing(("tensorflow",)):
         pytest.skip("tensorflow is not installed")
     run(READING, str(tmp_path / "reads"), backend="tensorflow")
-    code = "import sys; from pathlib import Path; from edgekd.sources import load_teacher\n" \
+    code = "import sys; from pathlib import Path; from edgekd.teachers.sources import load_teacher\n" \
            "try: load_teacher('savedmodel:reads', Path(sys.argv[1]), {})\n" \
            "except Exception as error: print(type(error).__name__, error)"  # fmt: skip
 

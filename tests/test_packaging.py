@@ -1,9 +1,11 @@
 """The layout and its traps: each of these was seen to fail once (docs/decisions/0001-layout.md)."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
@@ -42,7 +44,7 @@ def test_data_files_are_installed(package: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", MAPPED)
 def test_no_mapped_folder_is_imported_by_its_bare_name(name: str) -> None:
-    code = f"import sys, edgekd.{name}; assert {name!r} not in sys.modules; import edgekd.cli"
+    code = f"import sys, edgekd.{name}; assert {name!r} not in sys.modules; import edgekd.cli.app"
 
     assert subprocess.run([sys.executable, "-P", "-c", code]).returncode == 0
 
@@ -50,7 +52,7 @@ def test_no_mapped_folder_is_imported_by_its_bare_name(name: str) -> None:
 def test_the_core_imports_no_plugin_by_a_statement() -> None:
     folder = Path(edgekd.__file__).parent
     seen = 0
-    for path in folder.glob("*.py"):
+    for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 seen += 1
@@ -58,6 +60,36 @@ def test_the_core_imports_no_plugin_by_a_statement() -> None:
                 names += [f"{node.module}.{a.name}" for a in node.names] if isinstance(node, ast.ImportFrom) else []
                 assert not any(n.startswith(tuple(f"edgekd.{m}" for m in MAPPED)) for n in names), path
     assert seen > 100
+
+
+def test_rooms_import_in_one_direction() -> None:
+    """A room is a folder of ``edgekd/``; what lies beside the rooms serves all of them and knows none."""
+    folder = Path(edgekd.__file__).parent
+    mapped = [folder / name for name in (*MAPPED, "templates")]
+    rooms = {p.name for p in folder.iterdir() if (p / "__init__.py").is_file() and p not in mapped}
+    uses: dict[str, set[str]] = {room: set() for room in rooms}
+    for path in sorted(folder.rglob("*.py")):
+        room = path.parent.name if path.parent != folder else ""
+        if room not in {"", *rooms} or path.name == "__main__.py":
+            continue
+        used = {name.split(".")[1] for name in _imported_when_run(ast.parse(path.read_text())) if "." in name}
+        assert room or not used & rooms, f"{path.name} serves all rooms, but needs {used & rooms}"
+        if room:
+            uses[room] |= used & rooms - {room}
+    assert len(uses["cli"]) > 3
+
+    graphlib.TopologicalSorter(uses).prepare()  # raises CycleError, which names the circle
+
+
+def _imported_when_run(tree: ast.AST) -> Iterator[str]:
+    """Modules of edgekd that a module imports, at its top or in a function, but for its types alone."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("edgekd"):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("edgekd."))
+        elif not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield from _imported_when_run(node)
 
 
 def test_nothing_in_the_core_shadows_a_mapped_folder() -> None:
@@ -79,7 +111,7 @@ def test_every_folder_of_code_is_packaged() -> None:
         if "templates" not in path.parts and "__pycache__" not in path.parts
     }
 
-    assert len(holding) == 6
+    assert len(holding) == 17
     assert holding <= mapped
     assert set(config["packages"]) == set(config["package-dir"])
 
@@ -87,7 +119,7 @@ def test_every_folder_of_code_is_packaged() -> None:
 def test_help_imports_no_toolchain_and_no_torch() -> None:
     code = """
 import sys
-import edgekd.cli
+import edgekd.cli.app
 unwanted = ("torch", "numpy", "onnx", "coremltools", "litert_torch", "transformers", "pydantic")
 heavy = [m for m in unwanted if m in sys.modules]
 assert not heavy, heavy

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from edgekd.pairing import paired, paired_means, t_quantile
+from edgekd.reporting.pairing import paired, paired_means, t_quantile
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 7.5, 30, 1000, 1e9])

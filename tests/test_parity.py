@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from edgekd.parity import TOLERANCES, compare, conversions
+from edgekd.exporting.parity import TOLERANCES, compare, conversions
 from edgekd.types import TensorSpec, Tolerance
 
 SPECS = [TensorSpec("logits", (-1, 3), "float32", "logits")]

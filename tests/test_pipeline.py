@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from edgekd.cli.scaffold import write_template
 from edgekd.errors import CacheError, DataError, NumericalError, ParityError
-from edgekd.reading import load_recipe
-from edgekd.scaffold import write_template
+from edgekd.recipes.reading import load_recipe
+from edgekd.stages.workspace import Workspace
 from edgekd.store import hash_path
-from edgekd.workspace import Workspace
 
 pytest.importorskip("onnxruntime")
 
@@ -55,7 +55,7 @@ def make_recipe(folder: Path, **changes: str) -> Path:
 
 
 def run(folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "edgekd.cli", "run"], cwd=folder, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "edgekd.cli.app", "run"], cwd=folder, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_accuracy_of_the_file_is_that_of_the_program(finished: Path) -> None:
 
 def test_more_seeds_are_trained_beside_the_first_and_later_commands_know_them(copied: Workspace) -> None:
     folder = copied.recipe.folder
-    command = [sys.executable, "-m", "edgekd.cli", "distill", "--seeds", "3"]
+    command = [sys.executable, "-m", "edgekd.cli.app", "distill", "--seeds", "3"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
     assert done.returncode == 0, done.stderr
@@ -143,7 +143,7 @@ def test_a_run_that_is_killed_again_and_again_goes_on_to_the_same_student(finish
     shutil.copy(finished / "teacher.safetensors", tmp_path)  # the teacher is not edgekd's to make
     for moment in ("capture train: started", "kd, seed 0: started", "export onnx fp32: started"):
         process = subprocess.Popen(
-            [sys.executable, "-m", "edgekd.cli", "run"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "edgekd.cli.app", "run"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
         )
         assert process.stderr is not None
         for line in process.stderr:
@@ -203,7 +203,7 @@ def test_another_augmentation_is_captured_again(copied: Workspace) -> None:
 
 
 def test_verify_finds_a_file_that_was_changed(copied: Workspace) -> None:
-    from edgekd.verify import verify_artifacts
+    from edgekd.stages.verify import verify_artifacts
 
     verify_artifacts(copied, Silent())
     path = copied.folder.artifact("onnx", "fp32") / "model.onnx"
@@ -214,7 +214,7 @@ def test_verify_finds_a_file_that_was_changed(copied: Workspace) -> None:
 
 
 def test_verify_runs_the_teacher_again(copied: Workspace) -> None:
-    from edgekd.verify import verify_caches
+    from edgekd.stages.verify import verify_caches
 
     progress = Silent()
     verify_caches(copied, progress)
@@ -224,7 +224,7 @@ def test_verify_runs_the_teacher_again(copied: Workspace) -> None:
 
 
 def test_a_damaged_cache_shard_stops_distill_and_is_captured_again_by_run(copied: Workspace) -> None:
-    from edgekd.pipeline import distill_stage
+    from edgekd.stages.pipeline import distill_stage
 
     shard = copied.folder.cache("train") / "shard-00000.bin"
     content = bytearray(shard.read_bytes())
@@ -241,8 +241,8 @@ def test_a_file_that_computes_something_else_is_kept_aside(copied: Workspace, mo
     import dataclasses
 
     import edgekd.exporters.onnx as target
-    from edgekd.pipeline import export_stage
-    from edgekd.tracing import retrace
+    from edgekd.programs.tracing import retrace
+    from edgekd.stages.pipeline import export_stage
     from edgekd.types import Student
 
     write: Callable[..., None] = type(target.EXPORTER).write
@@ -282,8 +282,8 @@ def teacher() -> nn.Module:
     return Sick()
 """
     model.write_text(source + sick)
-    from edgekd.check import check_workspace
-    from edgekd.pipeline import capture_stage
+    from edgekd.stages.check import check_workspace
+    from edgekd.stages.pipeline import capture_stage
 
     work = Workspace(load_recipe(tmp_path / "edgekd.toml"))
     with pytest.raises(NumericalError, match="NaN or infinity"):
@@ -298,14 +298,14 @@ def test_a_student_that_does_not_fit_the_teacher_is_one_line(tmp_path: Path) -> 
     model.write_text(
         model.read_text().replace("return _network(10)", "return nn.Sequential(nn.Flatten(), nn.Linear(256, 4))")
     )
-    from edgekd.check import check_workspace
+    from edgekd.stages.check import check_workspace
 
     with pytest.raises(DataError, match="the student gives 4 classes, the teacher 3, and there are 3 labels"):
         check_workspace(Workspace(load_recipe(tmp_path / "edgekd.toml")))
 
 
 def test_a_loss_of_the_users_own_is_an_arm(tmp_path: Path) -> None:
-    from edgekd.pipeline import capture_stage, distill_stage
+    from edgekd.stages.pipeline import capture_stage, distill_stage
 
     changes = {
         'arms = ["control", "kd", "dist"]': 'arms = ["model:squared"]',
@@ -331,8 +331,8 @@ def test_a_loss_of_the_users_own_is_an_arm(tmp_path: Path) -> None:
 
 def test_views_that_the_teacher_cannot_read_are_told(finished: Path, tmp_path: Path) -> None:
     """An augmentation that drowns the image: the lesson of the spam example, where masked mails misled the students."""
-    from edgekd.pipeline import capture_stage
-    from edgekd.summary import _view_sentences
+    from edgekd.reporting.summary import _view_sentences
+    from edgekd.stages.pipeline import capture_stage
 
     make_recipe(tmp_path)
     model = tmp_path / "model.py"

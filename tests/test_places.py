@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from edgekd.places import function_fault
+from edgekd.recipes.places import function_fault
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_a_package_of_someone_else_adds_a_target_by_entry_point(tmp_path: Path) 
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-target\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[edgekd.exporters]\ntheirs = their_target:EXPORTER\n")
     done = subprocess.run(
-        [sys.executable, "-m", "edgekd.cli", "targets"],
+        [sys.executable, "-m", "edgekd.cli.app", "targets"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgekd import preflight as module
-from edgekd.data import split_from_arrays
-from edgekd.preflight import ArmCost, Preflight, duration, preflight
-from edgekd.reading import load_recipe
-from edgekd.workspace import Workspace
+from edgekd.choosing import preflight as module
+from edgekd.choosing.preflight import ArmCost, Preflight, duration, preflight
+from edgekd.data.samples import split_from_arrays
+from edgekd.recipes.reading import load_recipe
+from edgekd.stages.workspace import Workspace
 
 RECIPE = """
 name = "small"

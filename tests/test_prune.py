@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekd.channels import find_channels
-from edgekd.compress import quantize_static
+from edgekd.compression.channels import find_channels
+from edgekd.compression.compress import quantize_static
+from edgekd.compression.prune import parse_pruning, prune
 from edgekd.errors import UsageError
-from edgekd.fold import folded_module
-from edgekd.models import count_macs, count_parameters, input_specs, output_specs, run_program
-from edgekd.prune import parse_pruning, prune
-from edgekd.tracing import export_program
+from edgekd.programs.fold import folded_module
+from edgekd.programs.models import count_macs, count_parameters, input_specs, output_specs, run_program
+from edgekd.programs.tracing import export_program
 from edgekd.types import Card, Student
 
 

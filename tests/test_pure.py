@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from edgekd.fold import fold_batch_norm
-from edgekd.pure import is_in_place, pure_form
-from edgekd.tracing import export_program
+from edgekd.programs.fold import fold_batch_norm
+from edgekd.programs.pure import is_in_place, pure_form
+from edgekd.programs.tracing import export_program
 
 
 class Calls(nn.Module):

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekd.compress import quantize_static
-from edgekd.corrections import StaticPlan, static_of
-from edgekd.models import input_specs, output_specs, run_program
-from edgekd.qat import FakeQuantized, QuantizedWeight, train_quantized
-from edgekd.static import checked_samples
-from edgekd.tracing import export_program
+from edgekd.compression.compress import quantize_static
+from edgekd.compression.corrections import StaticPlan, static_of
+from edgekd.compression.qat import FakeQuantized, QuantizedWeight, train_quantized
+from edgekd.compression.static import checked_samples
+from edgekd.programs.models import input_specs, output_specs, run_program
+from edgekd.programs.tracing import export_program
+from edgekd.programs.weights import put_integers
 from edgekd.types import Card, Student
-from edgekd.weights import put_integers
 
 
 class Net(nn.Module):

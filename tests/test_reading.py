@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from edgekd.errors import RecipeError, UsageError
-from edgekd.reading import find_recipe, load_recipe, parse_options
-from edgekd.recipe import Mix, json_schema
+from edgekd.recipes.reading import find_recipe, load_recipe, parse_options
+from edgekd.recipes.recipe import Mix, json_schema
 
 GOOD = """
 name = "x"

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgekd.compress import choose_int8, compress
-from edgekd.models import count_parameters, input_specs, output_specs, run_program
-from edgekd.parity import compare, run_file
+from edgekd.compression.compress import choose_int8, compress
+from edgekd.exporting.parity import compare, run_file
 from edgekd.plugins import exporter_names, load_exporter, missing
+from edgekd.programs.models import count_parameters, input_specs, output_specs, run_program
+from edgekd.programs.tracing import export_program
 from edgekd.protocols import Runner
 from edgekd.store import size_of
-from edgekd.tracing import export_program
 from edgekd.types import LOGITS, Card, Precision, Student, TensorSpec
 
 pytestmark = pytest.mark.slow

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-import edgekd.train
-from edgekd.cli import app
+import edgekd.distillation.train
+from edgekd.cli.app import app
+from edgekd.cli.scaffold import write_template
+from edgekd.compression.mixed import mixed_precision
 from edgekd.errors import RecipeError, UsageError
-from edgekd.mixed import mixed_precision
-from edgekd.pipeline import capture_stage, compress_stage, distill_stage, export_stage, prune_stage, shipped
-from edgekd.reading import load_recipe
-from edgekd.recipe import parse_drop
-from edgekd.scaffold import write_template
+from edgekd.programs.student_files import load_student
+from edgekd.recipes.reading import load_recipe
+from edgekd.recipes.recipe import parse_drop
+from edgekd.reporting.summary import collect
+from edgekd.stages.pipeline import capture_stage, compress_stage, distill_stage, export_stage, prune_stage, shipped
+from edgekd.stages.workspace import Workspace
 from edgekd.store import read_json
-from edgekd.student_files import load_student
-from edgekd.summary import collect
-from edgekd.workspace import Workspace
 
 
 class Silent:
@@ -109,7 +109,7 @@ def test_a_trained_student_is_told_as_one_and_an_export_does_not_undo_it(distill
 def test_a_training_that_was_broken_off_goes_on_to_the_same_student(
     distilled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(edgekd.train, "CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr(edgekd.distillation.train, "CHECKPOINT_EVERY_S", 0.0)
     work = workspace(distilled)
     compress_stage(work, Silent(), ["w8a8"], force=True, qat=True)
     whole = digest(work, "w8a8")
@@ -135,7 +135,7 @@ def test_auto_is_chosen_on_validation_and_never_sees_the_test_split(
         assert all((budget.samples[name] == arrays[name]).all() for name in arrays)
         return search(student, calibration, budget, *rest)
 
-    monkeypatch.setattr("edgekd.recovery.mixed_precision", watched)
+    monkeypatch.setattr("edgekd.stages.recovery.mixed_precision", watched)
     compress_stage(work, Silent(), ["auto"], max_drop=0.02)
     assert seen == [len(work.splits.validation)]
     card = load_student(work.folder.compressed("auto"))[0].card

@@ -13,8 +13,8 @@ from edgekd.benchmarks import charts
 from edgekd.benchmarks.report import html
 from edgekd.benchmarks.session import measure_many
 from edgekd.devices.host import HostDevice
-from edgekd.ledger import ArmRow, ClassRow, Gain, Ledger, Row
 from edgekd.measurement import Block, Measurement, Plan
+from edgekd.reporting.ledger import ArmRow, ClassRow, Gain, Ledger, Row
 from edgekd.types import Artifact, OutputParity, Parity
 
 VOID = {"meta", "br", "link", "input", "hr", "img"}

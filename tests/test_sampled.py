@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from edgekd.distillation.losses import soft_target_kl
 from edgekd.errors import UsageError
-from edgekd.losses import soft_target_kl
-from edgekd.sampled import Sampled, SampledTargets
-from edgekd.targets import codec_of
+from edgekd.teachers.sampled import Sampled, SampledTargets
+from edgekd.teachers.targets import codec_of
 
 CLASSES = 60
 

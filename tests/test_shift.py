@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from edgekd.distillation.shift import Described, compare, describe, holm, ks_test, mmd_test
 from edgekd.errors import DataError
-from edgekd.shift import Described, compare, describe, holm, ks_test, mmd_test
 
 sklearn_datasets = pytest.importorskip("sklearn.datasets")
 LABELS = [str(number) for number in range(10)]
@@ -135,7 +135,7 @@ def test_the_command_says_what_drifted_and_exits_with_one(tmp_path: Path) -> Non
     )
 
     def check(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "edgekd.cli", "check", "--shift", *words]
+        command = [sys.executable, "-m", "edgekd.cli.app", "check", "--shift", *words]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     same, moved = check("same.npz"), check("moved.npz", "--json")

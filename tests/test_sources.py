@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from edgekd.errors import DataError, ModelFileError, UsageError
-from edgekd.hugging_face import hugging_face_example, hugging_face_module
-from edgekd.models import program_bytes
 from edgekd.plugins import load_exporter
-from edgekd.sources import load_student_module, load_teacher
+from edgekd.programs.hugging_face import hugging_face_example, hugging_face_module
+from edgekd.programs.models import program_bytes
+from edgekd.teachers.sources import load_student_module, load_teacher
 from edgekd.types import Student
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from edgekd import plugins
-from edgekd.compress import compress
-from edgekd.export import Proof, export_student
-from edgekd.mixed import Budget
-from edgekd.models import run_program
-from edgekd.parity import run_file
+from edgekd.compression.compress import compress
+from edgekd.compression.mixed import Budget
+from edgekd.exporting.export import Proof, export_student
+from edgekd.exporting.parity import run_file
+from edgekd.programs.models import run_program
 from edgekd.types import Student
 
 CLASSES = 5

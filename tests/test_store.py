@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from edgekd.errors import ModelFileError, StorageError, UsageError
+from edgekd.programs.student_files import load_student, save_student
 from edgekd.store import RunFolder, atomic_folder, atomic_write, fingerprint, hash_path
-from edgekd.student_files import load_student, save_student
 from edgekd.types import Student
 
 

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from edgekd.candidates import candidates_of
+from edgekd.choosing.candidates import candidates_of
+from edgekd.choosing.suggest import Budget, Latency, Suggestion, _chosen, _over, parse_share, suggest
 from edgekd.console import SilentProgress
 from edgekd.errors import UsageError
-from edgekd.models import count_parameters
-from edgekd.reading import load_recipe
-from edgekd.sources import load_student_module
-from edgekd.suggest import Budget, Latency, Suggestion, _chosen, _over, parse_share, suggest
-from edgekd.workspace import Workspace
+from edgekd.programs.models import count_parameters
+from edgekd.recipes.reading import load_recipe
+from edgekd.stages.workspace import Workspace
+from edgekd.teachers.sources import load_student_module
 
 RECIPE = """
 name = "small"

@@ -16,20 +16,20 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.capture import capture
+from edgekd.choosing.judging import Judged, hold_out, judge
+from edgekd.choosing.sweep import Sweep, Swept, sweep
+from edgekd.choosing.sweep_space import Knob, Settings, own_settings, parse_knob, space_of, tidy, with_settings
+from edgekd.choosing.sweep_words import is_worse, recipe_lines, sentences, write_settings
 from edgekd.console import SilentProgress
-from edgekd.data import split_from_arrays
+from edgekd.data.samples import split_from_arrays
+from edgekd.data.views import Views
 from edgekd.errors import UsageError
-from edgekd.judging import Judged, hold_out, judge
-from edgekd.pipeline import distill_stage
 from edgekd.protocols import Progress
-from edgekd.reading import load_recipe
-from edgekd.recipe import Distill
-from edgekd.sweep import Sweep, Swept, sweep
-from edgekd.sweep_space import Knob, Settings, own_settings, parse_knob, space_of, tidy, with_settings
-from edgekd.sweep_words import is_worse, recipe_lines, sentences, write_settings
-from edgekd.views import Views
-from edgekd.workspace import Workspace
+from edgekd.recipes.reading import load_recipe
+from edgekd.recipes.recipe import Distill
+from edgekd.stages.pipeline import distill_stage
+from edgekd.stages.workspace import Workspace
+from edgekd.teachers.capture import capture
 
 RECIPE = """
 name = "small" # a comment that stays
@@ -326,7 +326,7 @@ def test_a_killed_sweep_of_two_workers_goes_on_and_no_trial_is_done_twice(captur
     folder = tmp_path / "run"
     shutil.copytree(captured, folder, ignore=shutil.ignore_patterns("sweep"))
     (folder / "mine.py").write_text(CODE.replace("def teacher()", "torch.set_num_threads(1)\ndef teacher()"))
-    words = [sys.executable, "-m", "edgekd.cli", "sweep", "--trials", "30", "--workers", "2", "--json", "--write"]
+    words = [sys.executable, "-m", "edgekd.cli.app", "sweep", "--trials", "30", "--workers", "2", "--json", "--write"]
     process = subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     study, deadline = folder / "runs" / "small" / "sweep" / "kd.db", time.monotonic() + 300
     while time.monotonic() < deadline and _count(study, "COMPLETE") < 3:
@@ -362,7 +362,8 @@ def _count(database: Path, state: str) -> int:
 
 
 def test_without_optuna_the_line_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgekd import plugins, study
+    from edgekd import plugins
+    from edgekd.choosing import study
 
     monkeypatch.setattr(plugins, "missing", lambda requires: requires)
 

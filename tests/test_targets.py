@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from edgekd.distillation.losses import LOSSES, soft_target_kl
 from edgekd.errors import UsageError
-from edgekd.losses import LOSSES, soft_target_kl
-from edgekd.targets import DenseTargets, Targets, TopTargets, codec_of
+from edgekd.teachers.targets import DenseTargets, Targets, TopTargets, codec_of
 
 CLASSES = 1000
 LABELS = torch.tensor([3, 999, 0, 41])

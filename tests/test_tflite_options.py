@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgekd.compress import compress
+from edgekd.compression.compress import compress
 from edgekd.errors import ExportError, UsageError
-from edgekd.export import Proof, export_student
-from edgekd.models import input_specs, output_specs, run_program
-from edgekd.parity import run_file
-from edgekd.tracing import export_program
+from edgekd.exporting.export import Proof, export_student
+from edgekd.exporting.parity import run_file
+from edgekd.programs.models import input_specs, output_specs, run_program
+from edgekd.programs.tracing import export_program
 from edgekd.types import Card, Precision, Student
 
 pytest.importorskip("litert_torch")

@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import edgekd.train
-from edgekd.capture import capture
-from edgekd.data import Split, split_from_arrays
+import edgekd.distillation.train
+from edgekd.data.samples import Split, split_from_arrays
+from edgekd.data.truth import NO_LABEL, Truth
+from edgekd.data.views import Views
+from edgekd.distillation.losses import Term, soft_target_kl, weighted
+from edgekd.distillation.train import TrainingPlan, learning_rate_at, train
 from edgekd.errors import CacheError, NumericalError
-from edgekd.losses import Term, soft_target_kl, weighted
-from edgekd.outputs import StudentOutputs, TeacherOutputs
-from edgekd.sources import Answer, Teacher, module_fingerprint
-from edgekd.targets import DenseTargets
-from edgekd.teacher_cache import CaptureKey, TeacherCache
-from edgekd.train import TrainingPlan, learning_rate_at, train
-from edgekd.truth import NO_LABEL, Truth
-from edgekd.views import Views
+from edgekd.teachers.capture import capture
+from edgekd.teachers.outputs import StudentOutputs, TeacherOutputs
+from edgekd.teachers.sources import Answer, Teacher, module_fingerprint
+from edgekd.teachers.targets import DenseTargets
+from edgekd.teachers.teacher_cache import CaptureKey, TeacherCache
 
 PLAN = TrainingPlan(epochs=3, batch_size=16, learning_rate=1e-2, weight_decay=1e-4, warmup_share=0.1, seed=3)
 
@@ -90,8 +90,8 @@ def test_a_broken_off_training_resumes_bit_for_bit(
     how: dict[str, Any],
 ) -> None:
     """Mid-epoch and at its edges, with dropout and batch norm; in fp16 while the scale of the loss is looked for."""
-    monkeypatch.setattr(edgekd.train, "CHECKPOINT_EVERY_S", 0.0)
-    monkeypatch.setattr(edgekd.train, "FIRST_SCALE", 2.0**30)
+    monkeypatch.setattr(edgekd.distillation.train, "CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr(edgekd.distillation.train, "FIRST_SCALE", 2.0**30)
     split, cache = material
     whole, plan = network(), dataclasses.replace(PLAN, **how)
     history = train(whole, split, cache, Views(), objective, plan, tmp_path / "whole.pt", Interrupting(), "x")

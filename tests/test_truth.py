@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from edgekd.truth import Truth
+from edgekd.data.truth import Truth
 
 LOGITS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)) * 3
 CLASSES = torch.tensor([0, 1, 2, 3, 0, 1])

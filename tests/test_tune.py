@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.compress import compress
+from edgekd.compression.compress import compress
 from edgekd.console import LineProgress
 from edgekd.errors import ExportError, UsageError
-from edgekd.export import Proof, Request, requests_of, write_request
+from edgekd.exporting.export import Proof, Request, requests_of, write_request
+from edgekd.exporting.regressions import note_regressions, regressions
+from edgekd.exporting.tune import CANDIDATES, Candidate, choose, settle, tune
 from edgekd.measurement import Block, Measurement, Plan
-from edgekd.models import input_specs, output_specs
 from edgekd.plugins import load_exporter, missing
-from edgekd.regressions import note_regressions, regressions
+from edgekd.programs.models import input_specs, output_specs
+from edgekd.programs.tracing import export_program
 from edgekd.store import load_artifact, write_json
-from edgekd.tracing import export_program
-from edgekd.tune import CANDIDATES, Candidate, choose, settle, tune
 from edgekd.types import Artifact, Card, Student
 
 

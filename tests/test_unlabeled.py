@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekd.capture import capture, verify_cache
-from edgekd.data import Splits, load_splits
+from edgekd.data.samples import Splits, load_splits
+from edgekd.data.truth import Truth
+from edgekd.data.views import Views
+from edgekd.distillation.train import TrainingPlan, train
 from edgekd.errors import DataError
-from edgekd.outputs import StudentOutputs, TeacherOutputs
-from edgekd.pipeline import capture_stage, distill_stage
-from edgekd.reading import load_recipe
-from edgekd.sources import Answer, Teacher
-from edgekd.summary import collect
-from edgekd.teacher_cache import CaptureKey
-from edgekd.train import TrainingPlan, train
-from edgekd.truth import Truth
-from edgekd.views import Views
-from edgekd.workspace import Workspace
+from edgekd.recipes.reading import load_recipe
+from edgekd.reporting.summary import collect
+from edgekd.stages.pipeline import capture_stage, distill_stage
+from edgekd.stages.workspace import Workspace
+from edgekd.teachers.capture import capture, verify_cache
+from edgekd.teachers.outputs import StudentOutputs, TeacherOutputs
+from edgekd.teachers.sources import Answer, Teacher
+from edgekd.teachers.teacher_cache import CaptureKey
 
 
 class Quiet:

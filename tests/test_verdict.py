@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgekd.answers import Answers
-from edgekd.distill import CONTROL, ArmResult
-from edgekd.ledger import ArmRow
+from edgekd.distillation.distill import CONTROL, ArmResult
 from edgekd.metrics import ClassCount, Quality
-from edgekd.recipe import Recipe
-from edgekd.seeds import first_seeds, keep_count, with_seeds
-from edgekd.verdict import arm_rows, gain_sentence, inheritance_sentence, kept_sentence, perplexity_sentence
+from edgekd.recipes.recipe import Recipe
+from edgekd.recipes.seeds import first_seeds, keep_count, with_seeds
+from edgekd.reporting.answers import Answers
+from edgekd.reporting.ledger import ArmRow
+from edgekd.reporting.verdict import arm_rows, gain_sentence, inheritance_sentence, kept_sentence, perplexity_sentence
 
 SAMPLES = 2000
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-import edgekd.capture
-from edgekd.capture import capture, verify_cache
-from edgekd.data import Split, split_from_arrays
+import edgekd.teachers.capture
+from edgekd.data.samples import Split, split_from_arrays
+from edgekd.data.views import Views
+from edgekd.data.windows import counted_positions
 from edgekd.errors import CacheError, DataError, NumericalError
-from edgekd.records import record_bytes
-from edgekd.sources import Answer, Teacher
-from edgekd.targets import TopTargets, codec_of
-from edgekd.teacher_cache import CaptureKey, TeacherCache, open_cache
-from edgekd.views import Views
-from edgekd.windows import counted_positions
+from edgekd.teachers.capture import capture, verify_cache
+from edgekd.teachers.records import record_bytes
+from edgekd.teachers.sources import Answer, Teacher
+from edgekd.teachers.targets import TopTargets, codec_of
+from edgekd.teachers.teacher_cache import CaptureKey, TeacherCache, open_cache
 
 WORDS, LENGTH = 90, 6
 
@@ -101,7 +101,7 @@ def test_a_window_of_128_tokens_takes_38_bytes_a_token() -> None:
 def test_a_capture_of_windows_goes_on_after_a_kill_and_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(edgekd.capture, "RECORDS_PER_SHARD", 3 * LENGTH)
+    monkeypatch.setattr(edgekd.teachers.capture, "RECORDS_PER_SHARD", 3 * LENGTH)
     split, calls = make_split(), 0
     captured(tmp_path / "whole", "sampled50", split)
 

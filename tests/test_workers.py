@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from edgekd.errors import UsageError
-from edgekd.workers import _crew, hired
+from edgekd.stages.workers import _crew, hired
 
 RECIPE = """
 name = "shared"
@@ -69,10 +69,10 @@ def shake(sample, generator):
 
 CAPTURE = """
 import sys
-import edgekd.capture, edgekd.cli
-edgekd.capture.RECORDS_PER_SHARD = 64
+import edgekd.teachers.capture, edgekd.cli.app
+edgekd.teachers.capture.RECORDS_PER_SHARD = 64
 sys.argv = ["edgekd", "capture", *sys.argv[1:]]
-edgekd.cli.main()
+edgekd.cli.app.main()
 """
 
 

@@ -1,6 +1,6 @@
 """``blocks_of:hf:teacher``: another model with every k-th of its repeated blocks, and its weights to start from.
 
-See :mod:`edgekd.blocks`.
+See :mod:`edgekd.teachers.blocks`.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class _BlocksOf:
         return plugins.load_origin(name).fault(inner, folder)
 
     def module(self, asked: ModelRequest) -> nn.Module:
-        from edgekd.blocks import keep_blocks, mark_started
-        from edgekd.sources import module_fingerprint, trainable_module
+        from edgekd.teachers.blocks import keep_blocks, mark_started
+        from edgekd.teachers.sources import module_fingerprint, trainable_module
 
         whole = trainable_module(asked.place, asked.folder, labels=asked.labels)
         weights = module_fingerprint(whole)

@@ -9,8 +9,8 @@ from pydantic import Field
 
 from edgekd import plugins
 from edgekd.errors import DataError, UsageError
-from edgekd.places import function_fault
 from edgekd.protocols import ModelRequest, OriginOptions
+from edgekd.recipes.places import function_fault
 
 if TYPE_CHECKING:
     from torch import nn

@@ -1,4 +1,4 @@
-"""``hf:folder``: what transformers saved; see :mod:`edgekd.hugging_face`."""
+"""``hf:folder``: what transformers saved; see :mod:`edgekd.programs.hugging_face`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _HuggingFace:
         return "" if (folder / place).is_dir() else f"no {place!r} beside the recipe"
 
     def module(self, asked: ModelRequest) -> nn.Module:
-        from edgekd.hugging_face import hugging_face_module
+        from edgekd.programs.hugging_face import hugging_face_module
 
         return hugging_face_module(asked.folder / asked.place)
 

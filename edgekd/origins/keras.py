@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.errors import MissingToolchainError, ModelFileError, UsageError, first_line
-from edgekd.places import file_fault
 from edgekd.protocols import Arrays, ModelRequest, OriginOptions
 from edgekd.quiet import quiet
+from edgekd.recipes.places import file_fault
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from edgekd.sources import Answer, Teacher
+    from edgekd.teachers.sources import Answer, Teacher
 
 __all__ = ["ORIGIN"]
 
@@ -34,9 +34,9 @@ class _Keras:
 
     def teacher(self, asked: ModelRequest, example: Arrays) -> Teacher:
         """Features are what its layers return, by name; images with channels first, as PyTorch has them."""
-        from edgekd.channels_last import bind_images
-        from edgekd.sources import Teacher, answer_by_name
+        from edgekd.data.channels_last import bind_images
         from edgekd.store import hash_path
+        from edgekd.teachers.sources import Teacher, answer_by_name
         from edgekd.types import TensorSpec
 
         path = asked.folder / asked.place

@@ -10,11 +10,11 @@ import numpy as np
 
 from edgekd import plugins
 from edgekd.errors import ModelFileError, UsageError, first_line
-from edgekd.places import file_fault
 from edgekd.protocols import Arrays, ModelRequest, OriginOptions
+from edgekd.recipes.places import file_fault
 
 if TYPE_CHECKING:
-    from edgekd.sources import Answer, Teacher
+    from edgekd.teachers.sources import Answer, Teacher
 
 __all__ = ["ORIGIN"]
 
@@ -26,9 +26,9 @@ class _Onnx:
     fault = staticmethod(file_fault)
 
     def teacher(self, asked: ModelRequest, example: Arrays) -> Teacher:
-        from edgekd.models import bind_inputs
-        from edgekd.sources import Teacher, answer_by_name
+        from edgekd.programs.models import bind_inputs
         from edgekd.store import hash_path
+        from edgekd.teachers.sources import Teacher, answer_by_name
 
         path = asked.folder / asked.place
         exporter = plugins.load_exporter("onnx")

@@ -23,8 +23,8 @@ from edgekd.errors import DataError, UsageError
 from edgekd.protocols import Arrays, ModelRequest, OriginOptions
 
 if TYPE_CHECKING:
-    from edgekd.endpoint import Endpoint
-    from edgekd.sources import Answer, Teacher
+    from edgekd.teachers.endpoint import Endpoint
+    from edgekd.teachers.sources import Answer, Teacher
 
 __all__ = ["BOUNDED", "ORIGIN", "UNLISTED", "UNNAMED", "Named", "named_classes"]
 
@@ -73,8 +73,8 @@ class _OpenAi:
 
     def teacher(self, asked: ModelRequest, example: Arrays) -> Teacher:
         """It takes an input ``text`` (an array of str, from a preprocessing), or ``input_ids`` and a tokenizer."""
-        from edgekd.sources import Answer, Teacher
         from edgekd.store import fingerprint
+        from edgekd.teachers.sources import Answer, Teacher
 
         options: OpenAiOptions = asked.options
         if asked.taps:
@@ -118,9 +118,9 @@ class _OpenAi:
 
     def _of_windows(self, asked: ModelRequest, options: OpenAiOptions) -> Teacher:
         """A language model's next tokens at each position of ``input_ids``."""
-        from edgekd.listed import window_logits
-        from edgekd.sources import Answer, Teacher
         from edgekd.store import fingerprint
+        from edgekd.teachers.listed import window_logits
+        from edgekd.teachers.sources import Answer, Teacher
 
         tokenizer, endpoint = _tokenizer(asked, options), _endpoint(asked)
         vocabulary = options.vocabulary or (None if tokenizer is None else tokenizer.get_vocab_size())
@@ -148,7 +148,7 @@ class _OpenAi:
 
 
 def _endpoint(asked: ModelRequest) -> Endpoint:
-    from edgekd.endpoint import Endpoint
+    from edgekd.teachers.endpoint import Endpoint
 
     url, _, model = asked.place.rpartition("#")
     o: OpenAiOptions = asked.options

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgekd.places import file_fault
 from edgekd.protocols import Arrays, ModelRequest, OriginOptions
+from edgekd.recipes.places import file_fault
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from edgekd.sources import Answer, Teacher
+    from edgekd.teachers.sources import Answer, Teacher
 
 __all__ = ["ORIGIN"]
 
@@ -22,15 +22,22 @@ class _Program:
     fault = staticmethod(file_fault)
 
     def module(self, asked: ModelRequest) -> nn.Module:
-        from edgekd.models import load_program
+        from edgekd.programs.models import load_program
 
         return load_program(asked.folder / asked.place).module()
 
     def teacher(self, asked: ModelRequest, example: Arrays) -> Teacher:
         """Features are the program's own outputs, by name: its modules are gone."""
-        from edgekd.models import bind_inputs, count_macs, count_parameters, input_specs, load_program, run_program
-        from edgekd.sources import Teacher, answer_by_name
+        from edgekd.programs.models import (
+            bind_inputs,
+            count_macs,
+            count_parameters,
+            input_specs,
+            load_program,
+            run_program,
+        )
         from edgekd.store import hash_path
+        from edgekd.teachers.sources import Teacher, answer_by_name
 
         path = asked.folder / asked.place
         program = load_program(path)

@@ -18,7 +18,7 @@ from edgekd.quiet import quiet
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from edgekd.sources import Answer, Teacher
+    from edgekd.teachers.sources import Answer, Teacher
 
 __all__ = ["ORIGIN"]
 
@@ -41,9 +41,9 @@ class _SavedModel:
 
     def teacher(self, asked: ModelRequest, example: Arrays) -> Teacher:
         """Features are further outputs of the signature, by name; images with channels first, as PyTorch has them."""
-        from edgekd.channels_last import bind_images
-        from edgekd.sources import Teacher, answer_by_name
+        from edgekd.data.channels_last import bind_images
         from edgekd.store import hash_path, size_of
+        from edgekd.teachers.sources import Teacher, answer_by_name
         from edgekd.types import TensorSpec
 
         path = asked.folder / asked.place

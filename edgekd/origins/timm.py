@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from edgekd.errors import UsageError
-from edgekd.named_weights import (
+from edgekd.protocols import Arrays, ModelRequest
+from edgekd.recipes.recipe_models import Preprocessing
+from edgekd.teachers.named_weights import (
     RANDOM,
     NamedOptions,
     cached_fault,
@@ -19,13 +21,11 @@ from edgekd.named_weights import (
     near_names,
     read_state,
 )
-from edgekd.protocols import Arrays, ModelRequest
-from edgekd.recipe_models import Preprocessing
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from edgekd.sources import Teacher
+    from edgekd.teachers.sources import Teacher
 
 __all__ = ["ORIGIN"]
 
@@ -55,7 +55,7 @@ class _Timm:
         return load_file_into(module, asked.folder / asked.options.weights, asked)
 
     def teacher(self, asked: ModelRequest, example: Arrays) -> Teacher:
-        from edgekd.sources import module_teacher
+        from edgekd.teachers.sources import module_teacher
 
         module = self._pretrained(asked) if asked.options.weights is None else self.module(asked)
         return module_teacher(module, asked, example)

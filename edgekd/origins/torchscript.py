@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.errors import DataError, ModelFileError, first_line
-from edgekd.places import file_fault
 from edgekd.protocols import Arrays, ModelRequest, OriginOptions
 from edgekd.quiet import quiet
+from edgekd.recipes.places import file_fault
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from edgekd.sources import Answer, Teacher
+    from edgekd.teachers.sources import Answer, Teacher
 
 __all__ = ["ORIGIN"]
 
@@ -37,9 +37,9 @@ class _TorchScript:
         """Features are further outputs, by number (``output 1``): compiled modules cannot be listened to."""
         import torch
 
-        from edgekd.models import count_parameters, flatten_outputs
-        from edgekd.sources import Teacher, answer_by_name
+        from edgekd.programs.models import count_parameters, flatten_outputs
         from edgekd.store import hash_path
+        from edgekd.teachers.sources import Teacher, answer_by_name
 
         path = asked.folder / asked.place
         module = _loaded(path)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 from prepare import HERE, PHOTOGRAPHS
 
-from edgekd.parity import run_file
+from edgekd.exporting.parity import run_file
 from edgekd.plugins import load_exporter
 
 

@@ -16,22 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import edgekd.train
+import edgekd.distillation.train
 from edgekd import processes
-from edgekd.capture import capture
-from edgekd.data import Split, split_from_arrays
-from edgekd.feature_losses import feature_mse
-from edgekd.features import with_features
-from edgekd.losses import Term, dist, soft_target_kl, weighted
-from edgekd.mixing import mixup
-from edgekd.outputs import StudentOutputs, TeacherOutputs
+from edgekd.data.mixing import mixup
+from edgekd.data.samples import Split, split_from_arrays
+from edgekd.data.truth import NO_LABEL, Truth
+from edgekd.data.views import Views
+from edgekd.distillation.feature_losses import feature_mse
+from edgekd.distillation.features import with_features
+from edgekd.distillation.losses import Term, dist, soft_target_kl, weighted
+from edgekd.distillation.train import TrainingPlan, train
 from edgekd.protocols import Arrays
-from edgekd.recipe_models import Feature
-from edgekd.sources import Answer, Teacher
-from edgekd.teacher_cache import CaptureKey, TeacherCache, open_cache
-from edgekd.train import TrainingPlan, train
-from edgekd.truth import NO_LABEL, Truth
-from edgekd.views import Views
+from edgekd.recipes.recipe_models import Feature
+from edgekd.teachers.capture import capture
+from edgekd.teachers.outputs import StudentOutputs, TeacherOutputs
+from edgekd.teachers.sources import Answer, Teacher
+from edgekd.teachers.teacher_cache import CaptureKey, TeacherCache, open_cache
 
 WORDS = 11
 HINT = Feature(teacher="0", student="4")
@@ -128,7 +128,7 @@ def main() -> None:
     if "features" in sys.argv:
         student = with_features(student, {"hint": HINT}, {HINT.stored: [6]}, {"x": torch.zeros(2, 6)}, 0)
     plan = TrainingPlan(3, options.pop("batch_size", 16), 1e-2, 1e-4, 0.1, 3, **options)
-    edgekd.train.CHECKPOINT_EVERY_S = 0.0 if dies or out.with_suffix(".state").exists() else 1e9
+    edgekd.distillation.train.CHECKPOINT_EVERY_S = 0.0 if dies or out.with_suffix(".state").exists() else 1e9
     progress = Silent(dies if processes.rank() == processes.count() - 1 else None)
     with processes.joined():
         processes.found_by_main(lambda: len(cache(out.parent / "cache")))

@@ -1,0 +1,1 @@
+"""Students made smaller: int8, mixed precision, pruning, and training that wins back the loss."""

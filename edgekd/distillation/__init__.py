@@ -1,0 +1,1 @@
+"""Students that learn from a teacher cache: losses, the training loop, every arm."""

@@ -1,0 +1,1 @@
+"""Programs to proven files: written by an exporter, run, compared, or refused."""

@@ -1,0 +1,1 @@
+"""Models as programs (``torch.export``): made, read, rewritten."""

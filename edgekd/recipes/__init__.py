@@ -1,0 +1,1 @@
+"""What a recipe says: its tables, read with every fault at once."""

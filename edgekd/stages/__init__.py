@@ -1,0 +1,1 @@
+"""The stages of a run, each from what the one before wrote."""

@@ -1,0 +1,48 @@
+"""Proving again what is on disk: the teacher's outputs, and every file."""
+
+from __future__ import annotations
+
+from edgekd.errors import CacheError
+from edgekd.exporting.export import verify_artifact
+from edgekd.programs.student_files import load_student
+from edgekd.protocols import Progress
+from edgekd.stages.pipeline import finished, proof_of, source_folder
+from edgekd.stages.workspace import SPLITS, Workspace
+from edgekd.teachers.capture import verify_cache
+from edgekd.types import Artifact
+
+__all__ = ["verify_artifacts", "verify_caches"]
+
+
+def verify_caches(work: Workspace, progress: Progress) -> None:
+    """Run the teacher again on a random share of every cache.
+
+    Raises:
+        CacheError: A top class differs, or a logit by more than the rounding explains.
+    """
+    for name in SPLITS:
+        found = verify_cache(work.cache(name), work.split(name), work.teacher, work.views_of(name))
+        line = (
+            f"cache {name}: {found.records} records run again, top class differs in {found.top1_differs:.2%}, "
+            f"largest relative error {found.max_relative:.2g}"
+        )
+        if found.top1_differs > 0.01 or found.max_relative > 0.01:
+            raise CacheError(f"{line}; this is another teacher, augmentation or data set; run: edgekd capture --force")
+        progress.say(line)
+
+
+def verify_artifacts(work: Workspace, progress: Progress) -> list[Artifact]:
+    """Prove all finished artifacts again.
+
+    Raises:
+        ParityError: A file changed, or computes something else than its program.
+        UsageError: Nothing has been exported yet.
+    """
+    proof = proof_of(work)
+    proven = []
+    for found, folder in finished(work):
+        source = source_folder(work, found.target, found.precision)
+        artifact = verify_artifact(folder, load_student(source)[0], proof)
+        progress.say(f"{folder.name}: {artifact.parity.status}, max error {artifact.parity.max_abs:.3g}")
+        proven.append(artifact)
+    return proven

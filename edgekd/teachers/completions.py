@@ -1,0 +1,170 @@
+"""The teacher's own words as training data: sequence-level distillation (Kim & Rush 2016, arXiv:1606.07947).
+
+A student that learns from what the teacher says, instead of from what people wrote, learns one mode of its distribution
+well. The completions are rows that ``[data.tokens]`` reads (:mod:`edgekd.data.tokens`); cache and arms are the usual.
+
+A completion depends on the teacher, the settings and its own prompt alone, so a file that broke off goes on where it
+ended, and the whole file is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from edgekd import plugins
+from edgekd.data.tokens import jsonl_rows
+from edgekd.errors import DataError, MissingToolchainError, UsageError
+from edgekd.programs.hugging_face import generating
+from edgekd.protocols import Progress
+from edgekd.store import atomic_write, fingerprint, hash_path
+from edgekd.teachers.sources import module_fingerprint
+from edgekd.types import Json
+
+__all__ = ["CompletionSettings", "complete_file", "teacher_writer"]
+
+Write = Callable[[str, int], tuple[str, bool]]
+"""(prompt, seed) to a completion, and whether it came to its end."""
+
+
+@dataclass(frozen=True)
+class CompletionSettings:
+    """How completions are made.
+
+    Attributes:
+        max_tokens: Of a completion.
+        temperature: 0 takes the likeliest token each time; above, tokens are drawn.
+        beams: More than 1 searches for the likeliest completion (what Kim & Rush train on); only at temperature 0.
+        seed: Of all draws.
+        end: The token that ends a completion; empty for none.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    beams: int = 1
+    seed: int = 0
+    end: str = ""
+
+
+def complete_file(prompts: Path, out: Path, write: Write, made_by: str, seed: int, progress: Progress) -> int:
+    """Complete every row of a .jsonl that has a ``prompt``; rows that ``out`` has already are not done again.
+
+    A row keeps what else it holds, and gets ``completion``, ``ended`` and ``made_by``.
+
+    Args:
+        made_by: Fingerprint of teacher and settings.
+
+    Returns:
+        How many rows were done now.
+
+    Raises:
+        DataError: A row has no prompt.
+        UsageError: ``out`` was made by another teacher, with other settings or from other prompts.
+    """
+    numbered = list(jsonl_rows(_text(prompts), prompts.name))
+    for number, row in numbered:
+        if not isinstance(row.get("prompt"), str) or not row["prompt"]:
+            raise DataError(f"{prompts.name} line {number} has no 'prompt'; it has {', '.join(row) or 'nothing'}")
+    rows = [row for _, row in numbered]
+    done = _done(out, rows, made_by)
+    progress.start(f"generate {out.name}", len(rows), done)
+    with out.open("a", encoding="utf-8") as file:
+        for number, row in enumerate(rows[done:], done):
+            completion, ended = write(row["prompt"], _seed_of(seed, number, row["prompt"]))
+            made = {**row, "completion": completion, "ended": ended, "made_by": made_by}
+            file.write(json.dumps(made, ensure_ascii=False) + "\n")
+            file.flush()  # a row that is whole is kept
+            progress.advance()
+    progress.finish()
+    return len(rows) - done
+
+
+def teacher_writer(module: nn.Module, tokenizer_file: Path, settings: CompletionSettings) -> tuple[Write, str]:
+    """What completes a prompt with a transformers teacher (``generate`` with its key-value cache), one at a time.
+
+    Args:
+        module: Of :func:`edgekd.programs.hugging_face.hugging_face_module`, a causal language model.
+
+    Returns:
+        The writer, and the fingerprint of teacher and settings.
+
+    Raises:
+        UsageError: The model does not generate, a setting does not go with another, or ``end`` is no token.
+        MissingToolchainError: ``tokenizers`` is not installed.
+    """
+    absent = plugins.missing(("tokenizers", "transformers"))
+    if absent:
+        raise MissingToolchainError("generating text", ", ".join(absent), "hf")
+    from tokenizers import Tokenizer
+    from transformers import GenerationConfig
+
+    model = generating(module)
+    if model is None:
+        raise UsageError("this teacher does not generate text; hf:folder of a causal language model does")
+    if settings.beams > 1 and settings.temperature > 0:
+        raise UsageError(f"{settings.beams} beams search for the likeliest text; that goes with temperature 0")
+    if not tokenizer_file.is_file():
+        raise UsageError(f"no tokenizer at {tokenizer_file}; --tokenizer names a tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    end = tokenizer.token_to_id(settings.end) if settings.end else None
+    if settings.end and end is None:
+        raise UsageError(f"{tokenizer_file.name} has no token {settings.end!r}")
+    config = GenerationConfig(
+        max_new_tokens=settings.max_tokens,
+        do_sample=settings.temperature > 0,
+        temperature=settings.temperature or None,
+        top_k=0 if settings.temperature > 0 else None,  # transformers' own default would cut at the 50 likeliest
+        num_beams=settings.beams,
+        eos_token_id=end,
+        pad_token_id=0,
+    )
+
+    def write(prompt: str, seed: int) -> tuple[str, bool]:
+        ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False).ids])
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            mask = torch.ones_like(ids)
+            found = model.generate(ids, attention_mask=mask, generation_config=config, use_cache=True)
+        made = found[0, ids.shape[1] :].tolist()
+        ended = end is not None and end in made
+        return tokenizer.decode(made[: made.index(end)] if ended else made, skip_special_tokens=False), ended
+
+    made_by = fingerprint([module_fingerprint(module), hash_path(tokenizer_file), dict(vars(settings))])
+    return write, made_by
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def _done(out: Path, prompts: list[Json], made_by: str) -> int:
+    """How many rows are there already; a last line that broke off is taken away."""
+    if not out.is_file():
+        return 0
+    content = out.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        atomic_write(out, whole)
+    rows = list(jsonl_rows(_text(out), out.name))
+    for (number, row), prompt in zip(rows, prompts, strict=False):
+        if row.get("made_by") != made_by or row.get("prompt") != prompt["prompt"]:
+            what = "another prompt" if row.get("made_by") == made_by else "another teacher or other settings"
+            raise UsageError(f"{out} line {number} was made from {what}; remove it, or name another file")
+    if len(rows) > len(prompts):
+        raise UsageError(f"{out} has {len(rows)} rows for {len(prompts)} prompts; remove it, or name another file")
+    return len(rows)
+
+
+def _seed_of(seed: int, number: int, prompt: str) -> int:
+    """Of one row: the same whichever rows were done before, another for the same prompt asked twice."""
+    digest = hashlib.blake2b(f"{seed} {number} {prompt}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
