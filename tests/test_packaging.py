@@ -53,6 +53,8 @@ def test_the_core_imports_no_plugin_by_a_statement() -> None:
     folder = Path(edgekd.__file__).parent
     seen = 0
     for path in folder.rglob("*.py"):
+        if path.relative_to(folder).parts[0] in MAPPED:  # where a wheel puts them
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 seen += 1
