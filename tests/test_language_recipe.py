@@ -18,8 +18,10 @@ from edgekd.programs.student_files import load_student
 from edgekd.protocols import Side
 from edgekd.recipes.reading import load_recipe
 from edgekd.reporting.summary import write_report
+from edgekd.stages.bench import bench_stage
 from edgekd.stages.check import check_workspace
-from edgekd.stages.pipeline import bench_stage, capture_stage, compress_stage, distill_stage, export_stage, proof_of
+from edgekd.stages.pipeline import capture_stage, compress_stage, distill_stage, export_stage
+from edgekd.stages.proofs import proof_of
 from edgekd.stages.verify import verify_artifacts
 from edgekd.stages.workspace import Workspace
 from edgekd.store import load_artifact, read_json

@@ -15,7 +15,8 @@ from edgekd.programs.student_files import load_student
 from edgekd.recipes.reading import load_recipe
 from edgekd.recipes.recipe import parse_drop
 from edgekd.reporting.summary import collect
-from edgekd.stages.pipeline import capture_stage, compress_stage, distill_stage, export_stage, prune_stage, shipped
+from edgekd.stages.pipeline import capture_stage, compress_stage, distill_stage, export_stage, prune_stage
+from edgekd.stages.results import shipped
 from edgekd.stages.workspace import Workspace
 from edgekd.store import read_json
 

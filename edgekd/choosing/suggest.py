@@ -249,7 +249,7 @@ def _measured(
         for index, (row, student) in enumerate(zip(rows, students, strict=True)):
             folder = Path(temporary) / str(index)
             try:
-                if positions_of(work.splits.train.labels):
+                if work.is_language_model:
                     raise UsageError("language models are timed once they are trained: edgekd bench")
                 artifact = export_student(student, {}, target, "fp32", folder, Proof(samples))
             except EdgekdError as error:

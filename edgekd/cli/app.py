@@ -200,15 +200,16 @@ def run(
 ) -> None:
     """Do all stages in order; what is unchanged is not done again, and a killed run goes on where it was."""
     from edgekd.recipes.seeds import keep_count
-    from edgekd.stages import pipeline
+    from edgekd.stages.bench import bench_stage
+    from edgekd.stages.pipeline import capture_stage, distill_stage, export_stage
 
     work, progress = workspace(recipe, seeds), progress_bar()
     with work.folder.locked():
         keep_count(work.recipe, seeds)
-        pipeline.capture_stage(work, progress, force)
-        pipeline.distill_stage(work, progress, force)
-        pipeline.export_stage(work, progress, force=force)
-        pipeline.bench_stage(work, progress, force=force)
+        capture_stage(work, progress, force)
+        distill_stage(work, progress, force)
+        export_stage(work, progress, force=force)
+        bench_stage(work, progress, force=force)
         _report(work, json)
 
 

@@ -45,7 +45,7 @@ def bench(
     if context.invoked_subcommand:
         return
     from edgekd import plugins
-    from edgekd.stages.pipeline import bench_stage
+    from edgekd.stages.bench import bench_stage
 
     work = workspace(recipe)
     if sustained is not None or profile:

@@ -226,7 +226,7 @@ def _samples(inputs: Path | None, recipe: Path | None) -> Any:
     if inputs is not None:
         return plugins.load_module("edgekd.benchmarks.sides").read_samples(inputs)
     from edgekd.recipes.reading import find_recipe, load_recipe
-    from edgekd.stages.pipeline import proof_of
+    from edgekd.stages.proofs import proof_of
     from edgekd.stages.workspace import Workspace
 
     try:

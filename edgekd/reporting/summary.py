@@ -33,7 +33,7 @@ from edgekd.reporting.verdict import (
     start_sentences,
 )
 from edgekd.stages.keeping import measurements_of
-from edgekd.stages.pipeline import embedding_results_of, results_of, shipped, trained_of
+from edgekd.stages.results import embedding_results_of, results_of, shipped, trained_of
 from edgekd.stages.workspace import Workspace
 from edgekd.store import atomic_write, load_artifact, load_card, read_json, size_of, write_json
 from edgekd.teachers.ensemble import teacher_sentences

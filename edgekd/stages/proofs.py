@@ -1,4 +1,4 @@
-"""What a recipe's language model is proven with and judged on: windows of its test split."""
+"""What a recipe's files are proven with and judged on: samples of its test split."""
 
 from __future__ import annotations
 
@@ -11,12 +11,26 @@ from edgekd.exporting.export import Proof
 from edgekd.exporting.generation import NEW_TOKENS, PROMPT_TOKENS, PROMPTS
 from edgekd.programs.decoder import TOKENS
 from edgekd.recipes.recipe import Export
+from edgekd.stages.workspace import Workspace
 from edgekd.teachers.teacher_cache import TeacherCache
 
-__all__ = ["prompts_of", "windows_proof"]
+__all__ = ["prompts_of", "proof_of"]
 
 
-def windows_proof(test: Split, cache: TeacherCache, export: Export) -> Proof:
+def proof_of(work: Workspace) -> Proof:
+    """Held-out samples from the test split, with labels and the teacher's logits."""
+    test = work.splits.test
+    order = np.argsort(test.ids)  # by id: a stable random choice
+    if work.is_language_model:
+        return _windows_proof(test.take(order), work.cache("test"), work.recipe.export)
+    parity = test.arrays(order[: work.recipe.export.samples])
+    task = test.take(order[: work.recipe.export.accuracy_samples])
+    if work.recipe.teacher.embeds:
+        return Proof(parity, task.arrays())
+    return Proof(parity, task.arrays(), task.labels, work.cache("test").logits(task.ids))
+
+
+def _windows_proof(test: Split, cache: TeacherCache, export: Export) -> Proof:
     """Prompts whose answers have ``samples`` tokens (four at least), and windows with ``accuracy_samples`` next tokens.
 
     Args:

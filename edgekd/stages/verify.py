@@ -6,7 +6,8 @@ from edgekd.errors import CacheError
 from edgekd.exporting.export import verify_artifact
 from edgekd.programs.student_files import load_student
 from edgekd.protocols import Progress
-from edgekd.stages.pipeline import finished, proof_of, source_folder
+from edgekd.stages.proofs import proof_of
+from edgekd.stages.results import finished, source_folder
 from edgekd.stages.workspace import SPLITS, Workspace
 from edgekd.teachers.capture import verify_cache
 from edgekd.types import Artifact

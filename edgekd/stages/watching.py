@@ -7,10 +7,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from edgekd import plugins
+from edgekd.errors import UsageError
 from edgekd.measurement import Measurement, Plan
+from edgekd.profiles import device_of, load_profile
 from edgekd.protocols import Progress
-from edgekd.stages.pipeline import watch_stage
+from edgekd.stages.bench import devices_of_recipe
+from edgekd.stages.proofs import proof_of
+from edgekd.stages.results import finished
 from edgekd.stages.workspace import Workspace
+from edgekd.store import write_json
 
 __all__ = ["minutes_lines", "operator_lines", "profiled", "sustained_for"]
 
@@ -21,7 +26,7 @@ SHOWN = 10
 def sustained_for(work: Workspace, progress: Progress, devices: Sequence[str], minutes: float) -> list[str]:
     """Each artifact for so many minutes without a pause: what a warm device keeps up, not what a cold one can."""
     plan = Plan(threads=work.recipe.bench.threads, blocks=1, min_s=minutes * 60, max_s=minutes * 60)
-    return [line for one in watch_stage(work, progress, devices, plan, "sustained") for line in minutes_lines(one)]
+    return [line for one in _watched(work, progress, devices, plan, "sustained") for line in minutes_lines(one)]
 
 
 def minutes_lines(measured: Measurement) -> list[str]:
@@ -43,7 +48,7 @@ def minutes_lines(measured: Measurement) -> list[str]:
 def profiled(work: Workspace, progress: Progress, devices: Sequence[str]) -> list[str]:
     """The slowest operators of each artifact."""
     plan = replace(Plan(), threads=work.recipe.bench.threads, blocks=1, min_s=0.2, profile=True)
-    return [line for one in watch_stage(work, progress, devices, plan, "profile") for line in operator_lines(one)]
+    return [line for one in _watched(work, progress, devices, plan, "profile") for line in operator_lines(one)]
 
 
 def operator_lines(measured: Measurement) -> list[str]:
@@ -62,3 +67,27 @@ def operator_lines(measured: Measurement) -> list[str]:
     told = [f"{what}: {len(slowest)} operators, {total:.3f} ms, " + " ".join(f"{u}={n}" for u, n in units.items())]
     told += [f"  {o.ms / total:6.1%} {o.ms:8.3f} ms  {o.type:<14} {o.unit}  {o.name}" for o in slowest[:SHOWN]]
     return told
+
+
+def _watched(work: Workspace, progress: Progress, devices: Sequence[str], plan: Plan, kind: str) -> list[Measurement]:
+    """Every finished artifact on its own with a plan of the caller's; kept beside the measurements, under ``kind``.
+
+    Raises:
+        UsageError: Nothing has been exported yet.
+        DeviceError: A device went away.
+    """
+    artifacts = finished(work)
+    if plan.profile and work.is_language_model:
+        raise UsageError("operators of language models with caches are not timed; edgekd bench without --profile works")
+    session, proof = plugins.load_module("edgekd.benchmarks.session"), proof_of(work)
+    one = {name: array[:1] for name, array in (proof.task or proof.samples).items()}
+    found = []
+    for asked in devices or devices_of_recipe(work):
+        profile = load_profile(asked)
+        for artifact, folder in artifacts:
+            measured = session.measure(
+                artifact, folder, profile.name, device_of(profile), one, None, None, plan, progress
+            )
+            write_json(work.folder.measurement(profile.name, f"{kind}/{folder.name}"), measured.to_json(), indent=None)
+            found.append(measured)
+    return found

@@ -84,6 +84,13 @@ class Workspace:
         return int(self.teacher.logits(self.splits.validation.arrays(np.arange(1))).shape[-1])
 
     @property
+    def is_language_model(self) -> bool:
+        """Whether samples are windows of tokens."""
+        from edgekd.data.windows import positions_of
+
+        return positions_of(self.splits.train.labels) > 0
+
+    @property
     def arms(self) -> tuple[str, ...]:
         """All arms to train; without labels, which only a teacher of embeddings can do without, there is no control."""
         from edgekd.distillation.distill import arms_of
