@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 import edgekd.teachers.capture
+from edgekd.console import SilentProgress
 from edgekd.data.samples import Split, split_from_arrays
 from edgekd.data.views import Views, view_batch, view_seeds
 from edgekd.errors import CacheError, NumericalError
@@ -26,15 +27,9 @@ from edgekd.teachers.targets import DenseTargets
 from edgekd.teachers.teacher_cache import FORMAT, CaptureKey, open_cache
 
 
-class Quiet:
+class Quiet(SilentProgress):
     def start(self, what: str, total: int, done: int = 0) -> None:
         self.done_before = done
-
-    def advance(self, steps: int = 1, note: str = "") -> None: ...
-
-    def finish(self) -> None: ...
-
-    def say(self, line: str) -> None: ...
 
 
 def noise(sample: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:

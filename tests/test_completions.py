@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from edgekd.cli.app import app
+from edgekd.console import SilentProgress
 from edgekd.data.tokens import read_tokens
 from edgekd.errors import DataError, UsageError
 from edgekd.programs.hugging_face import hugging_face_module
@@ -15,16 +16,6 @@ from edgekd.recipes.recipe import TokenData
 from edgekd.teachers.completions import CompletionSettings, complete_file, teacher_writer
 
 WORDS = 30
-
-
-class Quiet:
-    def start(self, what: str, total: int, done: int = 0) -> None: ...
-
-    def advance(self, steps: int = 1, note: str = "") -> None: ...
-
-    def finish(self) -> None: ...
-
-    def say(self, line: str) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +77,11 @@ def test_rows_of_other_settings_or_prompts_are_never_mixed(folder: Path, tmp_pat
     generate(folder, out)
     write, made_by = teacher_writer(hugging_face_module(folder), folder / "tokenizer.json", CompletionSettings(7, 1.5))
     with pytest.raises(UsageError, match="line 1 was made from another teacher or other settings"):
-        complete_file(folder / "prompts.jsonl", out, write, made_by, 0, Quiet())
+        complete_file(folder / "prompts.jsonl", out, write, made_by, 0, SilentProgress())
     made_by = json.loads(out.read_text().splitlines()[0])["made_by"]
     (tmp_path / "changed.jsonl").write_text('{"prompt": "w5"}\n')
     with pytest.raises(UsageError, match="line 1 was made from another prompt"):
-        complete_file(tmp_path / "changed.jsonl", out, write, made_by, 0, Quiet())
+        complete_file(tmp_path / "changed.jsonl", out, write, made_by, 0, SilentProgress())
 
 
 def test_a_separator_that_json_may_hold_as_it_is_ends_no_row(folder: Path, tmp_path: Path) -> None:
@@ -101,8 +92,8 @@ def test_a_separator_that_json_may_hold_as_it_is_ends_no_row(folder: Path, tmp_p
     def write(prompt: str, seed: int) -> tuple[str, bool]:
         return "w3\u2029w4", True
 
-    assert complete_file(prompts, out, write, "me", 0, Quiet()) == 2
-    assert complete_file(prompts, out, write, "me", 0, Quiet()) == 0  # its own rows are read again
+    assert complete_file(prompts, out, write, "me", 0, SilentProgress()) == 2
+    assert complete_file(prompts, out, write, "me", 0, SilentProgress()) == 0  # its own rows are read again
     spec = TokenData(tokenizer="tokenizer.json", length=6, end="stop")
     _, _, labels = read_tokens("jsonl", out, spec, folder)
     assert labels.tolist() == [[-1, 3, 4, WORDS - 2, -1, -1]] * 2
@@ -113,7 +104,7 @@ def test_what_cannot_be_completed_is_said(folder: Path, tmp_path: Path) -> None:
     module = hugging_face_module(folder)
     write, made_by = teacher_writer(module, folder / "tokenizer.json", CompletionSettings())
     with pytest.raises(DataError, match="line 2 has no 'prompt'; it has text"):
-        complete_file(tmp_path / "no.jsonl", tmp_path / "out.jsonl", write, made_by, 0, Quiet())
+        complete_file(tmp_path / "no.jsonl", tmp_path / "out.jsonl", write, made_by, 0, SilentProgress())
     with pytest.raises(UsageError, match="has no token 'finis'"):
         teacher_writer(module, folder / "tokenizer.json", CompletionSettings(end="finis"))
     with pytest.raises(UsageError, match="2 beams"):

@@ -13,6 +13,7 @@ import torch
 
 from edgekd import plugins
 from edgekd.compression.compress import compress
+from edgekd.console import SilentProgress
 from edgekd.errors import DataError, ModelFileError, UsageError
 from edgekd.exporting.export import Proof, export_student
 from edgekd.exporting.external import export_external, language_model
@@ -78,7 +79,7 @@ def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder as an ONNX artifact in fp32: one for all who look at it."""
     _need("onnx")
     out = tmp_path_factory.mktemp("out")
-    (found,) = export_external(f"hf:{folder}", ["onnx"], ["fp32"], out, _Silent(), max_length=CONTEXT)
+    (found,) = export_external(f"hf:{folder}", ["onnx"], ["fp32"], out, SilentProgress(), max_length=CONTEXT)
     return found
 
 
@@ -352,12 +353,5 @@ def test_what_a_target_does_not_write_with_caches_is_said(
 ) -> None:
     _need(target)
     with pytest.raises(UsageError, match=said):
-        export_external(f"hf:{folder}", [target], [precision], tmp_path / "out", _Silent(), max_length=CONTEXT)
+        export_external(f"hf:{folder}", [target], [precision], tmp_path / "out", SilentProgress(), max_length=CONTEXT)
     assert not (tmp_path / "out").exists()
-
-
-class _Silent:
-    def start(self, what: str, total: int, done: int = 0) -> None: ...
-    def advance(self, steps: int = 1, note: str = "") -> None: ...
-    def finish(self) -> None: ...
-    def say(self, line: str) -> None: ...

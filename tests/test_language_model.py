@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from edgekd.console import SilentProgress
 from edgekd.data.tokens import document_windows, row_window
 from edgekd.distillation.perplexity import quality_of_tokens, tokens_of
 from edgekd.errors import DataError, RecipeError, UsageError
@@ -110,16 +111,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-class Quiet:
-    def start(self, what: str, total: int, done: int = 0) -> None: ...
-
-    def advance(self, steps: int = 1, note: str = "") -> None: ...
-
-    def finish(self) -> None: ...
-
-    def say(self, line: str) -> None: ...
-
-
 def test_each_token_of_a_document_but_the_first_is_a_label_once() -> None:
     ids, mask, labels = document_windows(range(10, 20), 4)
 
@@ -157,11 +148,11 @@ def test_perplexity_and_agreement_are_those_of_their_formulas() -> None:
 
 def test_a_language_model_goes_through_the_whole_recipe(folder: Path) -> None:
     work = Workspace(load_recipe(folder / "edgekd.toml"))
-    capture_stage(work, Quiet())
-    results = distill_stage(work, Quiet())
+    capture_stage(work, SilentProgress())
+    results = distill_stage(work, SilentProgress())
     ledger = write_report(work)
     teacher, control, student = ledger.rows[:3]
-    again = distill_stage(Workspace(load_recipe(folder / "edgekd.toml")), Quiet())
+    again = distill_stage(Workspace(load_recipe(folder / "edgekd.toml")), SilentProgress())
 
     assert [result.arm for result in results] == ["control", "kd"]
     assert again == results  # unchanged, not done again
@@ -176,8 +167,8 @@ def test_a_language_model_goes_through_the_whole_recipe(folder: Path) -> None:
     with pytest.raises(
         UsageError, match=r"no causal language model of transformers; edgekd export .*students/ARM-SEED"
     ):
-        export_stage(work, Quiet())
-    (written,) = export_external(str(work.folder.arm("kd", 0)), ["onnx"], ["fp32"], folder / "files", Quiet())
+        export_stage(work, SilentProgress())
+    (written,) = export_external(str(work.folder.arm("kd", 0)), ["onnx"], ["fp32"], folder / "files", SilentProgress())
     assert load_artifact(written).parity.status == "passed"
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from edgekd import plugins
+from edgekd.console import SilentProgress
 from edgekd.distillation.perplexity import judge_student
 from edgekd.errors import UsageError
 from edgekd.exporting.generation import ProgramDecoder, generate
@@ -111,17 +112,11 @@ new_tokens = 7
 """
 
 
-class Told:
+class Told(SilentProgress):
     """What was said."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-
-    def start(self, what: str, total: int, done: int = 0) -> None: ...
-
-    def advance(self, steps: int = 1, note: str = "") -> None: ...
-
-    def finish(self) -> None: ...
 
     def say(self, line: str) -> None:
         self.lines.append(line)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
+from edgekd.console import SilentProgress
 from edgekd.data.mixing import MIXINGS, cutmix, mixup
 from edgekd.data.samples import Split, split_from_arrays
 from edgekd.data.truth import Truth
@@ -22,16 +23,6 @@ from edgekd.teachers.records import record_bytes
 from edgekd.teachers.sources import Answer, Teacher
 from edgekd.teachers.targets import Top
 from edgekd.teachers.teacher_cache import CaptureKey, open_cache
-
-
-class Quiet:
-    def start(self, what: str, total: int, done: int = 0) -> None: ...
-
-    def advance(self, steps: int = 1, note: str = "") -> None: ...
-
-    def finish(self) -> None: ...
-
-    def say(self, line: str) -> None: ...
 
 
 def noise(sample: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:
@@ -111,7 +102,7 @@ def test_partners_are_any_sample_and_as_often() -> None:
 @pytest.mark.parametrize("name", list(MIXINGS))
 def test_a_mixed_view_is_replayed_bit_for_bit(tmp_path: Path, name: str) -> None:
     split, views, recording = make_split(), Views(noise, MIXINGS[name], 1.0), Recording()
-    capture(tmp_path / "c", split, recording.teacher(), key_of(split, views), views, Quiet())
+    capture(tmp_path / "c", split, recording.teacher(), key_of(split, views), views, SilentProgress())
     seen = np.concatenate(recording.seen)  # all views of the first sample, then of the second …
     cache = open_cache(tmp_path / "c", key_of(split, views))
     rows, turns = np.array([5, 59, 5, 0]), np.array([0, 2, 1, 1])
@@ -128,7 +119,7 @@ def test_a_mixed_view_is_replayed_bit_for_bit(tmp_path: Path, name: str) -> None
 @pytest.mark.parametrize("name", list(MIXINGS))
 def test_a_student_sees_what_the_teacher_saw_with_labels_mixed_alike(tmp_path: Path, name: str) -> None:
     split, views, recording = make_split(), Views(noise, MIXINGS[name], 1.0), Recording()
-    cache = capture(tmp_path / "c", split, recording.teacher(), key_of(split, views), views, Quiet())
+    cache = capture(tmp_path / "c", split, recording.teacher(), key_of(split, views), views, SilentProgress())
     by_teacher = {row.tobytes(): number for number, row in enumerate(np.concatenate(recording.seen))}
     shown: list[Tensor] = []
     student = nn.Sequential(nn.Flatten(), nn.Linear(96, 2))
@@ -141,7 +132,7 @@ def test_a_student_sees_what_the_teacher_saw_with_labels_mixed_alike(tmp_path: P
         return {"labels": truth.cross_entropy(student.logits)}
 
     plan = TrainingPlan(3, 16, 1e-3, 0.0, 0.0, seed=1)
-    train(student, split, cache, views, objective, plan, tmp_path / "p.pt", Quiet(), "x")
+    train(student, split, cache, views, objective, plan, tmp_path / "p.pt", SilentProgress(), "x")
 
     numbers = [by_teacher[row.numpy().tobytes()] for batch in shown for row in batch]
     assert sorted(numbers) == list(range(180))  # every view of every sample, once in three epochs
@@ -155,7 +146,7 @@ def test_a_student_sees_what_the_teacher_saw_with_labels_mixed_alike(tmp_path: P
 
 def test_verification_replays_the_mixing(tmp_path: Path) -> None:
     split, views, recording = make_split(), Views(noise, mixup, 1.0), Recording()
-    cache = capture(tmp_path / "c", split, recording.teacher(), key_of(split, views), views, Quiet())
+    cache = capture(tmp_path / "c", split, recording.teacher(), key_of(split, views), views, SilentProgress())
     turned = split.take(np.arange(60)[::-1].copy())
 
     assert verify_cache(cache, split, recording.teacher(), views).top1_differs == 0
@@ -165,7 +156,7 @@ def test_verification_replays_the_mixing(tmp_path: Path) -> None:
 
 def test_another_mix_is_another_cache(tmp_path: Path) -> None:
     split, views = make_split(), Views(noise, mixup, 1.0)
-    capture(tmp_path / "c", split, Recording().teacher(), key_of(split, views), views, Quiet())
+    capture(tmp_path / "c", split, Recording().teacher(), key_of(split, views), views, SilentProgress())
 
     for other in (dataclasses.replace(views, alpha=0.5), dataclasses.replace(views, mix=cutmix), Views(noise)):
         with pytest.raises(CacheError, match="captured with another mix; run: edgekd capture"):

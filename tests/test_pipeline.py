@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from edgekd.cli.scaffold import write_template
+from edgekd.console import SilentProgress
 from edgekd.errors import CacheError, DataError, NumericalError, ParityError
 from edgekd.recipes.reading import load_recipe
 from edgekd.stages.workspace import Workspace
@@ -29,15 +30,9 @@ CHANGES = {
 }
 
 
-class Silent:
+class Silent(SilentProgress):
     def __init__(self) -> None:
         self.lines: list[str] = []
-
-    def start(self, what: str, total: int, done: int = 0) -> None: ...
-
-    def advance(self, steps: int = 1, note: str = "") -> None: ...
-
-    def finish(self) -> None: ...
 
     def say(self, line: str) -> None:
         self.lines.append(line)

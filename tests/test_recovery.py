@@ -10,6 +10,7 @@ import edgekd.distillation.train
 from edgekd.cli.app import app
 from edgekd.cli.scaffold import write_template
 from edgekd.compression.mixed import mixed_precision
+from edgekd.console import SilentProgress
 from edgekd.errors import RecipeError, UsageError
 from edgekd.programs.student_files import load_student
 from edgekd.recipes.reading import load_recipe
@@ -21,15 +22,9 @@ from edgekd.stages.workspace import Workspace
 from edgekd.store import read_json
 
 
-class Silent:
+class Silent(SilentProgress):
     def __init__(self) -> None:
         self.lines: list[str] = []
-
-    def start(self, what: str, total: int, done: int = 0) -> None: ...
-
-    def advance(self, steps: int = 1, note: str = "") -> None: ...
-
-    def finish(self) -> None: ...
 
     def say(self, line: str) -> None:
         self.lines.append(line)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import edgekd.distillation.train
+from edgekd.console import SilentProgress
 from edgekd.data.samples import Split, split_from_arrays
 from edgekd.data.truth import NO_LABEL, Truth
 from edgekd.data.views import Views
@@ -27,7 +28,7 @@ from edgekd.teachers.teacher_cache import CaptureKey, TeacherCache
 PLAN = TrainingPlan(epochs=3, batch_size=16, learning_rate=1e-2, weight_decay=1e-4, warmup_share=0.1, seed=3)
 
 
-class Interrupting:
+class Interrupting(SilentProgress):
     """A progress that stops the work after some steps, as a kill would."""
 
     def __init__(self, after: int | None = None) -> None:
@@ -40,10 +41,6 @@ class Interrupting:
         self.steps += steps
         if self.after is not None and self.steps >= self.after:
             raise KeyboardInterrupt
-
-    def finish(self) -> None: ...
-
-    def say(self, line: str) -> None: ...
 
 
 def network() -> nn.Module:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edgekd.console import SilentProgress
 from edgekd.data.samples import Splits, load_splits
 from edgekd.data.truth import Truth
 from edgekd.data.views import Views
@@ -23,15 +24,9 @@ from edgekd.teachers.sources import Answer, Teacher
 from edgekd.teachers.teacher_cache import CaptureKey
 
 
-class Quiet:
+class Quiet(SilentProgress):
     def start(self, what: str, total: int, done: int = 0) -> None:
         self.total = total
-
-    def advance(self, steps: int = 1, note: str = "") -> None: ...
-
-    def finish(self) -> None: ...
-
-    def say(self, line: str) -> None: ...
 
 
 def splits_of(folder: Path, extra: np.ndarray, data: str = "") -> Splits:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import edgekd.teachers.capture
+from edgekd.console import SilentProgress
 from edgekd.data.samples import Split, split_from_arrays
 from edgekd.data.views import Views
 from edgekd.data.windows import counted_positions
@@ -22,15 +23,9 @@ from edgekd.teachers.teacher_cache import CaptureKey, TeacherCache, open_cache
 WORDS, LENGTH = 90, 6
 
 
-class Quiet:
+class Quiet(SilentProgress):
     def start(self, what: str, total: int, done: int = 0) -> None:
         self.done_before = done
-
-    def advance(self, steps: int = 1, note: str = "") -> None: ...
-
-    def finish(self) -> None: ...
-
-    def say(self, line: str) -> None: ...
 
 
 def make_split(count: int = 10) -> Split:
