@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -38,6 +37,7 @@ from ._agents import (
 )
 from ._folders import own_folder
 from .agent.machine import describe_machine
+from .agent.parent import told_parent
 from .agent.runtimes import DECODERS, SESSION_CONFIG
 
 __all__ = ["DEVICE", "HostDevice"]
@@ -159,7 +159,7 @@ class HostDevice:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
-                env={**os.environ, "TMPDIR": str(work)},  # what a runtime leaves there goes with the folder
+                env={**told_parent(), "TMPDIR": str(work)},  # what a runtime leaves there goes with the folder
             )
             try:
                 code = process.wait(timeout_s)

@@ -4,16 +4,14 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-sys.path.insert(0, str(Path(__file__).parent))
 import debian
-from elsewhere import lay_cable, wait_for
+from elsewhere import lay_cable, running_in, wait_for
 
 PORTS = (7555, 7556)
 
@@ -75,13 +73,7 @@ class Phones:
 
     def running(self) -> list[psutil.Process]:
         """Processes that run in a phone's storage."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                inside = process.cwd().startswith(str(self.folder / "storage"))
-                if inside and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+        return running_in(self.folder / "storage")
 
     def left(self, index: int = 0) -> list[str]:
         return sorted(path.name for path in self.storage(index).iterdir())
@@ -89,7 +81,7 @@ class Phones:
     def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.process.wait(60)
 
 
 def start_phones(

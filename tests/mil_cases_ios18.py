@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
 from mil_cases import Array, C, case, normal
 from mil_cases_nn import DENSE, KEPT, MASK, attention
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+
 from mil_cases import Array, C, X, case, interpolated, normal, positive
 from mil_cases_nn import W2, X2, convolve, spread
-from torch import nn
 
 __all__: list[str] = []
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+
 from mil_cases import Array, case, normal, positive, softmax
 
 __all__: list[str] = []

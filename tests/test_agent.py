@@ -104,7 +104,7 @@ def test_without_wanted_outputs_none_are_written(file: File, images: np.ndarray,
 def test_it_stands_alone() -> None:
     with zipfile.ZipFile(io.BytesIO(packed_agent())) as archive:
         sources = {name: archive.read(name) for name in archive.namelist()}
-    assert len(sources) == 10
+    assert len(sources) == 11
     foreign, siblings = set(), {}
     for path, source in sources.items():
         nodes = list(ast.walk(ast.parse(source)))
@@ -189,6 +189,18 @@ def test_a_killed_agent_leaves_nothing_behind(file: File, images: np.ndarray, tm
     process.send_signal(signal.SIGKILL)
     process.wait(10)
     assert {path.name for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent ended")
+def test_an_agent_whose_parent_ended_before_it_came_to_ask_measures_nothing(
+    onnx_file: File, images: np.ndarray, tmp_path: Path
+) -> None:
+    write_job(tmp_path, onnx_file, images)
+    (tmp_path / "agent.pyz").write_bytes(packed_agent())
+    told = {**os.environ, "EDGEKD_PARENT": str(os.getppid())}  # not this process, which is what it then has
+    done = subprocess.run([sys.executable, "agent.pyz", "job.json"], cwd=tmp_path, env=told, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "block.json").exists()
 
 
 @pytest.mark.parametrize(

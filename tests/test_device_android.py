@@ -6,12 +6,11 @@ measured on a phone.
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -36,10 +35,9 @@ from edgekd.protocols import Side, TakingTurns
 from edgekd.stages.watching import minutes_lines
 from edgekd.types import Artifact
 
-sys.path.insert(0, str(Path(__file__).parent))
 from adbd import Phones, start_phones, thermal, unpacked
 from android_program import benchmark_model
-from elsewhere import ENDLESS, name_of_a_killed_ones, said_during_a_run, wait_for
+from elsewhere import ENDLESS, meanwhile, measuring_elsewhere, name_of_a_killed_ones, said_during_a_run, wait_for
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("adb") is None, reason="needs adb: apt-get install adb"),
@@ -247,12 +245,9 @@ def test_blocks_of_a_phone_that_gets_hot_are_void(
         wait_for(phones.running)
         (phones.state() / "thermalservice").write_text(thermal(2))
 
-    thread = threading.Thread(target=heat)
-    thread.start()
-    found = measure(
-        *tflite_file, "phone", device_for(phones), {"args_0": images}, None, None, replace(QUICK, min_s=0.5)
-    )
-    thread.join()
+    plan = replace(QUICK, min_s=0.5)
+    with meanwhile(heat):
+        found = measure(*tflite_file, "phone", device_for(phones), {"args_0": images}, None, None, plan)
     assert found.blocks[0].void == "the phone is hot: thermal status 0 (none) before and 2 (moderate) after the block"
     assert found.blocks[1].void.startswith("the phone is hot: thermal status 2 (moderate) before")
     assert "void_blocks" in found.flags
@@ -310,11 +305,8 @@ def test_a_phone_that_is_unplugged_in_its_turns_runs_nothing_on(
         wait_for(lambda: measuring(phones))
         phones.daemon().kill()
 
-    thread = threading.Thread(target=unplug)
-    thread.start()
-    with contextlib.closing(device), pytest.raises(DeviceError) as caught:
+    with meanwhile(unplug), contextlib.closing(device), pytest.raises(DeviceError) as caught:
         device.run_in_turns(two_sides(tflite_file, images), ENDLESS, seed=0)
-    thread.join()
     assert str(caught.value).startswith("model.tflite (tflite) and model.tflite (tflite) on phone: localhost:7555")
     wait_for(lambda: not phones.running() and not phones.left(), 20)
 
@@ -424,30 +416,14 @@ def test_nothing_runs_on_the_phone_after_the_measuring_process_was_killed(
 ) -> None:
     phones = start()
     device_for(phones)
-    artifact, folder = tflite_file
-    (phones.folder / "measure.py").write_text(
-        "import json, numpy as np\nfrom pathlib import Path\nfrom edgekd.profiles import load_device\n"
-        "from edgekd.measurement import Plan\nfrom edgekd.types import Artifact\n"
-        f"artifact = Artifact.from_json(json.loads({json.dumps(artifact.to_json())!r}))\n"
-        "plan = Plan(blocks=1, warmup_runs=1, warmup_s=0.0, min_s=60.0, max_s=60.0)\n"
-        f"device = load_device({str(phones.folder / 'phone.toml')!r})\n"
-        f"device.run(artifact, Path({str(folder)!r}), {{'args_0': np.zeros((1, 1, 12, 12), 'float32')}}, plan)\n"
-    )
     files = phones.folder / "files"
     files.mkdir()
-    parent = subprocess.Popen(
-        [sys.executable, str(phones.folder / "measure.py")],
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "TMPDIR": str(files)},
-    )
-    try:
-        wait_for(lambda: measuring(phones))
+    toml = str(phones.folder / "phone.toml")
+    with measuring_elsewhere(toml, tflite_file, phones.folder, {"TMPDIR": str(files)}) as outer:
+        outer.wait_for(lambda: measuring(phones))
         time.sleep(0.5)
-        parent.kill()
-        parent.wait()
+        outer.end(signal.SIGKILL)
         wait_for(lambda: not phones.running() and not phones.left(), 30)
-    finally:
-        parent.kill()
     assert list(files.iterdir()), "a killed process leaves its folder here"
     made("edgekd-android", files).rmdir()
     assert list(files.iterdir()) == [], "and the next one removes it"

@@ -1,7 +1,6 @@
 """The ssh device against a real sshd of the test's own: own keys, own port, own configuration, loopback only."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -10,7 +9,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -35,9 +33,18 @@ from edgekd.profiles import device_of, load_device, load_profile
 from edgekd.protocols import Preparable, Side, TakingTurns
 from edgekd.types import Artifact
 
-sys.path.insert(0, str(Path(__file__).parent))
 import debian
-from elsewhere import ENDLESS, lay_cable, name_of_a_killed_ones, said_during_a_run, wait_for
+from elsewhere import (
+    ENDLESS,
+    check_turns,
+    lay_cable,
+    meanwhile,
+    measuring_elsewhere,
+    name_of_a_killed_ones,
+    running_in,
+    said_during_a_run,
+    wait_for,
+)
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 pytestmark = [
@@ -67,12 +74,7 @@ class Board:
 
     def agents(self) -> list[psutil.Process]:
         """Processes that run below the board's folder: agents, their shells and timers."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if process.cwd().startswith(str(self.folder)) and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+        return running_in(self.folder)
 
     def measuring(self) -> list[psutil.Process]:
         found = []
@@ -141,7 +143,7 @@ def stop(board: Board) -> None:
         with contextlib.suppress(psutil.Error):
             process.kill()
     board.process.kill()
-    board.process.wait()
+    board.process.wait(60)
 
 
 def test_the_probe_tells_what_the_board_is_and_runs(board: Board) -> None:
@@ -177,11 +179,12 @@ def test_files_take_turns_in_processes_of_their_own_on_the_board(
     device = board.device()
     assert issubclass(SshDevice, TakingTurns), "as the gate asks"
     sides = [Side(*file, {file[0].inputs[0].name: images}) for file in (onnx_file, tflite_file)]
-    found = device.run_in_turns(sides, replace(QUICK, min_s=0.3), seed=0)
+    plan = replace(QUICK, min_runs=3000, min_s=0.1, max_s=600.0)  # so many do not fit into two turns
+    found = device.run_in_turns(sides, plan, seed=0)
     assert len(board.left()) == 1, "they share the folder of the sitting"
+    assert check_turns([block for block, _ in found], plan) > 2
     assert [block.conditions["runtime"].split()[0] for block, _ in found] == ["onnxruntime", "ai-edge-litert"]
-    for (block, outputs), (artifact, folder) in zip(found, (onnx_file, tflite_file), strict=True):
-        assert int(block.conditions["turns"]) > 2
+    for (_, outputs), (artifact, folder) in zip(found, (onnx_file, tflite_file), strict=True):
         _, expected = load_device("host").run(
             artifact, folder, {artifact.inputs[0].name: images}, replace(QUICK, blocks=1)
         )
@@ -301,12 +304,10 @@ def test_a_gate_whose_board_goes_away_is_inconclusive(board: Board, onnx_file: F
         wait_for(lambda: not board.measuring())  # one block is whole
         stop_sshd_only(board)
 
-    thread = threading.Thread(target=unplug)
-    thread.start()
     # So many pairs that they are not all measured before the board is gone, however busy this machine is.
     rule, plan = Rule(looks=(200,), confirm_pairs=6), replace(QUICK, blocks=1)
-    found, _ = gate.compare([pair], "board", board.device(), Samples({"image": images}), rule=rule, plan=plan)
-    thread.join()
+    with meanwhile(unplug):
+        found, _ = gate.compare([pair], "board", board.device(), Samples({"image": images}), rule=rule, plan=plan)
     assert found.verdict == "inconclusive"
     assert any("cannot be reached or broke off" in cell.why for cell in found.cells)
     wait_for(lambda: not board.agents(), 20)  # a folder may stay where nothing ran: the next sitting removes it
@@ -324,33 +325,14 @@ def stop_sshd_only(board: Board) -> None:
 def test_nothing_outlives_the_one_that_measures(
     board: Board, onnx_file: File, tmp_path: Path, how: signal.Signals
 ) -> None:
-    artifact, folder = onnx_file
     board.device()
-    (tmp_path / "measure.py").write_text(
-        textwrap.dedent(f"""
-        import contextlib, json, signal, numpy as np
-        from pathlib import Path
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        from edgekd.profiles import load_device
-        from edgekd.measurement import Plan
-        from edgekd.types import Artifact
-        artifact = Artifact.from_json(json.loads({json.dumps(artifact.to_json())!r}))
-        plan = Plan(blocks=1, warmup_runs=1, warmup_s=0.0, min_s=60.0, max_s=60.0)
-        with contextlib.closing(load_device({str(board.folder / "board.toml")!r})) as device:
-            device.run(artifact, Path({str(folder)!r}), {{"image": np.zeros((1, 1, 12, 12), "float32")}}, plan)
-        """)
-    )
-    parent = subprocess.Popen([sys.executable, str(tmp_path / "measure.py")], stderr=subprocess.DEVNULL)
-    try:
-        wait_for(board.measuring)
+    with measuring_elsewhere(str(board.folder / "board.toml"), onnx_file, tmp_path) as measuring:
+        measuring.wait_for(board.measuring)
         time.sleep(0.5)
-        sockets = list(Path("/tmp").glob(f"ekd-*.{parent.pid}.*"))
+        sockets = list(Path("/tmp").glob(f"ekd-*.{measuring.process.pid}.*"))
         assert len(sockets) == 1
-        parent.send_signal(how)
-        assert parent.wait(60) != 0
+        measuring.end(how)
         wait_for(lambda: not board.agents() and not board.left(), 20)
-    finally:
-        parent.kill()
     if how == signal.SIGKILL:  # it removes nothing itself: the next connection does
         Connection("127.0.0.1")
     assert not sockets[0].exists()

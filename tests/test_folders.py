@@ -9,7 +9,6 @@ import pytest
 
 from edgekd.devices._folders import made, new_name, own_folder, stale
 
-sys.path.insert(0, str(Path(__file__).parent))
 from elsewhere import name_of_a_killed_ones, wait_for
 
 HOLDS = "import time\nfrom edgekd.devices._folders import own_folder\nwith own_folder('edgekd-x'): time.sleep(60)\n"
@@ -46,7 +45,7 @@ def test_what_a_killed_process_left_is_swept_by_the_next_and_no_other_folder(tmp
         made("edgekd-x", tmp_path)
     finally:
         process.kill()
-        process.wait()
+        process.wait(60)
     assert not theirs.exists()
     assert own.exists()
     assert {"edgekd-xy-00000000.1.00000000", "edgekd-x-mine"} <= {path.name for path in tmp_path.iterdir()}

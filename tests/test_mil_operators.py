@@ -21,7 +21,6 @@ from edgekd.exporters._mil_block import Step
 from edgekd.exporters._mil_registry import OPERATORS, OPSETS, REFUSED
 from edgekd.exporters.coreml import load
 
-sys.path.insert(0, str(Path(__file__).parent))
 import mil_cases_ios18  # noqa: F401 - each file adds its cases to the table
 import mil_cases_more  # noqa: F401
 import mil_cases_nn  # noqa: F401

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 
 from .block import measure
 from .errors import AgentError, first_line
 from .job import Replaced, read_job
+from .parent import die_with_parent
 from .turns import Turns, give_turns
-
-
-def _die_with_parent() -> None:
-    """Linux: end when whoever started this ends, however it ends; nothing would read the result."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
 
 
 def main(arguments: list[str]) -> int:
     """Run one job, or several in turns; the exit code says how it went."""
-    _die_with_parent()
+    die_with_parent()
     match arguments:
         case ["--seed", seed, *jobs] if jobs:
             return give_turns(jobs, int(seed))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 from .errors import AgentError
+from .parent import told_parent
 
 
 class Turns:
@@ -70,7 +71,11 @@ def give_turns(jobs: list[str], seed: int) -> int:
 def _start_in_turns(job: str) -> subprocess.Popen[str]:
     command = sys.orig_argv[1 : -len(sys.argv[1:])]  # as this process was started: the same flags, the same agent
     return subprocess.Popen(
-        [sys.executable, *command, "--in-turns", job], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, *command, "--in-turns", job],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=told_parent(),
     )
 
 
