@@ -114,9 +114,11 @@ def writer(url: str, name: str, turns: int) -> "subprocess.Popen[str]":
 
 def test_two_writers_at_once_lose_nothing(url: str) -> None:
     writers = [writer(url, name, 10) for name in ("a", "b")]  # the first of them also makes the table
-    for process in writers:
-        process.communicate()
-        assert process.returncode == 0
+    try:
+        assert [process.wait(120) for process in writers] == [0, 0]
+    finally:
+        for process in writers:
+            process.kill()
     entries = History(url).entries()
     assert len(entries) == 2 * 10 * 5
     assert {entry.model for entry in entries} == {f"{name}-{turn}" for name in "ab" for turn in range(10)}
@@ -125,9 +127,11 @@ def test_two_writers_at_once_lose_nothing(url: str) -> None:
 def test_a_killed_writer_leaves_whole_sittings_only(url: str) -> None:
     process = writer(url, "killed", 10_000)
     assert process.stdout is not None
-    assert any(line.strip() == "3" for line in process.stdout), "it ended by itself"
-    process.kill()
-    process.communicate()
+    try:
+        assert any(line.strip() == "3" for line in process.stdout), "it ended by itself"
+    finally:
+        process.kill()
+    process.communicate(timeout=60)
     entries = History(url).entries()
     counts = {model: sum(entry.model == model for entry in entries) for model in {entry.model for entry in entries}}
     assert len(counts) >= 4

@@ -166,9 +166,11 @@ def test_two_processes_do_not_work_in_one_run_folder(tmp_path: Path) -> None:
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:
         assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(StorageError, match="another edgekd is at work"), folder.locked():
-            pass
-        holder.kill()
+        try:
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(StorageError, match="another edgekd is at work"), folder.locked():
+                pass
+        finally:
+            holder.kill()
     with folder.locked():
         pass

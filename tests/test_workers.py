@@ -160,11 +160,13 @@ def test_a_capture_whose_driver_was_killed_goes_on(tmp_path: Path, cluster: str,
     folder = recipe_in(tmp_path / "recipe")
     (folder / "slow").touch()
     running = start(folder, "--cluster", cluster)
-    while len(shards_of(folder)) < 3:
-        assert running.poll() is None, running.communicate()[1]
-        time.sleep(0.02)
-    running.kill()
-    running.wait()
+    try:
+        while len(shards_of(folder)) < 3:
+            assert running.poll() is None, running.communicate()[1]
+            time.sleep(0.02)
+    finally:
+        running.kill()
+    running.wait(60)
     before = shards_of(folder)
     (folder / "slow").unlink()
 
