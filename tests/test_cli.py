@@ -1,9 +1,8 @@
-"""The command line as its users meet it: in a process of its own, by what it prints and how it exits."""
+"""The command line as its users meet it, by what it prints and how it exits; some of it in a process of its own."""
 
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,7 @@ from torch import nn
 from edgekd.programs.student_files import load_student, save_student
 from edgekd.types import Student
 
-
-def edgekd(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "edgekd.cli.app", *arguments], cwd=cwd, capture_output=True, text=True)
+from command import edgekd, in_a_process
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +24,7 @@ def scaffold(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_help_lists_every_command(tmp_path: Path) -> None:
-    done = edgekd("--help", cwd=tmp_path)
+    done = in_a_process("--help", cwd=tmp_path)
 
     assert done.returncode == 0
     commands = "init check capture distill compress export verify bench report run targets devices doctor"
@@ -67,6 +64,14 @@ def test_a_wrong_recipe_is_all_its_lines_and_exit_2(tmp_path: Path) -> None:
     ]
 
 
+def write_files(folder: Path, student: Student) -> None:
+    """``model.pt2``, half of it, and what is no archive."""
+    save_student(folder / "s", student, {})
+    shutil.copy(folder / "s" / "student.pt2", folder / "model.pt2")
+    (folder / "cut.pt2").write_bytes((folder / "model.pt2").read_bytes()[:3000])
+    (folder / "bad.npz").write_bytes(b"PK")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -90,10 +95,7 @@ def test_a_wrong_recipe_is_all_its_lines_and_exit_2(tmp_path: Path) -> None:
 def test_what_goes_wrong_is_one_line(
     tmp_path: Path, convnet_student: Student, arguments: tuple[str, ...], message: str
 ) -> None:
-    save_student(tmp_path / "s", convnet_student, {})
-    shutil.copy(tmp_path / "s" / "student.pt2", tmp_path / "model.pt2")
-    (tmp_path / "cut.pt2").write_bytes((tmp_path / "model.pt2").read_bytes()[:3000])
-    (tmp_path / "bad.npz").write_bytes(b"PK")
+    write_files(tmp_path, convnet_student)
     done = edgekd(*arguments, cwd=tmp_path)
 
     assert done.returncode in (1, 2)
@@ -101,6 +103,15 @@ def test_what_goes_wrong_is_one_line(
     assert len(done.stderr.strip().splitlines()) == 1
     assert not done.stdout
     assert not (tmp_path / "artifacts").exists()
+
+
+@pytest.mark.parametrize("words", ["run", "export model.pt2 -t onnx -p w8a8 --calibration bad.npz"])
+def test_a_process_of_its_own_says_the_same_and_no_more(tmp_path: Path, convnet_student: Student, words: str) -> None:
+    """No toolchain that is imported for it says a word of its own."""
+    write_files(tmp_path, convnet_student)
+    here, there = (run(*words.split(), cwd=tmp_path) for run in (edgekd, in_a_process))
+
+    assert (there.returncode, there.stdout, there.stderr) == (here.returncode, here.stdout, here.stderr)
 
 
 def test_a_third_party_program_is_exported_and_proven(tmp_path: Path) -> None:
@@ -123,7 +134,7 @@ def test_a_third_party_program_is_exported_and_proven(tmp_path: Path) -> None:
     command = (
         "export --target onnx --precision fp32 --precision w8a8 --calibration data.npz --corrections bias model.pt2"
     )
-    done = edgekd(*command.split(), "-o", "out", "--json", cwd=tmp_path)
+    done = in_a_process(*command.split(), "-o", "out", "--json", cwd=tmp_path)
 
     assert done.returncode == 0, done.stderr
     listed = json.loads(done.stdout)

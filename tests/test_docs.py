@@ -4,11 +4,8 @@ Run this file to write docs/cli.md, docs/coverage.md and the tables of README.md
 """
 
 import json
-import os
 import re
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +14,8 @@ import pytest
 from edgekd.benchmarks.coverage import page as coverage_page
 from edgekd.benchmarks.distill_page import results_tables as distill_tables
 from edgekd.benchmarks.gate_error_rates import others_table, rates_table
+
+from command import edgekd
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -44,14 +43,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="only
 
 
 def help_page(command: str) -> str:
-    environment = {**os.environ, "COLUMNS": "110", "TERM": "dumb", "NO_COLOR": "1"}
-    arguments = [*command.split(), "--help"]
-    done = subprocess.run(
-        [sys.executable, "-c", "from edgekd.cli.app import app; app(prog_name='edgekd')", *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    done = edgekd(*command.split(), "--help", cwd=ROOT, COLUMNS="110", TERM="dumb", NO_COLOR="1")
     assert done.returncode == 0, done.stderr
     return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
 

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +26,8 @@ from edgekd.measurement import Block, DeviceStatus, Plan
 from edgekd.protocols import Arrays
 from edgekd.store import hash_path
 from edgekd.types import Artifact
+
+from command import edgekd
 
 File = tuple[Artifact, Path]
 
@@ -310,24 +310,16 @@ def test_margins_are_read_as_they_are_typed() -> None:
             parse_margins([word])
 
 
-def run_cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    import os
-
-    command = [sys.executable, "-c", "from edgekd.cli.app import main; main()", *arguments]
-    environment = {**os.environ, "GITHUB_ACTIONS": "", **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
 def test_the_command_writes_every_report_and_exits_with_the_verdict(
     onnx_file: File, images: np.ndarray, tmp_path: Path
 ) -> None:
     np.savez(tmp_path / "data.npz", image=images, label=np.zeros(24, int), teacher=np.zeros((24, 5), np.float32))
     state = {"EDGEKD_STATE": str(tmp_path)}
     model = str(onnx_file[1] / "model.onnx")
-    done = run_cli(
+    done = edgekd(
         "compare", model, model, "--device", "fake", "--inputs", str(tmp_path / "data.npz"),
         "--junit", str(tmp_path / "junit.xml"), "--markdown", str(tmp_path / "table.md"), "--json",
-        "--metric", "latency", "--release", "v2", GITHUB_ACTIONS="true", **state,
+        "--metric", "latency", "--release", "v2", cwd=tmp_path, GITHUB_ACTIONS="true", **state,
     )  # fmt: skip
     found = Comparison.from_json(json.loads(done.stdout))
     assert done.returncode == 3, done.stderr
@@ -347,7 +339,9 @@ def test_the_command_writes_every_report_and_exits_with_the_verdict(
             "compare",
             found.files["onnx new"],
         )
-    missing = run_cli("compare", model, model, "--inputs", str(tmp_path / "none.npz"), **state)
+    missing = edgekd(
+        "compare", model, model, "--inputs", str(tmp_path / "none.npz"), cwd=tmp_path, GITHUB_ACTIONS="", **state
+    )
     assert missing.returncode == 1
     assert "no data file" in missing.stderr
 

@@ -1,8 +1,6 @@
 """Drift: the same data raises no more alarms than promised, a real shift is found and named."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +11,8 @@ from torch import nn
 
 from edgekd.distillation.shift import Described, compare, describe, holm, ks_test, mmd_test
 from edgekd.errors import DataError
+
+from command import edgekd
 
 sklearn_datasets = pytest.importorskip("sklearn.datasets")
 LABELS = [str(number) for number in range(10)]
@@ -134,11 +134,8 @@ def test_the_command_says_what_drifted_and_exits_with_one(tmp_path: Path) -> Non
         '[teacher]\nmodel = "m:teacher"\n[student]\nmodel = "m:student"\n'
     )
 
-    def check(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "edgekd.cli.app", "check", "--shift", *words]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-
-    same, moved = check("same.npz"), check("moved.npz", "--json")
+    same = edgekd("check", "--shift", "same.npz", cwd=tmp_path)
+    moved = edgekd("check", "--shift", "moved.npz", "--json", cwd=tmp_path)
 
     assert same.returncode == 0, same.stderr
     assert same.stdout.startswith("No drift can be told (200 served samples against 300 of the recipe's)")
