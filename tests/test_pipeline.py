@@ -1,7 +1,6 @@
 """The whole way on the image template, with ONNX Runtime: what is done once, what is done again, and after a kill."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -14,11 +13,13 @@ import pytest
 import torch
 
 from edgekd.cli.scaffold import write_template
-from edgekd.console import SilentProgress
 from edgekd.errors import CacheError, DataError, NumericalError, ParityError
 from edgekd.recipes.reading import load_recipe
 from edgekd.stages.workspace import Workspace
 from edgekd.store import hash_path
+
+from command import edgekd, in_a_process
+from listening import Listening
 
 pytest.importorskip("onnxruntime")
 
@@ -28,14 +29,6 @@ CHANGES = {
     "blocks = 6": "blocks = 1\nmin_s = 0.1",
     "views = 4": "views = 2",
 }
-
-
-class Silent(SilentProgress):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 def make_recipe(folder: Path, **changes: str) -> Path:
@@ -49,15 +42,11 @@ def make_recipe(folder: Path, **changes: str) -> Path:
     return path
 
 
-def run(folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "edgekd.cli.app", "run"], cwd=folder, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     make_recipe(folder)
-    done = run(folder)
+    done = in_a_process("run", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -97,13 +86,12 @@ def test_accuracy_of_the_file_is_that_of_the_program(finished: Path) -> None:
 
 def test_more_seeds_are_trained_beside_the_first_and_later_commands_know_them(copied: Workspace) -> None:
     folder = copied.recipe.folder
-    command = [sys.executable, "-m", "edgekd.cli.app", "distill", "--seeds", "3"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    done = edgekd("distill", "--seeds", "3", cwd=folder)
 
     assert done.returncode == 0, done.stderr
     assert "distill-kd-0: unchanged" in done.stderr
     assert len(re.findall(r"^(control|kd|dist) +seed [012] ", done.stdout, re.MULTILINE)) == 9
-    told = subprocess.run([*command[:-3], "report"], cwd=folder, capture_output=True, text=True)
+    told = edgekd("report", cwd=folder)
     report = json.loads((folder / "runs" / "shapes" / "report.json").read_text())
     arms = {arm["arm"]: arm for arm in report["ledger"]["arms"]}
     assert told.returncode == 0, told.stderr
@@ -119,7 +107,7 @@ def test_more_seeds_are_trained_beside_the_first_and_later_commands_know_them(co
 
 
 def test_a_second_run_does_nothing_again_and_says_so(finished: Path) -> None:
-    again = run(finished)
+    again = edgekd("run", cwd=finished)
     unchanged = re.findall(r"^(\S+): unchanged, not done again$", again.stderr, re.MULTILINE)
 
     assert again.returncode == 0
@@ -141,13 +129,13 @@ def test_a_run_that_is_killed_again_and_again_goes_on_to_the_same_student(finish
             [sys.executable, "-m", "edgekd.cli.app", "run"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
         )
         assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith(moment):
-                os.kill(process.pid, signal.SIGKILL)
-                break
-        process.stderr.close()
-        assert process.wait() == -signal.SIGKILL, moment
-    resumed = run(tmp_path)
+        try:
+            assert any(line.startswith(moment) for line in process.stderr), f"it ended before {moment!r}"
+        finally:
+            process.kill()
+            process.stderr.close()
+        assert process.wait(60) == -signal.SIGKILL, moment
+    resumed = in_a_process("run", cwd=tmp_path)
 
     assert resumed.returncode == 0, resumed.stderr
     for name in (
@@ -164,7 +152,7 @@ def test_a_run_that_is_killed_again_and_again_goes_on_to_the_same_student(finish
 def test_only_what_changed_is_done_again(copied: Workspace) -> None:
     path = copied.recipe.folder / "edgekd.toml"
     path.write_text(path.read_text().replace("samples = 64 ", "samples = 32 "))
-    again = run(copied.recipe.folder)
+    again = edgekd("run", cwd=copied.recipe.folder)
 
     assert again.returncode == 0, again.stderr
     assert "distill-kd-0: unchanged" in again.stderr
@@ -176,9 +164,9 @@ def test_only_what_changed_is_done_again(copied: Workspace) -> None:
 def test_a_comment_costs_nothing_and_another_student_costs_no_teacher(copied: Workspace) -> None:
     model = copied.recipe.folder / "model.py"
     model.write_text(model.read_text() + "\n# A comment.\n")
-    commented = run(copied.recipe.folder)
+    commented = edgekd("run", cwd=copied.recipe.folder)
     model.write_text(model.read_text().replace("return _network(10)", "return _network(11)"))
-    wider = run(copied.recipe.folder)
+    wider = edgekd("run", cwd=moved(copied.recipe.folder))
 
     assert commented.stderr.count("unchanged, not done again") == 10
     assert wider.returncode == 0, wider.stderr
@@ -186,12 +174,16 @@ def test_a_comment_costs_nothing_and_another_student_costs_no_teacher(copied: Wo
     assert "distill-kd-0: unchanged" not in wider.stderr
 
 
+def moved(folder: Path) -> Path:
+    """Elsewhere the module beside the recipe has another name, so that this process reads it again."""
+    return Path(shutil.move(folder, folder.with_name("moved")))
+
+
 def test_another_augmentation_is_captured_again(copied: Workspace) -> None:
     model = copied.recipe.folder / "model.py"
     before = copied.capture_key("train").augmentation
     model.write_text(model.read_text().replace("image.flip(-1)", "image.flip(-2)"))
-    shutil.move(copied.recipe.folder, copied.recipe.folder.with_name("moved"))  # a module of another name
-    changed = Workspace(load_recipe(copied.recipe.folder.with_name("moved") / "edgekd.toml"))
+    changed = Workspace(load_recipe(moved(copied.recipe.folder) / "edgekd.toml"))
 
     assert changed.capture_key("train").augmentation != before
     assert changed.capture_key("test").augmentation == ""
@@ -200,18 +192,18 @@ def test_another_augmentation_is_captured_again(copied: Workspace) -> None:
 def test_verify_finds_a_file_that_was_changed(copied: Workspace) -> None:
     from edgekd.stages.verify import verify_artifacts
 
-    verify_artifacts(copied, Silent())
+    verify_artifacts(copied, Listening())
     path = copied.folder.artifact("onnx", "fp32") / "model.onnx"
     path.write_bytes(path.read_bytes() + b"\0")
 
     with pytest.raises(ParityError, match="its sha256 differs"):
-        verify_artifacts(copied, Silent())
+        verify_artifacts(copied, Listening())
 
 
 def test_verify_runs_the_teacher_again(copied: Workspace) -> None:
     from edgekd.stages.verify import verify_caches
 
-    progress = Silent()
+    progress = Listening()
     verify_caches(copied, progress)
 
     assert len(progress.lines) == 3
@@ -227,8 +219,8 @@ def test_a_damaged_cache_shard_stops_distill_and_is_captured_again_by_run(copied
     shard.write_bytes(content)
 
     with pytest.raises(CacheError, match="damaged"):
-        distill_stage(copied, Silent())
-    assert run(copied.recipe.folder).returncode == 0
+        distill_stage(copied, Listening())
+    assert edgekd("run", cwd=copied.recipe.folder).returncode == 0
 
 
 def test_a_file_that_computes_something_else_is_kept_aside(copied: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +247,7 @@ def test_a_file_that_computes_something_else_is_kept_aside(copied: Workspace, mo
     good = hash_path(copied.folder.artifact("onnx", "fp32"))
     monkeypatch.setattr(type(target.EXPORTER), "write", dropping)
     with pytest.raises(ParityError, match=r"onnx fp32 failed its proof.*onnx-fp32\.failed.*output 'logits': max error"):
-        export_stage(copied, Silent(), precisions=["fp32"], force=True)
+        export_stage(copied, Listening(), precisions=["fp32"], force=True)
 
     failed = copied.folder.path / "artifacts" / "onnx-fp32.failed"
     assert json.loads((failed / "manifest.json").read_text())["parity"]["status"] == "failed"
@@ -284,7 +276,7 @@ def teacher() -> nn.Module:
     with pytest.raises(NumericalError, match="NaN or infinity"):
         check_workspace(work)
     with pytest.raises(NumericalError, match="the teacher gives NaN or infinity for"):
-        capture_stage(work, Silent())
+        capture_stage(work, Listening())
 
 
 def test_a_student_that_does_not_fit_the_teacher_is_one_line(tmp_path: Path) -> None:
@@ -316,9 +308,9 @@ def test_a_loss_of_the_users_own_is_an_arm(tmp_path: Path) -> None:
     loss = "def squared(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:\n"
     model.write_text(model.read_text() + f"\n\n{loss}    return (student - teacher).square().mean()\n")
     work = Workspace(load_recipe(tmp_path / "edgekd.toml"))
-    capture_stage(work, Silent())
+    capture_stage(work, Listening())
     torch.set_num_threads(2)
-    results = distill_stage(work, Silent())
+    results = distill_stage(work, Listening())
 
     assert [result.arm for result in results] == ["control", "model:squared"]
     assert (work.folder.arm("model:squared", 0) / "student.pt2").is_file()
@@ -335,7 +327,7 @@ def test_views_that_the_teacher_cannot_read_are_told(finished: Path, tmp_path: P
     model.write_text(model.read_text().replace('return {"image": image}', drowned + '"image": image}'))
     shutil.copy(finished / "teacher.safetensors", tmp_path)
     work = Workspace(load_recipe(tmp_path / "edgekd.toml"))
-    capture_stage(work, Silent())
+    capture_stage(work, Listening())
 
     assert "a milder data.augment may help" in _view_sentences(work)[0]
     assert _view_sentences(Workspace(load_recipe(finished / "edgekd.toml"))) == []

@@ -10,7 +10,6 @@ import edgekd.distillation.train
 from edgekd.cli.app import app
 from edgekd.cli.scaffold import write_template
 from edgekd.compression.mixed import mixed_precision
-from edgekd.console import SilentProgress
 from edgekd.errors import RecipeError, UsageError
 from edgekd.programs.student_files import load_student
 from edgekd.recipes.reading import load_recipe
@@ -21,13 +20,7 @@ from edgekd.stages.results import shipped
 from edgekd.stages.workspace import Workspace
 from edgekd.store import read_json
 
-
-class Silent(SilentProgress):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
+from listening import Listening
 
 
 def make_recipe(folder: Path) -> Path:
@@ -42,7 +35,7 @@ def make_recipe(folder: Path) -> Path:
     return path
 
 
-class Stopping(Silent):
+class Stopping(Listening):
     """Breaks off after so many steps of a training."""
 
     def __init__(self, steps: int) -> None:
@@ -65,8 +58,8 @@ def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distilled")
     make_recipe(folder)
     work = workspace(folder)
-    capture_stage(work, Silent())
-    distill_stage(work, Silent())
+    capture_stage(work, Listening())
+    distill_stage(work, Listening())
     return folder
 
 
@@ -77,7 +70,7 @@ def digest(work: Workspace, precision: str) -> str:
 def test_a_trained_student_is_told_as_one_and_an_export_does_not_undo_it(distilled: Path) -> None:
     pytest.importorskip("onnxruntime")
     work = workspace(distilled)
-    compress_stage(work, Silent(), ["w4a8"], qat=True)
+    compress_stage(work, Listening(), ["w4a8"], qat=True)
     folder = work.folder.compressed("w4a8")
     (retraining,) = load_student(folder)[0].card.retraining
     record = read_json(folder / "result.json")
@@ -87,7 +80,7 @@ def test_a_trained_student_is_told_as_one_and_an_export_does_not_undo_it(distill
     assert retraining.after == record["test"]["accuracy"]
     assert retraining.control == record["control"]["accuracy"]
     before = digest(work, "w4a8")
-    again = Silent()
+    again = Listening()
     compress_stage(work, again, ["w4a8"], qat=True)
     assert again.lines == ["compress-w4a8: unchanged, not done again"]
     (artifact,) = export_stage(work, again, ["onnx"], ["w4a8"])
@@ -98,7 +91,7 @@ def test_a_trained_student_is_told_as_one_and_an_export_does_not_undo_it(distill
     ledger, _ = collect(work)
     row = next(row for row in ledger.rows if row.stage == "compressed" and row.name == "w4a8")
     assert "qat for 3 epochs" in row.note
-    compress_stage(work, Silent(), ["w4a8"], qat=False)
+    compress_stage(work, Listening(), ["w4a8"], qat=False)
     assert load_student(folder)[0].card.retraining == ()
 
 
@@ -107,7 +100,7 @@ def test_a_training_that_was_broken_off_goes_on_to_the_same_student(
 ) -> None:
     monkeypatch.setattr(edgekd.distillation.train, "CHECKPOINT_EVERY_S", 0.0)
     work = workspace(distilled)
-    compress_stage(work, Silent(), ["w8a8"], force=True, qat=True)
+    compress_stage(work, Listening(), ["w8a8"], force=True, qat=True)
     whole = digest(work, "w8a8")
     with pytest.raises(KeyboardInterrupt):
         compress_stage(work, Stopping(9), ["w8a8"], force=True, qat=True)
@@ -132,13 +125,13 @@ def test_auto_is_chosen_on_validation_and_never_sees_the_test_split(
         return search(student, calibration, budget, *rest)
 
     monkeypatch.setattr("edgekd.stages.recovery.mixed_precision", watched)
-    compress_stage(work, Silent(), ["auto"], max_drop=0.02)
+    compress_stage(work, Listening(), ["auto"], max_drop=0.02)
     assert seen == [len(work.splits.validation)]
     card = load_student(work.folder.compressed("auto"))[0].card
     assert card.mixture is not None
     assert (card.mixture.metric, card.mixture.max_drop) == ("accuracy", 0.02)
     assert card.mixture.drop <= 0.02
-    again = Silent()
+    again = Listening()
     compress_stage(work, again, ["auto"])  # what was said last stays
     assert again.lines == ["compress-auto: unchanged, not done again"]
 
@@ -149,7 +142,7 @@ def test_a_recipe_that_prunes_ships_the_pruned_student(distilled: Path, tmp_path
     path = tmp_path / "run" / "edgekd.toml"
     path.write_text(path.read_text().replace("[compress]", '[compress]\nprune = "channels:0.25"\nprune_epochs = 1', 1))
     work = workspace(path.parent)
-    files = export_stage(work, Silent(), ["onnx"], ["fp32", "w8"])
+    files = export_stage(work, Listening(), ["onnx"], ["fp32", "w8"])
     small, whole = load_student(work.folder.pruned)[0].card, load_student(shipped(work)[1])[0].card
     assert small.macs is not None
     assert whole.macs is not None
@@ -160,7 +153,7 @@ def test_a_recipe_that_prunes_ships_the_pruned_student(distilled: Path, tmp_path
         assert any("pruning channels:0.25 for 1 epochs" in note for note in manifest["notes"])
     ledger, _ = collect(work)
     assert "channels:0.25" in [row.name for row in ledger.rows if row.stage == "compressed"]
-    again = Silent()
+    again = Listening()
     prune_stage(work, again)
     assert again.lines == ["prune: unchanged, not done again"]
     path.write_text(path.read_text().replace("channels:0.25", "channels:2"))
@@ -170,7 +163,7 @@ def test_a_recipe_that_prunes_ships_the_pruned_student(distilled: Path, tmp_path
 
 def test_training_is_for_static_activations(distilled: Path) -> None:
     with pytest.raises(UsageError, match="quantization-aware training is for w8a8, w4a8; asked was w8"):
-        compress_stage(workspace(distilled), Silent(), ["w8"], qat=True)
+        compress_stage(workspace(distilled), Listening(), ["w8"], qat=True)
 
 
 def test_a_budget_is_read_as_people_write_it(tmp_path: Path) -> None:
