@@ -104,6 +104,11 @@ def checked_inputs(who: str, artifact: Artifact, inputs: Arrays, plan: Plan, tar
     return {name: inputs[name] for name in names}
 
 
+def in_turns(jobs: Sequence[str], plan: Plan, seed: int) -> list[str]:
+    """What the agent is told so that jobs take turns."""
+    return ["--seed", str(seed), "--threads", str(plan.threads), *jobs]
+
+
 @functools.cache
 def packed_agent() -> bytes:
     """The folder ``agent`` as one file that Python runs as it is, like zipapp's; the same bytes every time.

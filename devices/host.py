@@ -27,6 +27,7 @@ from ._agents import (
     WITH_OUTPUTS,
     both,
     checked_inputs,
+    in_turns,
     jobs_of,
     last_words,
     limit_s,
@@ -124,7 +125,7 @@ class HostDevice:
                     samples += samples_in(inputs)
                 jobs = [str(folder / "job.json") for folder in folders]
                 timeout_s = self.timeout_s or len(sides) * limit_s(plan, samples)
-                self._process(["--seed", str(seed), *jobs], work, f"{both(sides)} on {self.name}", timeout_s)
+                self._process(in_turns(jobs, plan, seed), work, f"{both(sides)} on {self.name}", timeout_s)
                 return tuple((_read_block(folder / job["result"]), _read_outputs(folder)) for folder in folders)
         except OSError as error:
             raise StorageError(f"cannot measure in {tempfile.gettempdir()}: {error.strerror or error}") from error

@@ -31,6 +31,7 @@ from ._agents import (
     WITH_OUTPUTS,
     both,
     checked_inputs,
+    in_turns,
     jobs_of,
     last_words,
     limit_s,
@@ -143,7 +144,7 @@ class SshDevice:
                 self._send(sitting, f"{index}/job.json", json.dumps(job).encode())
             jobs = [f"{index}/job.json" for index in range(len(sides))]
             samples = sum(map(samples_in, given))
-            self._process(sitting, ["--seed", str(seed), *jobs], len(sides) * limit_s(plan, samples))
+            self._process(sitting, in_turns(jobs, plan, seed), len(sides) * limit_s(plan, samples))
             return tuple((self._read_block(folder), self._read_outputs(folder)) for folder in folders)
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ import gc
 import io
 import json
 import os
+import random
 import signal
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 
 from edgekd.devices._agents import packed_agent
 from edgekd.devices.agent import block
+from edgekd.devices.agent.cores import draw_cores
 from edgekd.devices.agent.errors import AgentError
 from edgekd.devices.agent.job import read_job
 from edgekd.devices.agent.runtimes import RUNTIMES, OnnxRuntime
@@ -129,10 +131,26 @@ def test_where_edgekd_is_installed_it_is_a_module(onnx_file: File, images: np.nd
     outputs = (tmp_path / "outputs.npz").read_bytes()
     for path in ("outputs.npz", "block.json"):
         (tmp_path / path).unlink()
-    done = subprocess.run([*command, "--seed", "0", str(tmp_path / name)], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--seed", "0", "--threads", "1", str(tmp_path / name)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "outputs.npz").read_bytes() == outputs
     assert "turns" in json.loads((tmp_path / "block.json").read_text())["conditions"]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux keeps a process on cores")
+def test_cores_are_drawn_from_the_fastest_that_a_process_may_use(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 5})
+    for core, capacity in enumerate((446, 446, 1024, 1024, 1024, 1024)):
+        (tmp_path / f"cpu{core}").mkdir()
+        (tmp_path / f"cpu{core}/cpu_capacity").write_text(f"{capacity}\n")
+    drawn = [frozenset(draw_cores(2, random.Random(seed), tmp_path)) for seed in range(50)]
+    assert set(drawn) == {frozenset(pair) for pair in ((2, 3), (2, 5), (3, 5))}
+    assert draw_cores(4, random.Random(0), tmp_path) == [], "there are three"
+    assert set(draw_cores(5, random.Random(0), tmp_path / "nothing told")) == {0, 1, 2, 3, 5}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")

@@ -167,6 +167,10 @@ def test_files_take_turns_in_processes_of_their_own(
     took_ms = (time.monotonic() - began) * 1e3
     assert [block.conditions["runtime"].split()[0] for block, _ in found] == ["onnxruntime", "ai-edge-litert"]
     assert check_turns([block for block, _ in found], plan) > 2
+    cores = {block.conditions.get("pinned_to_cores", "") for block, _ in found}
+    assert len(cores) == 1, "what slows one core slows both files"
+    if sys.platform == "linux" and len(os.sched_getaffinity(0)) > 1:
+        assert cores.pop().isdecimal(), "one thread, one core"
     for (_, outputs), (artifact, folder) in zip(found, (onnx_file, tflite_file), strict=True):
         _, alone = device.run(artifact, folder, {artifact.inputs[0].name: images}, replace(QUICK, blocks=1))
         for name, output in alone.items():

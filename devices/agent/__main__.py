@@ -18,14 +18,14 @@ def main(arguments: list[str]) -> int:
     """Run one job, or several in turns; the exit code says how it went."""
     die_with_parent()
     match arguments:
-        case ["--seed", seed, *jobs] if jobs:
-            return give_turns(jobs, int(seed))
+        case ["--seed", seed, "--threads", threads, *jobs] if jobs:
+            return give_turns(jobs, int(threads), int(seed))
         case ["--in-turns", job]:
             os.chdir(Path(job).parent)
             return _run(Path(job).name, Turns())
         case [job]:
             return _run(job, None)
-    sys.stderr.write("usage: agent.pyz job.json, or agent.pyz --seed 0 a/job.json b/job.json\n")
+    sys.stderr.write("usage: agent.pyz job.json, or agent.pyz --seed 0 --threads 1 a/job.json b/job.json\n")
     return 2
 
 

@@ -8,11 +8,12 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .answers import Answers, checked_lengths
+from .cores import pin_cores, pinned_cores
 from .errors import AgentError, first_line
 from .job import Replaced, read_arrays
 from .machine import describe_machine, peak_memory_bytes, read_state, status_field, throttled
@@ -46,10 +47,10 @@ def measure(job: dict[str, Any], turns: Turns | None = None) -> dict[str, Any]:
     """
     plan = job["plan"]
     pin_threads(plan["threads"])
-    pinned = pin_cores(job.get("cores") or ())
+    pin_cores(job.get("cores") or ())
     import numpy as np  # after the pinning: its thread pool is sized on import
 
-    conditions = describe_machine() | {"pinned_to_cores": pinned}
+    conditions = describe_machine() | {"pinned_to_cores": pinned_cores()}
     conditions |= {f"{key}_before": value for key, value in read_state().items()}
     module_name, start = (DECODERS if job.get("decoder") else RUNTIMES)[job["target"]]
     began = time.perf_counter_ns()
@@ -146,27 +147,6 @@ def pin_threads(threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     for name in ("OPENBLAS_NUM", "MKL_NUM", "BLIS_NUM", "VECLIB_MAXIMUM"):
         os.environ[f"{name}_THREADS"] = "1"
-
-
-def pin_cores(cores: Sequence[int]) -> str:
-    """Keep this process on these processors.
-
-    Returns:
-        Those that it now may use; empty when none were asked for.
-
-    Raises:
-        AgentError: There are no such processors, or this system cannot.
-    """
-    if not cores:
-        return ""
-    if not hasattr(os, "sched_setaffinity"):
-        raise AgentError(f"cores {list(cores)} were asked for; only Linux keeps a process on cores")
-    try:
-        os.sched_setaffinity(0, cores)
-    except OSError as error:
-        there = sorted(os.sched_getaffinity(0))
-        raise AgentError(f"cores {list(cores)} were asked for; this process may use {there} ({error})") from None
-    return ",".join(map(str, sorted(os.sched_getaffinity(0))))
 
 
 def warm_up(

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 
+from .cores import draw_cores, pin_cores
 from .errors import AgentError
 from .parent import told_parent
 
@@ -39,15 +40,20 @@ class _EndedError(Exception):
     """A process that should take turns is gone; its exit code says why."""
 
 
-def give_turns(jobs: list[str], seed: int) -> int:
+def give_turns(jobs: list[str], threads: int, seed: int) -> int:
     """A process for each job, each in the folder of its job; one works at a time, in an order drawn for each round.
 
-    They start one after the other, so that no start is disturbed, and end one after the other.
+    They start one after the other, so that no start is disturbed, and end one after the other. All are kept on the same
+    cores, drawn for each call: what works beside one core, or beside the thread that shares it, then slows all alike.
+
+    Args:
+        threads: Cores for them, where a job does not name its own.
 
     Returns:
         0 when all results were written; else the exit code of the one that failed, which has said why on stderr.
     """
     drawn = random.Random(seed)
+    pin_cores(draw_cores(threads, drawn))
     processes: list[subprocess.Popen[str]] = []
     try:
         for job in drawn.sample(jobs, len(jobs)):
