@@ -3,8 +3,8 @@
 ``python -m edgekd.benchmarks.peers`` prints a table of ratios and writes ``benchmarks/results/peers.json``. Peers: ONNX
 Runtime's ``quantize_static`` (after ``quant_pre_process``; QDQ, per channel, uint8 activations, int8 weights,
 min-max) and ai-edge-quantizer's ``static_wi8_ai8``, both with float inputs and outputs as edgekd's files have, and both
-made from edgekd's fp32 files. All files of one model run in one interleaved session, on one thread; those of ONNX
-Runtime once more without edgekd's session options. Cosine and agreement are with the fp32 program, on held-out samples.
+made from edgekd's fp32 files. All files of one model take turns on one core, with one thread; those of ONNX Runtime
+once more without edgekd's session options. Cosine and agreement are with the fp32 program, on held-out samples.
 
 Every model is built and measured on its own (``python -m edgekd.benchmarks.peers minilm --files folder``), and its part
 of the results is replaced. With ``--files``, files that are there are not built again.
@@ -18,7 +18,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,16 +27,16 @@ from typing import Any
 import numpy as np
 
 from edgekd.benchmarks.peer_models import MODELS, TRAINED, Case, NotInstalled
-from edgekd.benchmarks.session import measure_many
-from edgekd.benchmarks.stats import block_medians, latency_ms, latency_ratio
+from edgekd.benchmarks.session import flags_of, timed_only
+from edgekd.benchmarks.stats import ratio
 from edgekd.compression.compress import compress
 from edgekd.devices.host import HostDevice
 from edgekd.errors import EdgekdError
 from edgekd.exporting.parity import compare
-from edgekd.measurement import Measurement, Plan
+from edgekd.measurement import Block, Plan
 from edgekd.plugins import load_exporter
 from edgekd.programs.models import run_program
-from edgekd.protocols import Arrays
+from edgekd.protocols import Arrays, Side
 from edgekd.quiet import quiet
 from edgekd.store import hash_path, write_json
 from edgekd.types import Artifact, Card, Parity, Tolerance
@@ -45,7 +45,7 @@ RESULTS = Path(__file__).parent / "results" / "peers.json"
 PEER = "peer"
 PRECISIONS = ("fp32", "w8d8", "w8a8")  # of edgekd; the bar is about the last
 TARGETS = ("onnx", "tflite")
-PLAN = Plan(blocks=6, warmup_s=0.3, min_runs=50, min_s=0.7, max_s=5.0)
+PLAN = Plan(blocks=8, warmup_s=0.3, min_runs=30, min_s=0.7, max_s=5.0)
 OUTPUTS_ONLY = Plan(blocks=1, warmup_runs=0, warmup_s=0.0, min_runs=1, min_s=0.0)
 
 LATENCY_BAR, SIZE_BAR = 1.05, 1.03
@@ -60,7 +60,7 @@ class Row:
         side: ``peer``, or the precision of edgekd's file.
         session: ``edgekd`` with its session options, ``plain`` without.
         latency_ms: Median of the block medians; None where the runtime cannot load the file, which ``reason`` tells.
-        ratio, low, high: Latency as a multiple of the peer's in the same session, with the 95 % interval.
+        ratio, low, high: Latency as a multiple of the peer's in the same turns, with the 95 % interval.
         cosine, agreement: With the fp32 program; the share of held-out samples with the same largest output.
         blocks_ms: Median of each block.
     """
@@ -157,7 +157,7 @@ PEERS: Mapping[str, Callable[[Path, Path, Arrays], None]] = {"onnx": onnx_peer, 
 
 
 def measure(model: str, folder: Path, plan: Plan) -> list[Row]:
-    """Every file of one model in one interleaved session, then those of ONNX Runtime without session options."""
+    """Every file of one model in turns, then those of ONNX Runtime without session options."""
     with np.load(folder / "held_out.npz") as held_out, np.load(folder / "reference.npz") as reference:
         samples, wanted = dict(held_out), list(dict(reference).values())
     rows = []
@@ -175,16 +175,13 @@ def measure(model: str, folder: Path, plan: Plan) -> list[Row]:
                 continue
             quality[key] = compare(artifact.outputs, wanted, list(outputs.values()), Tolerance(None, 0, 0), "")
         runnable = {key: artifact for key, artifact in artifacts.items() if isinstance(quality[key], Parity)}
-        measured = dict(
-            zip(
-                runnable,
-                measure_many([(a, folder) for a in runnable.values()], "host", device, samples, None, None, plan),
-                strict=True,
-            )
-        )
+        sides = [Side(artifact, folder, timed_only(artifact, samples)) for artifact in runnable.values()]
+        rounds = [device.run_in_turns(sides, plan, seed) for seed in range(plan.blocks)]
+        measured = {key: [block for block, _ in blocks] for key, *blocks in zip(runnable, *rounds, strict=True)}
         for (target, side), artifact in artifacts.items():
             row = Row(model, target, side, session, artifact.size_bytes)
-            rows.append(_filled(row, quality[target, side], measured.get((target, side)), measured.get((target, PEER))))
+            own, peer = measured.get((target, side)), measured.get((target, PEER))
+            rows.append(_filled(row, quality[target, side], own, peer, plan))
     return rows
 
 
@@ -240,21 +237,28 @@ def _pair(first: float | None, second: float | None, digits: int) -> str:
     return " / ".join("-" if value is None else f"{value:.{digits}f}" for value in (first, second))
 
 
-def _filled(row: Row, quality: Parity | str, own: Measurement | None, peer: Measurement | None) -> Row:
+def _filled(
+    row: Row, quality: Parity | str, own: Sequence[Block] | None, peer: Sequence[Block] | None, plan: Plan
+) -> Row:
     if isinstance(quality, str) or own is None:
         return dataclasses.replace(row, reason=str(quality))
-    beside = latency_ratio(peer, own) if peer is not None else None
+    blocks_ms = _medians(own)
+    beside = ratio(_medians(peer), blocks_ms) if peer is not None else None
     return dataclasses.replace(
         row,
-        latency_ms=latency_ms(own),
+        latency_ms=float(np.median(blocks_ms)),
         ratio=beside.estimate if beside else None,
         low=beside.low if beside else None,
         high=beside.high if beside else None,
         cosine=quality.cosine,
         agreement=quality.agreement,
-        flags=own.flags,
-        blocks_ms=block_medians(own),
+        flags=tuple(flags_of(own, plan)),
+        blocks_ms=blocks_ms,
     )
+
+
+def _medians(blocks: Sequence[Block]) -> tuple[float, ...]:
+    return tuple(float(np.median(block.latency_ms)) for block in blocks)
 
 
 def _artifact(target: str, side: str, folder: Path) -> Artifact:
@@ -300,7 +304,9 @@ def main() -> int:
     parser.add_argument("models", nargs="*", metavar="model", help=f"of {', '.join(MODELS)}; all of them by default")
     parser.add_argument("--files", type=Path, help="keep the files in this folder, and take those that are there")
     parser.add_argument("--only", choices=("build", "measure", "show"), help="leave out the other half, or only print")
-    parser.add_argument("--blocks", type=int, default=PLAN.blocks, help="fresh processes for each file")
+    parser.add_argument(
+        "--blocks", type=int, default=PLAN.blocks, help="fresh processes for each file, all of them in turns"
+    )
     given = parser.parse_args()
     unknown = [name for name in given.models if name not in MODELS]
     if unknown:
