@@ -99,6 +99,17 @@ class Named(nn.Module):
         return input * weight + weight_0
 
 
+def test_a_program_that_holds_others_is_traced_at_another_batch() -> None:
+    def with_regions(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):  # as rotary positions of transformers have it
+            return x.float() * 2
+
+    program = export_program(Calls(with_regions).eval(), [torch.zeros(1, 3, 6, 6)])
+    x = torch.randn(3, 3, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(at_batch(program, 3).module()(x), program.module()(x))
+
+
 def test_names_of_inputs_stay() -> None:
     program = export_program(Named(), [torch.zeros(1, 2)] * 3)
     fixed = at_batch(program, 2)

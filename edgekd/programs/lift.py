@@ -37,8 +37,11 @@ def with_sizes(
     """A program with every open size bound to that of the inputs; nothing is run, the sizes are put in.
 
     Returns:
-        None where that is not enough: a size depends on values, or an output is a number.
+        None where that is not enough: a size depends on values, an output is a number, or the program holds another
+        (``torch.autocast`` within the model).
     """
+    if any(node.op == "get_attr" for node in program.graph.nodes):  # of a program, a weight is an input
+        return None
     numbers = {
         size.node.expr: actual
         for value, tensor in zip(input_values(program), inputs, strict=True)
