@@ -1,8 +1,8 @@
 """How long an export takes beside the bare converter of the same toolchain, and how much memory it needs.
 
 ``python -m edgekd.benchmarks.export_time`` prints the table and writes ``benchmarks/results/export_time.json``. Both
-sides start from the same module in a fresh process, turn about, and end with an fp32 file on disk; edgekd's proof comes
-after that and is not part of either. Toolchains are imported before the clock starts.
+sides start from the same module in a fresh process, turn about on one core, and end with an fp32 file on disk; edgekd's
+proof comes after that and is not part of either. Toolchains are imported before the clock starts.
 
 Two ratios: of the conversion, from a traced program to the file, which the bar is about; and of the whole, with the
 trace. edgekd traces once, with an open batch, for all targets and keeps that program; a bare converter traces for one
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -138,12 +139,15 @@ def one_export(model: str, target: str, side: str) -> dict[str, float]:
 
 
 def measure(models: tuple[str, ...], rounds: int) -> list[dict[str, Any]]:
-    """Every model and target, both sides in turn."""
+    """Every model and target, both sides in turn; on one core, since another may be a quarter slower at that moment."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     rows = []
     for model in models:
         for target in TARGETS:
             found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
             for turn in range(rounds):
+                if cores:
+                    os.sched_setaffinity(0, {cores[turn % len(cores)]})
                 for side in SIDES if turn % 2 else reversed(SIDES):
                     command = [sys.executable, "-m", __spec__.name, "--one", model, target, side]
                     done = subprocess.run(command, capture_output=True, text=True)
