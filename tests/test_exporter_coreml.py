@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -172,6 +173,13 @@ MODELS: dict[str, Callable[[], Student]] = {
     "norms": lambda: student_of(Norms(), torch.zeros(1, 4, 5, 6)),
     "mistranslated": lambda: student_of(Mistranslated(), torch.zeros(1, 4, 8), torch.zeros(1, 4, 8)),
 }
+
+
+@functools.cache
+def traced(model: str) -> Student:
+    return MODELS[model]()
+
+
 TOLERANCES: dict[Precision, float] = {"fp32": 1e-5, "fp16": 1e-2, "w8": 1e-5, "w8a8": 1e-5}
 WHOLE = [(model, precision) for model in ("mobile", "encoder") for precision in TOLERANCES]
 
@@ -187,7 +195,7 @@ WHOLE = [(model, precision) for model in ("mobile", "encoder") for precision in 
     ],
 )
 def test_a_package_computes_what_its_program_computes(model: str, precision: Precision, tmp_path: Path) -> None:
-    runner, student, samples = written(MODELS[model](), tmp_path / "model.mlpackage", precision)
+    runner, student, samples = written(traced(model), tmp_path / "model.mlpackage", precision)
     outputs, expected = run_all(runner, samples), run_program(student.program, samples)
     assert list(outputs) == [spec.name for spec in student.card.outputs]
     for name, wanted in expected.items():
@@ -359,6 +367,11 @@ class Recurrent(nn.Module):
         return y if self.lstm.batch_first else y.transpose(0, 1), h.transpose(0, 1), c.transpose(0, 1)
 
 
+@functools.cache
+def recurrent(*how: Any) -> Student:
+    return student_of(Recurrent(*how), torch.zeros(1, 10, 12))
+
+
 @pytest.mark.parametrize("system", ["iOS15", "iOS17"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize(
@@ -368,7 +381,7 @@ class Recurrent(nn.Module):
 def test_a_layer_of_an_lstm_is_one_operator(
     layers: int, bidirectional: bool, batch_first: bool, bias: bool, precision: Precision, system: str, tmp_path: Path
 ) -> None:
-    student = student_of(Recurrent(layers, bidirectional, batch_first, bias), torch.zeros(1, 20, 12))
+    student = recurrent(layers, bidirectional, batch_first, bias)
     samples = samples_of(student)
     path = tmp_path / "model.mlpackage"
     EXPORTER.write(student, path, precision, EXPORTER.options(minimum_deployment_target=system))

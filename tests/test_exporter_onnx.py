@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekd.compression.compress import compress
 from edgekd.errors import DataError, ExportError, ModelFileError, UsageError
 from edgekd.exporting.parity import compare, run_file
 from edgekd.programs.models import input_specs, output_specs, run_program
@@ -29,6 +29,7 @@ from edgekd.exporters import _onnx_activations as activations  # noqa: E402
 from edgekd.exporters import _onnx_weights as weights  # noqa: E402
 from edgekd.exporters.onnx import EXPORTER, session_options  # noqa: E402
 
+Written = Callable[[str, str], tuple[Student, Path]]
 PRECISIONS = ("fp32", "fp16", "w8", "w8d8", "w8a8", "w4")
 
 
@@ -50,21 +51,6 @@ class Residual(nn.Module):
         both = self.pool(torch.cat([left, torch.relu(self.right(left))], dim=1))
         features = nn.functional.hardswish(self.last(both)).mean((2, 3))
         return {"logits": self.head(features), "features": features}
-
-
-class Encoder(nn.Module):
-    """A one-layer transformer encoder over token ids and a mask."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(40, 16)
-        self.layer = nn.TransformerEncoderLayer(16, 2, 32, activation="gelu", batch_first=True)
-        self.head = nn.Linear(16, 3)
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        hidden = self.layer(self.tokens(ids), src_key_padding_mask=mask == 0)
-        weights = mask.unsqueeze(-1).to(hidden.dtype)
-        return self.head((hidden * weights).sum(1) / weights.sum(1))
 
 
 def student_of(module: nn.Module, *examples: Tensor) -> Student:
@@ -89,44 +75,11 @@ def residual() -> Student:
 
 
 @pytest.fixture(scope="module")
-def encoder() -> Student:
-    torch.manual_seed(2)
-    ids = torch.zeros(1, 6, dtype=torch.int32)
-    return student_of(Encoder(), ids, torch.ones_like(ids))
-
-
-def samples_of(student: Student, count: int = 24) -> dict[str, np.ndarray]:
-    generator = np.random.default_rng(0)
-    if student.card.inputs[0].dtype == "int32":
-        lengths = generator.integers(2, 7, (count, 1))
-        mask = (np.arange(6) < lengths).astype(np.int32)
-        return {"ids": generator.integers(0, 40, (count, 6)).astype(np.int32), "mask": mask}
-    (spec,) = student.card.inputs
-    return {spec.name: generator.standard_normal((count, *spec.shape[1:]), dtype=np.float32)}
-
-
-Written = tuple[Student, Path]
-
-
-@pytest.fixture(scope="module")
 def written(
-    convnet_student: Student, residual: Student, encoder: Student, tmp_path_factory: pytest.TempPathFactory
-) -> Any:
-    """Write each net in each precision once: ``written(net, precision)`` is the program and its file."""
-    nets = {"convnet": convnet_student, "residual": residual, "encoder": encoder}
-    folder, done = tmp_path_factory.mktemp("onnx"), {}
-
-    def write(net: str, precision: Precision) -> Written:
-        if (net, precision) not in done:
-            portable = precision in ("w8", "w8a8")
-            student = nets[net]
-            student = compress(student, precision, samples_of(student)) if portable else student
-            path = folder / f"{net}_{precision}.onnx"
-            EXPORTER.write(student, path, precision)
-            done[net, precision] = student, path
-        return done[net, precision]
-
-    return write
+    convnet_student: Student, residual: Student, encoder_student: Student, writer: Callable[..., Written]
+) -> Written:
+    """``written(net, precision)`` is the program and its file."""
+    return writer(EXPORTER, {"convnet": convnet_student, "residual": residual, "encoder": encoder_student})
 
 
 def operators(path: Path) -> Counter[str]:
@@ -146,9 +99,11 @@ def fused_operators(path: Path, tmp_path: Path) -> Counter[str]:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("net", ["convnet", "residual", "encoder"])
-def test_file_computes_what_its_program_computes(net: str, precision: Precision, written: Any) -> None:
+def test_file_computes_what_its_program_computes(
+    net: str, precision: Precision, written: Written, inputs_of: Callable[[Student, int], dict[str, np.ndarray]]
+) -> None:
     student, path = written(net, precision)
-    samples = samples_of(student, 40)
+    samples = inputs_of(student, 40)
     runner = EXPORTER.load(path)
     assert runner.runtime == f"ONNX Runtime {onnxruntime.__version__}"
     for found, wanted in ((runner.inputs, student.card.inputs), (runner.outputs, student.card.outputs)):
@@ -170,11 +125,11 @@ def test_file_computes_what_its_program_computes(net: str, precision: Precision,
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("net", ["convnet", "residual", "encoder"])
-def test_file_follows_the_standard(net: str, precision: Precision, written: Any) -> None:
+def test_file_follows_the_standard(net: str, precision: Precision, written: Written) -> None:
     onnx.checker.check_model(onnx.load(written(net, precision)[1]), full_check=True)
 
 
-def test_file_tells_an_app_what_it_needs_and_nothing_of_where_it_was_made(written: Any) -> None:
+def test_file_tells_an_app_what_it_needs_and_nothing_of_where_it_was_made(written: Written) -> None:
     _, path = written("residual", "w8a8")
     model = onnx.load(path)
     facts = {entry.key: entry.value for entry in model.metadata_props}
@@ -187,13 +142,13 @@ def test_file_tells_an_app_what_it_needs_and_nothing_of_where_it_was_made(writte
     assert str(Path(torch.__file__).parent).encode() not in path.read_bytes()
 
 
-def test_fp16_holds_its_weights_in_half_and_speaks_float(written: Any) -> None:
+def test_fp16_holds_its_weights_in_half_and_speaks_float(written: Written) -> None:
     _, path = written("encoder", "fp16")
     kinds = {t.data_type for t in onnx.load(path).graph.initializer if len(t.dims) == 2}
     assert kinds == {onnx.TensorProto.FLOAT16}
 
 
-def test_w8_computes_in_float_from_int8_weights(written: Any, tmp_path: Path) -> None:
+def test_w8_computes_in_float_from_int8_weights(written: Written, tmp_path: Path) -> None:
     for net, count in (("residual", 5), ("encoder", 6)):
         _, path = written(net, "w8")
         integers = [t for t in onnx.load(path).graph.initializer if t.data_type == onnx.TensorProto.INT8]
@@ -205,7 +160,7 @@ def test_w8_computes_in_float_from_int8_weights(written: Any, tmp_path: Path) ->
             assert not {"Cast", "Mul"} & set(fused)
 
 
-def test_w8_gathers_rows_before_it_makes_them_float(written: Any) -> None:
+def test_w8_gathers_rows_before_it_makes_them_float(written: Written) -> None:
     model = onnx.load(written("encoder", "w8")[1])
     tables = {t.name: t for t in model.graph.initializer}
     gathers = [node for node in model.graph.node if node.op_type == "Gather" and node.input[0] in tables]
@@ -214,14 +169,14 @@ def test_w8_gathers_rows_before_it_makes_them_float(written: Any) -> None:
     assert shapes[40, 1] == onnx.TensorProto.FLOAT
 
 
-def test_w8d8_quantizes_matrix_products_and_embeddings(written: Any) -> None:
+def test_w8d8_quantizes_matrix_products_and_embeddings(written: Written) -> None:
     found = operators(written("encoder", "w8d8")[1])
     assert found["MatMulInteger"] == 5
     state = onnx.load(written("encoder", "w8d8")[1]).graph.initializer
     assert not [t for t in state if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 2 and min(t.dims) > 1]
 
 
-def test_w4_holds_matrix_products_and_embeddings_in_blocks_of_4_bits(written: Any) -> None:
+def test_w4_holds_matrix_products_and_embeddings_in_blocks_of_4_bits(written: Written) -> None:
     path = written("encoder", "w4")[1]
     found = operators(path)
     assert (found["MatMulNBits"], found["GatherBlockQuantized"]) == (5, 1)
@@ -256,7 +211,7 @@ def test_w8d8_of_a_model_without_matrix_products_is_refused(tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
-def test_w8a8_runs_in_integers_from_end_to_end(written: Any, tmp_path: Path) -> None:
+def test_w8a8_runs_in_integers_from_end_to_end(written: Written, tmp_path: Path) -> None:
     _, path = written("convnet", "w8a8")
     model = onnx.load(path)
     assert not {"Clip", "Relu"} & set(operators(path))
@@ -270,7 +225,7 @@ def test_w8a8_runs_in_integers_from_end_to_end(written: Any, tmp_path: Path) -> 
     assert not {"Conv", "Gemm", "MatMul"} & set(fused)
 
 
-def test_w8a8_leaves_padding_to_the_convolution(written: Any, tmp_path: Path) -> None:
+def test_w8a8_leaves_padding_to_the_convolution(written: Written, tmp_path: Path) -> None:
     _, path = written("residual", "w8a8")
     model = onnx.load(path)
     assert "Pad" not in operators(path)
@@ -426,7 +381,7 @@ def test_same_program_gives_the_same_bytes_in_another_process_and_nothing_is_sai
 # Refusals
 
 
-def test_a_program_of_another_precision_is_refused(written: Any, tmp_path: Path) -> None:
+def test_a_program_of_another_precision_is_refused(written: Written, tmp_path: Path) -> None:
     student, _ = written("convnet", "w8")
     with pytest.raises(UsageError, match="onnx fp16 is written from a program in fp32; this is w8"):
         EXPORTER.write(student, tmp_path / "model.onnx", "fp16")
@@ -449,7 +404,7 @@ def test_more_than_a_file_can_hold_is_refused_at_once(
         EXPORTER.write(convnet_student, tmp_path / "model.onnx", "fp32")
 
 
-def test_damaged_and_foreign_files_are_refused(written: Any, tmp_path: Path) -> None:
+def test_damaged_and_foreign_files_are_refused(written: Written, tmp_path: Path) -> None:
     content = written("convnet", "fp32")[1].read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"not a model"):
         (tmp_path / "model.onnx").write_bytes(damaged)
@@ -459,7 +414,7 @@ def test_damaged_and_foreign_files_are_refused(written: Any, tmp_path: Path) -> 
         EXPORTER.load(tmp_path / "nothing.onnx")
 
 
-def test_inputs_that_cannot_be_run_are_refused_in_one_line(written: Any) -> None:
+def test_inputs_that_cannot_be_run_are_refused_in_one_line(written: Written) -> None:
     runner = EXPORTER.load(written("encoder", "fp32")[1])
     ids = np.full((1, 6), 4000, np.int32)
     with pytest.raises(DataError, match="ONNX Runtime cannot run these inputs") as caught:
@@ -467,7 +422,7 @@ def test_inputs_that_cannot_be_run_are_refused_in_one_line(written: Any) -> None
     assert "\n" not in str(caught.value)
 
 
-def test_integers_are_cast_to_those_of_the_file(written: Any) -> None:
+def test_integers_are_cast_to_those_of_the_file(written: Written) -> None:
     runner = EXPORTER.load(written("encoder", "fp32")[1])
     ids = np.arange(6)[None]
     found = runner({"ids": ids.astype(np.int64), "mask": np.ones((1, 6), bool)})

@@ -1,5 +1,7 @@
 """What a file holds in float and what its converter added, in real files of every target."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,9 @@ from edgekd.contents import Contents
 from edgekd.exporting.lint import claimed_bits, lint
 from edgekd.programs.models import input_specs, output_specs
 from edgekd.programs.tracing import export_program
-from edgekd.types import Card, Finding, Student
+from edgekd.types import Card, Finding, Precision, Student
+
+Compressed = Callable[..., Student]
 
 TARGETS = ("coreml", "onnx", "tflite")
 
@@ -38,12 +42,27 @@ def student() -> Student:
     return Student(program, Card("leftovers", input_specs(program), output_specs(program)))
 
 
-def contents_of(student: Student, target: str, precision: str, folder: Path) -> tuple[Contents, Student]:
+@pytest.fixture(scope="module")
+def compressed(student: Student, convnet_student: Student) -> Compressed:
+    """``compressed(net, precision)``: once for all targets."""
+    nets = {"leftovers": student, "convnet": convnet_student}
+
+    @functools.cache
+    def compressed(net: str, precision: Precision) -> Student:
+        (spec,) = nets[net].card.inputs
+        noise = np.random.default_rng(0).normal(size=(16, *spec.shape[1:])).astype(np.float32)
+        return compress(nets[net], precision, {spec.name: noise})
+
+    return compressed
+
+
+def contents_of(
+    compressed: Compressed, target: str, precision: Precision, folder: Path, net: str = "leftovers"
+) -> tuple[Contents, Student]:
     exporter = plugins.load_exporter(target)
     if plugins.missing(exporter.requires):
         pytest.skip(f"{target} is not installed")
-    samples = {student.card.inputs[0].name: np.random.default_rng(0).normal(size=(16, 3, 12, 12)).astype(np.float32)}
-    student = compress(student, exporter.precisions[precision].source, samples)
+    student = compressed(net, exporter.precisions[precision].source)
     path = folder / f"model{exporter.suffix}"
     exporter.write(student, path, precision, exporter.options())
     return exporter.contents(path), student
@@ -54,8 +73,10 @@ def by_kind(findings: tuple[Finding, ...]) -> dict[str, Finding]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_an_fp32_file_that_claims_int8_has_every_weight_named(target: str, student: Student, tmp_path: Path) -> None:
-    contents, _ = contents_of(student, target, "fp32", tmp_path)
+def test_an_fp32_file_that_claims_int8_has_every_weight_named(
+    target: str, compressed: Compressed, tmp_path: Path
+) -> None:
+    contents, _ = contents_of(compressed, target, "fp32", tmp_path)
     found = by_kind(lint(contents, "w8"))["float_weight"]
 
     sizes = [16 * 16 * 9, 16 * 80]  # the first convolution has 432 numbers: too few to speak of
@@ -65,8 +86,8 @@ def test_an_fp32_file_that_claims_int8_has_every_weight_named(target: str, stude
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_w8_file_has_no_weight_left_in_float(target: str, student: Student, tmp_path: Path) -> None:
-    contents, source = contents_of(student, target, "w8", tmp_path)
+def test_a_w8_file_has_no_weight_left_in_float(target: str, compressed: Compressed, tmp_path: Path) -> None:
+    contents, source = contents_of(compressed, target, "w8", tmp_path)
 
     assert "float_weight" not in by_kind(lint(contents, "w8", source.program))
     assert sorted(w.size_bytes for w in contents.weights if w.dtype == "int8" and w.elements > 400) == [432, 1280, 2304]
@@ -74,9 +95,9 @@ def test_a_w8_file_has_no_weight_left_in_float(target: str, student: Student, tm
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_what_stays_float_between_integer_layers_is_named_with_what_it_moves(
-    target: str, student: Student, tmp_path: Path
+    target: str, compressed: Compressed, tmp_path: Path
 ) -> None:
-    contents, source = contents_of(student, target, "w8a8", tmp_path)
+    contents, source = contents_of(compressed, target, "w8a8", tmp_path)
     found = by_kind(lint(contents, "w8a8", source.program))["quantization"]
 
     assert found.count >= 2
@@ -85,17 +106,11 @@ def test_what_stays_float_between_integer_layers_is_named_with_what_it_moves(
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_fully_quantized_file_has_nothing_to_say_of_quantization(
-    target: str, convnet_student: Student, tmp_path: Path
+    target: str, compressed: Compressed, tmp_path: Path
 ) -> None:
-    exporter = plugins.load_exporter(target)
-    if plugins.missing(exporter.requires):
-        pytest.skip(f"{target} is not installed")
-    samples = {convnet_student.card.inputs[0].name: np.random.default_rng(0).normal(size=(16, 1, 12, 12))}
-    student = compress(convnet_student, "w8a8", {k: v.astype(np.float32) for k, v in samples.items()})
-    path = tmp_path / f"model{exporter.suffix}"
-    exporter.write(student, path, "w8a8", exporter.options())
+    contents, source = contents_of(compressed, target, "w8a8", tmp_path, "convnet")
 
-    assert set(by_kind(lint(exporter.contents(path), "w8a8", student.program))) <= {"transpose"}
+    assert set(by_kind(lint(contents, "w8a8", source.program))) <= {"transpose"}
 
 
 def test_the_word_for_a_precision_says_how_many_bits_a_weight_has() -> None:

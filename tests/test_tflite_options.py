@@ -1,5 +1,7 @@
 """What TFLite alone can be told, and int16 activations: files in LiteRT against their programs."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,41 +60,58 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / np.sqrt((a @ a) * (b @ b)))
 
 
-def exported(student: Student, precision: Precision, folder: Path, **options: Any) -> Path:
-    compressed = compress(student, EXPORTER.precisions[precision].source, IMAGES)
-    artifact = export_student(
-        compressed, {}, "tflite", precision, folder, Proof(IMAGES), options=TFLiteOptions(**options)
-    )
-    assert artifact.parity.status == "passed"
-    return folder / artifact.path
+@pytest.fixture(scope="module")
+def compressed(student: Student) -> Callable[[Precision], Student]:
+    """The program of a precision, made once."""
+    return functools.cache(lambda precision: compress(student, EXPORTER.precisions[precision].source, IMAGES))
 
 
-def test_int16_activations_lose_less_than_int8_ones(student: Student, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def exported(
+    compressed: Callable[[Precision], Student], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """``exported(precision, **options)`` is a proven file; it is written once for all who ask for the same."""
+
+    @functools.cache
+    def exported(precision: Precision, **options: Any) -> Path:
+        folder = tmp_path_factory.mktemp("a") / precision
+        proof, told = Proof(IMAGES), TFLiteOptions(**options)
+        artifact = export_student(compressed(precision), {}, "tflite", precision, folder, proof, options=told)
+        assert artifact.parity.status == "passed"
+        return folder / artifact.path
+
+    return exported
+
+
+def test_int16_activations_lose_less_than_int8_ones(
+    student: Student, compressed: Callable[[Precision], Student], exported: Callable[..., Path]
+) -> None:
     (wanted,) = run_program(student.program, IMAGES).values()
     errors = {}
     for precision in ("w8a8", "w8a16"):
-        path = exported(student, precision, tmp_path / precision)
-        (found,) = run_file(EXPORTER.load(path), IMAGES)
+        (found,) = run_file(EXPORTER.load(exported(precision)), IMAGES)
         errors[precision] = np.abs(found - wanted).max() / np.abs(wanted).max()
-        (own,) = run_program(compress(student, precision, IMAGES).program, IMAGES).values()
+        (own,) = run_program(compressed(precision).program, IMAGES).values()
         assert cosine(found, own) > (0.999999 if precision == "w8a16" else 0.999)
     assert errors["w8a16"] < errors["w8a8"] / 2
-    operators = EXPORTER.contents(tmp_path / "w8a16" / "model.tflite").operators
+    operators = EXPORTER.contents(exported("w8a16")).operators
     assert {fact.type for fact in operators if fact.type in ("CONV_2D", "GELU")} == {"CONV_2D", "GELU"}
 
 
-def test_int16_programs_and_files_are_not_taken_for_int8_ones(student: Student, tmp_path: Path) -> None:
+def test_int16_programs_and_files_are_not_taken_for_int8_ones(
+    compressed: Callable[[Precision], Student], tmp_path: Path
+) -> None:
     for has, asked in (("w8a8", "w8a16"), ("w8a16", "w8a8")):
         with pytest.raises(ExportError, match=f"'net' is {has}"):
-            EXPORTER.write(compress(student, has, IMAGES), tmp_path / "a.tflite", asked)
+            EXPORTER.write(compressed(has), tmp_path / "a.tflite", asked)
 
 
 @pytest.mark.parametrize(("precision", "kind"), [("w8a8", "int8"), ("w8a16", "int16")])
 def test_integer_inputs_and_outputs_are_those_of_the_float_file(
-    precision: Precision, kind: str, student: Student, tmp_path: Path
+    precision: Precision, kind: str, exported: Callable[..., Path]
 ) -> None:
-    floats = EXPORTER.load(exported(student, precision, tmp_path / "float"))
-    path = exported(student, precision, tmp_path / kind, inference_input_type=kind, inference_output_type=kind)
+    floats = EXPORTER.load(exported(precision))
+    path = exported(precision, inference_input_type=kind, inference_output_type=kind)
     integers = EXPORTER.load(path)
     assert [spec.dtype for spec in (*integers.inputs, *integers.outputs)] == [kind, kind]
     assert not {"QUANTIZE"} & {fact.type for fact in EXPORTER.contents(path).operators[:1]}
@@ -106,20 +125,20 @@ def test_integer_inputs_and_outputs_are_those_of_the_float_file(
         np.testing.assert_allclose((found.astype(np.float32) - origin) * step, wanted, atol=1.01 * step)
 
 
-def test_edges_that_are_not_quantized_so_are_refused(student: Student, tmp_path: Path) -> None:
+def test_edges_that_are_not_quantized_so_are_refused(exported: Callable[..., Path]) -> None:
     for precision, options, message in (
         ("fp32", {"inference_input_type": "int8"}, "input 'image' is not only quantized"),
         ("w8a8", {"inference_input_type": "int16"}, "input 'image' is quantized to int8"),
         ("fp32", {"inference_output_type": "int8"}, "output '.*' is computed in float"),
     ):
         with pytest.raises(UsageError, match=message):
-            exported(student, precision, tmp_path / "a", **options)
+            exported(precision, **options)
 
 
-def test_an_app_calls_the_signature_by_its_name(student: Student, tmp_path: Path) -> None:
+def test_an_app_calls_the_signature_by_its_name(student: Student, exported: Callable[..., Path]) -> None:
     from ai_edge_litert.interpreter import Interpreter
 
-    path = exported(student, "fp32", tmp_path / "a", signature="classify")
+    path = exported("fp32", signature="classify")
     interpreter = Interpreter(str(path), num_threads=1)
     assert list(interpreter.get_signature_list()) == ["classify"]
     found = interpreter.get_signature_runner("classify")(image=IMAGES["image"][:1])
@@ -129,10 +148,8 @@ def test_an_app_calls_the_signature_by_its_name(student: Student, tmp_path: Path
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "w8", "w8d8", "w8a8", "w8a16"])
-def test_one_file_takes_several_batches(precision: Precision, student: Student, tmp_path: Path) -> None:
-    path = exported(student, precision, tmp_path / "many", batch="1..8")
-    one = EXPORTER.load(exported(student, precision, tmp_path / "one"))
-    many = EXPORTER.load(path)
+def test_one_file_takes_several_batches(precision: Precision, exported: Callable[..., Path]) -> None:
+    one, many = EXPORTER.load(exported(precision)), EXPORTER.load(exported(precision, batch="1..8"))
     assert [spec.shape[0] for spec in (*many.inputs, *many.outputs)] == [-1, -1]
     assert many.batch_sizes == (1, 5, 8)
     (wanted,) = run_file(one, IMAGES)
@@ -186,10 +203,10 @@ def test_a_batch_that_the_model_computes_with_is_refused(tmp_path: Path) -> None
         EXPORTER.write(student, tmp_path / "a.tflite", "fp32", TFLiteOptions(batch="1..4"))
 
 
-def test_w4a8_holds_its_weights_in_4_bits_where_that_costs_no_time(student: Student, tmp_path: Path) -> None:
+def test_w4a8_holds_its_weights_in_4_bits_where_that_costs_no_time(exported: Callable[..., Path]) -> None:
     found = {}
     for convolutions in (False, True):
-        path = exported(student, "w4a8", tmp_path / str(convolutions), int4_convolutions=convolutions)
+        path = exported("w4a8", int4_convolutions=convolutions)
         weights = EXPORTER.contents(path).weights
         kinds = {weight.reader: weight.dtype for weight in weights if weight.dtype in ("int4", "int8")}
         convolved = "int4" if convolutions else "int8"
