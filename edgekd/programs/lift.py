@@ -2,13 +2,13 @@
 
 ``torch.export`` runs a module operator by operator through its tracer, which takes as long as half a conversion to Core
 ML. A graph of operators with every size known needs no tracer: each operator is run once on fake tensors, what is a
-number becomes a constant, and weights become inputs, as an ``ExportedProgram`` has them. Where nothing
-but sizes changes, not even that is needed.
+number becomes a constant, and weights become inputs, as an ``ExportedProgram`` has them. Where nothing but sizes
+changes, not even that is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,22 +72,11 @@ def with_sizes(
                 continue
             made = copies[node] = graph.node_copy(node, lambda one: copies[one])
             made.name = node.name  # a graph takes no name that Python has for a function, but keeps one
-            made.meta = {key: entry for key, entry in node.meta.items() if key == "nn_module_stack"} | {"val": value}
-    results = _flat(program)
-    if not all(isinstance(copies.get(result), Node) for result in results):
+            made.meta = _meta(node, value)
+    if _end(graph, program, copies) is None:
         return None
-    graph.output(tuple(copies[result] for result in results))
-    return ExportedProgram(
-        root=nn.Module(),
-        graph=graph,
-        graph_signature=program.graph_signature,
-        state_dict=program.state_dict,
-        range_constraints={},
-        module_call_graph=program.module_call_graph[:1],
-        example_inputs=example_inputs,
-        constants=program.constants,
-        verifiers=[program.verifier],
-    )
+    signature, state, constants = program.graph_signature, program.state_dict, program.constants
+    return _like(program, graph, signature, example_inputs, state, constants)
 
 
 def lifted(
@@ -142,22 +131,12 @@ def lifted(
         for node in module.graph.nodes:
             if node.op == "call_function":
                 known[node] = _computed(graph, node, known)
-    results = _flat(module)
-    if not all(isinstance(known.get(result), Node) for result in results):
+    results = _end(graph, module, known)
+    if results is None:
         return None
-    graph.output(tuple(known[result] for result in results))
-    given = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(known[result].name), None) for result in results]
-    made = ExportedProgram(
-        root=nn.Module(),
-        graph=graph,
-        graph_signature=ExportGraphSignature([*weights, *taken], given),
-        state_dict=state,
-        range_constraints={},
-        module_call_graph=program.module_call_graph[:1],
-        example_inputs=example_inputs,
-        constants={},
-        verifiers=[program.verifier],
-    )
+    given = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(result.name), None) for result in results]
+    signature = ExportGraphSignature([*weights, *taken], given)
+    made = _like(program, graph, signature, example_inputs, state, {})
     entries = [node for node in made.graph.nodes if node.op == "placeholder"][len(weights) :]
     for node, name, spec in zip(entries, program.graph_signature.user_inputs, taken, strict=True):
         # A graph takes no name that Python has for a function (``input``); one that is made already does.
@@ -201,10 +180,43 @@ def _computed(graph: Graph, node: Node, known: dict[Node, Any]) -> Any:
     if isinstance(value, int | float | bool):
         return value
     made = graph.create_node("call_function", node.target, args, kwargs, node.name)
-    made.meta = {key: entry for key, entry in node.meta.items() if key == "nn_module_stack"} | {"val": value}
+    made.meta = _meta(node, value)
     return made
 
 
-def _flat(module: GraphModule | ExportedProgram) -> list[Any]:
+def _meta(node: Node, value: Any) -> dict[str, Any]:
+    """Of a node's copy."""
+    return {key: entry for key, entry in node.meta.items() if key == "nn_module_stack"} | {"val": value}
+
+
+def _end(graph: Graph, module: GraphModule | ExportedProgram, copies: Mapping[Node, Any]) -> list[Node] | None:
+    """Return from a graph what the module returns: its nodes, or None where one of them has become a number."""
     (output,) = (node for node in module.graph.nodes if node.op == "output")
-    return pytree.tree_leaves(output.args[0])
+    results = [copies.get(result) for result in pytree.tree_leaves(output.args[0])]
+    nodes = [result for result in results if isinstance(result, Node)]
+    if len(nodes) != len(results):
+        return None
+    graph.output(tuple(nodes))
+    return nodes
+
+
+def _like(
+    program: ExportedProgram,
+    graph: Graph,
+    signature: ExportGraphSignature,
+    example_inputs: tuple[tuple[Any, ...], dict[str, Any]],
+    state_dict: dict[str, Any],
+    constants: dict[str, Any],
+) -> ExportedProgram:
+    """A program of another graph with every size known, called as the first is."""
+    return ExportedProgram(
+        root=nn.Module(),
+        graph=graph,
+        graph_signature=signature,
+        state_dict=state_dict,
+        range_constraints={},
+        module_call_graph=program.module_call_graph[:1],
+        example_inputs=example_inputs,
+        constants=constants,
+        verifiers=[program.verifier],
+    )
