@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import html as markup
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
-from string import Template
 
 from edgekd.reporting.ledger import UNKNOWN, format_bytes, format_latency
 
 from .changes import Change, changes
 from .charts import over_releases
 from .history import Entry
+from .page import figure, page, section
 from .stats import first_token_ms
 
 __all__ = ["Series", "html", "lines", "series_of"]
@@ -129,16 +127,8 @@ def html(entries: Sequence[Entry]) -> str:
                     series.target,
                     [change.index for change in series.changes(metric)],
                 )
-                figures.append(f"<figure><figcaption>{metric}</figcaption>{svg}</figure>")
-        sections.append(f'<h2>{markup.escape(series.name)}</h2><div class="pictures">{"".join(figures)}</div>')
-        verdicts += [f"<li>{markup.escape(f'{series.name}: {sentence}')}</li>" for sentence in _sentences(series)]
-    if not verdicts:
-        verdicts = ["<li>No level has changed, as far as these measurements can tell.</li>"]
-    template = Template((files("edgekd.benchmarks") / "report.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        title="History",
-        subtitle=f"edgekd, {len(entries)} measurements",
-        verdicts=f'<ul class="verdicts">{"".join(verdicts)}</ul>',
-        figures="",
-        sections="\n".join(sections),
-    )
+                figures.append(figure(svg, metric))
+        sections.append(section(series.name, f'<div class="pictures">{"".join(figures)}</div>'))
+        verdicts += [f"{series.name}: {sentence}" for sentence in _sentences(series)]
+    verdicts = verdicts or ["No level has changed, as far as these measurements can tell."]
+    return page("History", f"edgekd, {len(entries)} measurements", verdicts, sections)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import html as markup
-from collections.abc import Callable, Iterable, Sequence
-from importlib.resources import files
-from string import Template
+from collections.abc import Callable, Sequence
 
 from edgekd.measurement import Measurement
 from edgekd.reporting.ledger import (
@@ -24,6 +21,7 @@ from edgekd.reporting.ledger import (
 )
 
 from . import charts, stats
+from .page import Markup, escaped, figure, listed, page, section, table
 from .session import FLAGS
 
 __all__ = ["html"]
@@ -37,12 +35,6 @@ SYMBOLS = {
 }
 
 PARITY_WORDS = {"passed": "passed", "failed": "failed", "not_run": "not run"}
-
-
-class Markup(str):
-    """Text that is HTML already; all other text is escaped on its way into the page."""
-
-    __slots__ = ()
 
 
 def html(ledger: Ledger, measurements: Sequence[Measurement]) -> str:
@@ -67,14 +59,7 @@ def html(ledger: Ledger, measurements: Sequence[Measurement]) -> str:
         _lineage(ledger),
         _environment(ledger, measurements),
     ]
-    template = Template((files("edgekd.benchmarks") / "report.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        title=_text(ledger.name),
-        subtitle=_text(f"edgekd, {ledger.created}"),
-        verdicts=_list((_text(sentence) for sentence in ledger.sentences), "verdicts"),
-        figures=_figures(ledger),
-        sections="\n".join(section for section in sections if section),
-    )
+    return page(ledger.name, f"edgekd, {ledger.created}", ledger.sentences, sections, _figures(ledger))
 
 
 def _figures(ledger: Ledger) -> str:
@@ -82,9 +67,7 @@ def _figures(ledger: Ledger) -> str:
     rows, gain = ledger.rows, ledger.gain
     teacher = next((row for row in rows if row.stage == "teacher"), None)
     student = next((row for row in rows if row.is_shipped), None)
-    artifacts = [
-        row for row in rows if row.stage == "artifact" and row.parity != "failed"
-    ]  # no praise for a wrong file
+    artifacts = [row for row in rows if row.stage == "artifact" and row.parity != "failed"]  # a wrong file is no praise
     cells: list[tuple[str, str, str]] = []
     if student and student.accuracy is not None:
         beside = f"teacher {format_share(teacher.accuracy)} %" if teacher and teacher.accuracy is not None else ""
@@ -111,26 +94,28 @@ def _figures(ledger: Ledger) -> str:
         cells.append((speed, "fastest file, median", beside))
     if not cells:
         return ""
-    inner = "".join(f"<div><span>{_text(b)}</span><b>{_text(a)}</b><span>{_text(c)}</span></div>" for a, b, c in cells)
+    inner = "".join(
+        f"<div><span>{escaped(b)}</span><b>{escaped(a)}</b><span>{escaped(c)}</span></div>" for a, b, c in cells
+    )
     return f'<div class="figures">{inner}</div>'
 
 
 def _picture(ledger: Ledger) -> str:
     """Accuracy against size, and against latency on each device by itself."""
-    figures = [_figure(charts.accuracy_against(ledger.rows, "size"), "Accuracy and size")]
+    figures = [figure(charts.accuracy_against(ledger.rows, "size"), "Accuracy and size")]
     for device in dict.fromkeys(row.latency_device for row in ledger.rows if row.latency_ms is not None):
         rows = [row for row in ledger.rows if row.latency_device == device]
-        figures.append(_figure(charts.accuracy_against(rows, "latency"), f"Accuracy and latency on {device}"))
+        figures.append(figure(charts.accuracy_against(rows, "latency"), f"Accuracy and latency on {device}"))
     if not any(figures):
         return ""
     shown = [row for row in ledger.rows if row.accuracy is not None]
     kinds = [kind for kind in charts.KINDS if any(charts.kind_of(row) == kind for row in shown)]
     precisions = [name for name in charts.SHAPES if any((row.precision or "fp32") == name for row in shown)]
-    legend = [f"{_symbol('circle', f'var(--{kind})', 'currentColor')}{_text(kind)}" for kind in kinds]
-    legend += [f"{_symbol(charts.SHAPES[name], 'none', 'var(--quiet)')}{_text(name)}" for name in precisions]
-    return _section(
+    legend = [f"{_symbol('circle', f'var(--{kind})', 'currentColor')}{escaped(kind)}" for kind in kinds]
+    legend += [f"{_symbol(charts.SHAPES[name], 'none', 'var(--quiet)')}{escaped(name)}" for name in precisions]
+    return section(
         "The picture",
-        f'<div class="pictures">{"".join(figures)}</div>{_list(legend, "legend")}',
+        f'<div class="pictures">{"".join(figures)}</div>{listed(legend, "legend")}',
         "Up and to the left is better. Colour is the stage or the target, shape the precision. Files in the same place are drawn one inside the other.",
     )
 
@@ -141,52 +126,43 @@ def _symbol(shape: str, fill: str, stroke: str) -> str:
 
 
 def _rows(ledger: Ledger) -> str:
-    if not ledger.rows:
+    rows = ledger.rows
+    if not rows:
         return ""
-    body = []
-    header, kinds = file_column(ledger.rows)
-    language = any(row.perplexity is not None for row in ledger.rows)
-    embeds = any(row.cosine is not None for row in ledger.rows)
-    answers = any(row.tokens_per_second is not None for row in ledger.rows)
-    for row, file in zip(ledger.rows, kinds, strict=True):
-        note = f"<small>{_text(row.note)}</small>" if row.note else ""
-        status = (
-            Markup(f'<span class="{row.parity}">{PARITY_WORDS[row.parity]}</span>')
-            if row.parity in PARITY_WORDS
-            else ""
-        )
-        body.append(
-            [
-                Markup(f"{_text(label(row))}{note}"),
-                file,
-                format_share(row.accuracy),
-                format_share(row.teacher_agreement),
-                *([format_perplexity(row.perplexity)] if language else []),
-                *([format_number(row.cosine), format_share(row.neighbours)] if embeds else []),
-                *([format_share(row.same_label)] if embeds else []),
-                format_number(row.kl),
-                format_number(row.ece),
-                format_bytes(row.size_bytes),
-                format_count(row.parameters),
-                format_count(row.macs),
-                *(
-                    [format_latency(row.first_token_ms), format_latency(row.tokens_per_second)]
-                    if answers
-                    else [format_latency(row.latency_ms)]
-                ),
-                status,
-            ]
-        )
-    headers = ["", header, "accuracy %", "agreement %", *(["perplexity"] if language else [])]
-    headers += [*(["cosine", "neighbours %", "same label %"] if embeds else []), "KL", "ECE"]
-    headers += ["size", "parameters", "MACs", *(["first token ms", "tokens/s"] if answers else ["p50 ms"]), "parity"]
-    return _section(
+    header, kinds = file_column(rows)
+    columns: dict[str, list[str]] = {
+        "": [
+            Markup(f"{escaped(label(row))}{f'<small>{escaped(row.note)}</small>' if row.note else ''}") for row in rows
+        ],
+        header: list(kinds),
+        "accuracy %": [format_share(row.accuracy) for row in rows],
+        "agreement %": [format_share(row.teacher_agreement) for row in rows],
+        "perplexity": [format_perplexity(row.perplexity) for row in rows],
+        "cosine": [format_number(row.cosine) for row in rows],
+        "neighbours %": [format_share(row.neighbours) for row in rows],
+        "same label %": [format_share(row.same_label) for row in rows],
+        "KL": [format_number(row.kl) for row in rows],
+        "ECE": [format_number(row.ece) for row in rows],
+        "size": [format_bytes(row.size_bytes) for row in rows],
+        "parameters": [format_count(row.parameters) for row in rows],
+        "MACs": [format_count(row.macs) for row in rows],
+        "p50 ms": [UNKNOWN if row.tokens_per_second else format_latency(row.latency_ms) for row in rows],
+        "first token ms": [format_latency(row.first_token_ms) for row in rows],
+        "tokens/s": [format_latency(row.tokens_per_second) for row in rows],
+        "parity": [_parity_mark(row.parity) for row in rows],
+    }
+    body = list(zip(*columns.values(), strict=True))
+    return section(
         "From the teacher to the device",
-        _table(headers, body, numeric=range(2, len(headers) - 1)),
+        table(list(columns), body, numeric=range(2, len(columns) - 1)),
         "Agreement: share of samples with the teacher's top class. KL: divergence from the teacher, nats. "
         "ECE: expected calibration error. Neighbours: of the teacher's 10 nearest, the share among its own 10; same label: "
         "share of samples whose nearest neighbour has their label. A dash is a value that was not measured.",
     )
+
+
+def _parity_mark(status: str) -> str:
+    return Markup(f'<span class="{status}">{PARITY_WORDS[status]}</span>') if status in PARITY_WORDS else ""
 
 
 def _parity(ledger: Ledger) -> str:
@@ -204,7 +180,7 @@ def _parity(ledger: Ledger) -> str:
         body.append(
             [
                 label(row),
-                Markup(f'<span class="{proof.status}">{PARITY_WORDS[proof.status]}</span>'),
+                _parity_mark(proof.status),
                 UNKNOWN if proof.max_abs is None else f"{proof.max_abs:.2g}",
                 UNKNOWN if proof.cosine is None else f"{proof.cosine:.6f}",
                 format_share(proof.agreement),
@@ -216,9 +192,9 @@ def _parity(ledger: Ledger) -> str:
     if not body:
         return ""
     headers = ["", "parity", "largest difference", "cosine", "agreement %", "samples", "runtime", "reason"]
-    return _section(
+    return section(
         "Is the file the program?",
-        _table(headers, body, numeric=range(2, 6), prose=(7,)),
+        table(headers, body, numeric=range(2, 6), prose=(7,)),
         "Each file was loaded by its own runtime and compared with the program it was written from.",
     )
 
@@ -254,8 +230,8 @@ def _answers(measurements: Sequence[Measurement]) -> str:
         "follow: medians of the block medians. Times fp32: time to the first token, and time of a token after it, as "
         "multiples of the fp32 file's, with their 95 % intervals. Below, an inference is one token after the first."
     )
-    return _section(
-        "How soon an answer begins, and how fast it goes on", _table(headers, body, numeric=range(1, 10)), text
+    return section(
+        "How soon an answer begins, and how fast it goes on", table(headers, body, numeric=range(1, 10)), text
     )
 
 
@@ -266,10 +242,10 @@ def _latency(measurements: Sequence[Measurement]) -> str:
         summary = stats.summarize(measurement)
         if summary is None:
             continue
-        device = f"<small>{_text(measurement.device)}</small>" if several else ""
+        device = f"<small>{escaped(measurement.device)}</small>" if several else ""
         body.append(
             [
-                Markup(f"{_text(_name(measurement))}{device}"),
+                Markup(f"{escaped(_name(measurement))}{device}"),
                 format_latency(summary.p50_ms),
                 format_latency(summary.p90_ms),
                 format_latency(summary.p99_ms),
@@ -284,7 +260,7 @@ def _latency(measurements: Sequence[Measurement]) -> str:
             ]
         )
         svg, beyond = charts.distribution(measurement)
-        strips.append(_figure(svg, f"{_name(measurement)}, ms by block", beyond))
+        strips.append(figure(svg, f"{_name(measurement)}, ms by block", beyond))
     if not body:
         return ""
     devices = "; ".join(dict.fromkeys(measurement.device for measurement in measured))
@@ -298,8 +274,8 @@ def _latency(measurements: Sequence[Measurement]) -> str:
         "counted and kept. Memory is the peak of the whole process, with Python and the runtime in it."
     )
     strip_text = "<p class='quiet'>The timed inferences of each block, darker where more lie; the tick is the block's median.</p>"
-    return _section(
-        "How fast, and how sure", _table(headers, body, numeric=range(1, 12)) + _flags(measured) + strip_text + f'<div class="strips">{"".join(strips)}</div>', text
+    return section(
+        "How fast, and how sure", table(headers, body, numeric=range(1, 12)) + _flags(measured) + strip_text + f'<div class="strips">{"".join(strips)}</div>', text
     )  # fmt: skip
 
 
@@ -327,17 +303,17 @@ def _flags(measured: Sequence[Measurement]) -> str:
         concerned = [_name(measurement) for measurement in measured if flag in measurement.flags]
         whom = "all" if len(concerned) == len(measured) else ", ".join(concerned)
         lines.append(
-            f"<b>{_text(flag.replace('_', ' '))}</b> {_text(FLAGS.get(flag, ''))} <span class='quiet'>({_text(whom)})</span>"
+            f"<b>{escaped(flag.replace('_', ' '))}</b> {escaped(FLAGS.get(flag, ''))} <span class='quiet'>({escaped(whom)})</span>"
         )
-    return _list(lines, "flags")
+    return listed(lines, "flags")
 
 
 def _not_run(measurements: Sequence[Measurement]) -> str:
     body = [[_name(m), m.reason, m.device] for m in measurements if m.status == "not_run"]
     if not body:
         return ""
-    return _section(
-        "Not measured", _table(["", "reason", "device"], body, prose=(1, 2)), "Files that the device does not run."
+    return section(
+        "Not measured", table(["", "reason", "device"], body, prose=(1, 2)), "Files that the device does not run."
     )
 
 
@@ -346,7 +322,7 @@ def _arms(ledger: Ledger) -> str:
         return ""
     body = [
         [
-            Markup(f"{_text(row.arm)}{'<small>shipped</small>' if row.is_shipped else ''}"),
+            Markup(f"{escaped(row.arm)}{'<small>shipped</small>' if row.is_shipped else ''}"),
             str(row.seeds),
             format_spread(row),
             format_share(row.teacher_agreement),
@@ -359,7 +335,7 @@ def _arms(ledger: Ledger) -> str:
     headers = ["arm", "seeds", "accuracy %", "agrees with teacher %", "KL", "teacher's mistakes repeated %",
                "points over the control (95 %)"]  # fmt: skip
     text = "Means over the seeds ± standard deviation; the interval is for new seeds and new samples, paired by both."
-    return _section("Arms", _table(headers, body, numeric=range(1, 7)), text)
+    return section("Arms", table(headers, body, numeric=range(1, 7)), text)
 
 
 def _classes(ledger: Ledger) -> str:
@@ -367,7 +343,7 @@ def _classes(ledger: Ledger) -> str:
         return ""
     body = [
         [
-            Markup(f"{_text(row.label)}{'<small>weak in the teacher</small>' if row.teacher_is_weak else ''}"),
+            Markup(f"{escaped(row.label)}{'<small>weak in the teacher</small>' if row.teacher_is_weak else ''}"),
             str(row.support),
             format_share(row.teacher_accuracy),
             format_share(row.control_accuracy),
@@ -377,9 +353,9 @@ def _classes(ledger: Ledger) -> str:
     ]
     weak = [row.teacher_is_weak for row in ledger.classes]
     headers = ["class", "samples", "teacher %", "control %", "student %"]
-    return _section(
+    return section(
         "Class by class",
-        _table(headers, body, numeric=range(1, 5), marked=weak),
+        table(headers, body, numeric=range(1, 5), marked=weak),
         "Where the teacher itself is weak, the student can learn little from it." if any(weak) else "",
     )
 
@@ -387,8 +363,8 @@ def _classes(ledger: Ledger) -> str:
 def _lineage(ledger: Ledger) -> str:
     if not ledger.lineage:
         return ""
-    return _section(
-        "Lineage", f'<ol class="lineage">{"".join(f"<li>{_text(line)}</li>" for line in ledger.lineage)}</ol>'
+    return section(
+        "Lineage", f'<ol class="lineage">{"".join(f"<li>{escaped(line)}</li>" for line in ledger.lineage)}</ol>'
     )
 
 
@@ -404,8 +380,8 @@ def _environment(ledger: Ledger, measurements: Sequence[Measurement]) -> str:
         facts.setdefault(key.replace("_", " "), _range(values))
     if not facts:
         return ""
-    entries = "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in facts.items())
-    return _section("Conditions", f"<dl>{entries}</dl>")
+    entries = "".join(f"<dt>{escaped(key)}</dt><dd>{escaped(value)}</dd>" for key, value in facts.items())
+    return section("Conditions", f"<dl>{entries}</dl>")
 
 
 def _range(values: Sequence[str]) -> str:
@@ -423,47 +399,3 @@ def _name(measurement: Measurement) -> str:
 
 def _times(factor: float) -> str:
     return f"{factor:.1f} times" if factor < 10 else f"{factor:.0f} times"
-
-
-def _section(title: str, content: str, text: str = "") -> str:
-    note = f'<p class="quiet">{_text(text)}</p>' if text else ""
-    return f"<section><h2>{_text(title)}</h2>{note}{content}</section>"
-
-
-def _figure(svg: str | None, caption: str, below: str = "") -> str:
-    note = f'<p class="quiet">{_text(below)}</p>' if below else ""
-    return f"<figure><figcaption>{_text(caption)}</figcaption>{svg}{note}</figure>" if svg else ""
-
-
-def _list(lines: Iterable[str], name: str) -> str:
-    items = "".join(f"<li>{line}</li>" for line in lines)
-    return f'<ul class="{name}">{items}</ul>' if items else ""
-
-
-def _table(
-    headers: Sequence[str],
-    body: Sequence[Sequence[str]],
-    numeric: Iterable[int] = (),
-    prose: Iterable[int] = (),
-    marked: Sequence[bool] = (),
-) -> str:
-    """A table without the columns that hold nothing; cells are escaped unless they are ``Markup``."""
-    names = dict.fromkeys(numeric, "number") | dict.fromkeys(prose, "prose")
-    kept = [index for index in range(len(headers)) if any(row[index] not in ("", UNKNOWN) for row in body)]
-
-    def cell(tag: str, index: int, content: str) -> str:
-        shown = content if isinstance(content, Markup) else _text(content)
-        name = f' class="{names[index]}"' if index in names else ""
-        return f"<{tag}{name}>{shown}</{tag}>"
-
-    head = "".join(cell("th", index, headers[index]) for index in kept)
-    lines = [
-        f"<tr{' class=weak' if marked and marked[number] else ''}>"
-        f"{''.join(cell('td', index, row[index] or UNKNOWN) for index in kept)}</tr>"
-        for number, row in enumerate(body)
-    ]
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-
-
-def _text(value: str) -> str:
-    return markup.escape(value, quote=True)
