@@ -20,7 +20,7 @@ from edgekd.distillation.losses import (
     target_kl,
     weighted,
 )
-from edgekd.recipes.reading import LABEL_LOSSES, known_losses
+from edgekd.recipes.arm_faults import LABEL_LOSSES, known_losses
 from edgekd.teachers.targets import DenseTargets
 
 

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong, as lines for people: a key path, what is wrong there, and what would work."""
+"""What is wrong with a file, as lines for people: a key path, what is wrong there, and what would work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 
 from pydantic import ValidationError
 
-__all__ = ["fault_lines", "no_such_key"]
+from edgekd.types import Json
+
+__all__ = ["fault_lines", "no_such_key", "table_of", "texts_of"]
 
 Location = tuple[int | str, ...]
 
@@ -44,6 +46,16 @@ def fault_lines(
             text = f"{item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}"
         lines.setdefault(where, f"{where}: {text}")
     return list(lines.values())
+
+
+def table_of(value: object) -> Json:
+    """A table of a file that may hold anything; empty where it is none."""
+    return value if isinstance(value, dict) else {}
+
+
+def texts_of(value: object) -> list[str]:
+    """The strings in a list that may hold anything; none where it is no list."""
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
 
 def no_such_key(key: str, known: Sequence[str]) -> str:

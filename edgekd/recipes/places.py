@@ -6,7 +6,7 @@ import ast
 import importlib.util
 from pathlib import Path
 
-__all__ = ["file_fault", "function_fault"]
+__all__ = ["file_fault", "function_fault", "function_faults"]
 
 
 def file_fault(place: str, folder: Path) -> str:
@@ -33,6 +33,12 @@ def function_fault(reference: str, folder: Path) -> str:
     except (ImportError, ValueError):
         found = False
     return "" if found else f"no {path.name} beside the recipe, and no module {module!r} is installed"
+
+
+def function_faults(key: str, reference: str, folder: Path) -> list[str]:
+    """The same as a line of a recipe's faults, with its key path; none where there may be one."""
+    fault = function_fault(reference, folder)
+    return [f"{key}: {fault}"] if fault else []
 
 
 def _names_in(source: str) -> set[str] | None:

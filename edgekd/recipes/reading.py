@@ -17,15 +17,19 @@ from edgekd import plugins
 from edgekd.errors import RecipeError, UsageError
 from edgekd.profiles import load_profile
 from edgekd.protocols import Options
-from edgekd.recipes.faults import fault_lines, no_such_key
-from edgekd.recipes.places import file_fault, function_fault
-from edgekd.recipes.recipe import MOST_DRAWS, TRAINING, ArmOptions, Distill, Export, Recipe
+from edgekd.recipes.arm_faults import arm_faults, learning_faults
+from edgekd.recipes.faults import fault_lines, no_such_key, table_of, texts_of
+from edgekd.recipes.places import file_fault, function_faults
+from edgekd.recipes.recipe import Export, Recipe
 from edgekd.recipes.recipe_models import AS_DATA, Member, Model, Teacher
 from edgekd.types import Json
 
-__all__ = ["FILE_NAME", "find_recipe", "known_losses", "load_recipe", "parse_options"]
+__all__ = ["FILE_NAME", "MIXINGS", "find_recipe", "load_recipe", "parse_options"]
 
 FILE_NAME = "edgekd.toml"
+
+MIXINGS = ("mixup", "cutmix")
+"""Names in ``edgekd.data.mixing.MIXINGS``; not read there: that imports torch. A test holds them equal."""
 
 
 def find_recipe(start: Path) -> Path:
@@ -60,8 +64,7 @@ def load_recipe(path: Path) -> Recipe:
     except ValidationError as error:
         raise RecipeError([*fault_lines(error, _no_such_key), *_cross_faults(table, path.parent)]) from None
     recipe._folder = path.parent.resolve()
-    faults = [*_cross_faults(table, path.parent), *_codec_faults(recipe), *_mixed_label_faults(recipe)]
-    faults += _feature_faults(recipe)
+    faults = [*_cross_faults(table, path.parent), *learning_faults(recipe)]
     if faults:
         raise RecipeError(faults)
     return recipe
@@ -116,51 +119,22 @@ def _cross_faults(table: Json, folder: Path) -> list[str]:
     faults: list[str] = []
 
     def section(name: str) -> Json:
-        value = table.get(name, {})
-        return value if isinstance(value, dict) else {}
+        return table_of(table.get(name))
 
     def each(name: str, key: str) -> list[str]:
-        value = section(name).get(key, [])
-        return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+        return texts_of(section(name).get(key))
 
-    data, distill = section("data"), section("distill")
+    data = section("data")
     for key in ("train", "test", "validation", "unlabeled"):
         if isinstance(data.get(key), str):
             faults += _source_faults(f"data.{key}", data[key], data, folder)
     faults += _view_faults(data, folder)
     for key in ("text", "tokens"):
-        named = data[key].get("tokenizer") if isinstance(data.get(key), dict) else None
+        named = table_of(data.get(key)).get("tokenizer")
         if isinstance(named, str) and (fault := file_fault(named, folder)):
             faults.append(f"data.{key}.tokenizer: {fault}; a tokenizer.json is expected")
     faults += _models_faults(section("teacher"), section("student"), folder)
-    features = distill.get("features", {})
-    features = features if isinstance(features, dict) else {}
-    for name, spec in features.items():
-        if name in known_losses() or ":" in name:
-            faults.append(f"distill.features.{name}: a loss has this name; an arm would not know which is meant")
-        loss = spec.get("loss") if isinstance(spec, dict) else None
-        if isinstance(loss, str) and ":" in loss:
-            faults += _function_faults(f"distill.features.{name}.loss", loss, folder)
-        elif isinstance(loss, str) and loss not in VECTOR_LOSSES:
-            faults.append(
-                f"distill.features.{name}.loss: {loss!r} is not known; there are mse, cosine, module:function"
-            )
-    known = ("control", *known_losses())
-    mixes = _mixes(distill)
-    embeds = section("teacher").get("gives") == "embedding"
-    for index, arm in enumerate(each("distill", "arms")):
-        if arm not in mixes and arm not in features and arm != "control":
-            faults += _loss_faults(f"distill.arms.{index}", arm, folder, embeds)
-    for arm, losses in mixes.items():
-        for name in losses.keys() - features:
-            faults += _loss_faults(f"distill.overrides.{arm}.losses", name, folder, embeds)
-    if embeds:
-        faults += _embedding_faults(table)
-    faults += _control_faults(distill)
-    faults += _override_faults(distill)
-    ship = distill.get("ship", "best")
-    if ship not in ("best", "control", *(each("distill", "arms") or known)):
-        faults.append(f"distill.ship: {ship!r} is not an arm; 'best' or one of distill.arms would work")
+    faults += arm_faults(table, folder)
     if data.get("tokens") and section("compress").get("prune"):
         faults.append("compress.prune: a language model is not pruned; leave it out")
     faults += _export_faults(section("export"), each("export", "targets"), each("export", "precisions"))
@@ -189,7 +163,7 @@ def _models_faults(teacher: Json, student: Json, folder: Path) -> list[str]:
             faults += _model_faults(f"{key}.model", reference, folder)
             faults += _told_faults(key, reference, table)
         if isinstance(preprocessing, str) and preprocessing != AS_DATA:
-            faults += _function_faults(f"{key}.preprocessing", preprocessing, folder)
+            faults += function_faults(f"{key}.preprocessing", preprocessing, folder)
     return faults
 
 
@@ -206,37 +180,15 @@ def _told_faults(key: str, reference: str, table: Json) -> list[str]:
     return []
 
 
-def _feature_faults(recipe: Recipe) -> list[str]:
-    """Features of a teacher that there is not."""
-    count = len(recipe.teacher.members)
-    return [
-        f"distill.features.{name}.member: {spec.member} is no teacher; they are numbered 0 to {count - 1}"
-        for name, spec in recipe.distill.features.items()
-        if spec.member >= count
-    ]
-
-
-def _codec_faults(recipe: Recipe) -> list[str]:
-    """A cache of the top classes, or of draws, does not serve every loss."""
-    codec = recipe.teacher.codec or ""
-    if codec.startswith("top") and (reason := recipe.distill.needs_all_classes()):
-        return [f"teacher.codec: {codec!r} keeps the top classes alone, and {reason}; take 'dense-f16'"]
-    if codec.startswith("sampled") and int(codec.removeprefix("sampled")) > MOST_DRAWS:
-        return [f"teacher.codec: {codec!r} are more draws than one byte counts; sampled{MOST_DRAWS} are the most"]
-    if codec.startswith("sampled") and (reason := recipe.distill.not_served_by_draws()):
-        return [f"teacher.codec: {codec!r} keeps draws alone, and {reason}; take 'top50', or 'kd' with temperature = 1"]
-    return []
-
-
 def _view_faults(data: Json, folder: Path) -> list[str]:
     """Augmentation, mixing, and how many views there are."""
     faults = []
     augment, mix, views, beside = (data.get(key) for key in ("augment", "mix", "views", "views_per_decode"))
     if isinstance(augment, str):
-        faults += _function_faults("data.augment", augment, folder)
+        faults += function_faults("data.augment", augment, folder)
     if isinstance(mix, str) and mix not in MIXINGS:
         faults += (
-            _function_faults("data.mix", mix, folder)
+            function_faults("data.mix", mix, folder)
             if ":" in mix
             else [f"data.mix: {mix!r} is not known; there are {', '.join(MIXINGS)}, and module:function"]
         )
@@ -251,18 +203,6 @@ def _view_faults(data: Json, folder: Path) -> list[str]:
             f"data.views_per_decode: {beside} does not divide the {views or 1} views, so some would come more often"
         )
     return faults
-
-
-def _mixed_label_faults(recipe: Recipe) -> list[str]:
-    """A loss that looks at the one label of a sample has nothing to look at when samples are mixed."""
-    if recipe.data.mix is None:
-        return []
-    looking = [(arm, loss) for arm in recipe.distill.arms for loss in recipe.distill.mix(arm).losses]
-    return [
-        f"distill: {arm}: {loss} looks at the one label of a sample, and data.mix makes it two; kd, dist … do not"
-        for arm, loss in looking
-        if loss in LABEL_LOSSES
-    ]
 
 
 def _export_faults(table: Json, targets: list[str], precisions: list[str]) -> list[str]:
@@ -308,88 +248,6 @@ def _option_faults(target: str, values: Json) -> list[str]:
     return []
 
 
-MIXINGS = ("mixup", "cutmix")
-"""Names in ``edgekd.data.mixing.MIXINGS``, and of the losses below; not read from there: that imports torch. Tests
-hold them equal."""
-
-LABEL_LOSSES = ("dkd", "tckd", "nckd")
-"""Those that compare classes by which of them is the label."""
-
-
-VECTOR_LOSSES = ("mse", "cosine")
-"""Those that compare vectors."""
-
-
-def known_losses() -> tuple[str, ...]:
-    """Names in ``edgekd.distillation.losses.LOSSES``; not read there: that imports torch. A test holds them equal."""
-    return ("kd", "dist", "reverse_kl", "jsd", "dkd", "tckd", "nckd", "hard")
-
-
-def _mixes(distill: Json) -> dict[str, Json]:
-    """Arms with losses of their own, by name."""
-    overrides = distill.get("overrides", {})
-    tables = overrides.items() if isinstance(overrides, dict) else ()
-    return {arm: own["losses"] for arm, own in tables if isinstance(own, dict) and isinstance(own.get("losses"), dict)}
-
-
-def _control_faults(distill: Json) -> list[str]:
-    """What the control does not hear: it learns from labels alone, but may be trained otherwise."""
-    overrides = distill.get("overrides", {})
-    own = overrides.get("control") if isinstance(overrides, dict) else None
-    return [
-        f"distill.overrides.control.{key}: the control learns from labels alone; there are {', '.join(TRAINING)}"
-        for key in (own if isinstance(own, dict) else ())
-        if key in ArmOptions.model_fields and key not in TRAINING
-    ]
-
-
-def _override_faults(distill: Json) -> list[str]:
-    """Tables for arms that are not trained, which nobody would read."""
-    overrides, arms = distill.get("overrides", {}), distill.get("arms", Distill().arms)
-    if not isinstance(overrides, dict) or not isinstance(arms, list | tuple):
-        return []
-    trained = list(dict.fromkeys(("control", *map(str, arms))))
-    return [
-        f"distill.overrides.{arm}: no arm {arm!r} is trained; distill.arms has {', '.join(trained)}"
-        for arm in overrides
-        if arm not in trained
-    ]
-
-
-def _embedding_faults(table: Json) -> list[str]:
-    """What does not go with a teacher of embeddings."""
-    data, distill, compress = (table.get(name) or {} for name in ("data", "distill", "compress"))
-    said = {
-        "distill.arms": "arms" not in distill,
-        "distill.features": "features" in distill,
-        "data.tokens": "tokens" in data,
-        "data.mix": "mix" in data,
-        "compress.prune": "prune" in compress,
-        "compress.qat_epochs": bool(compress.get("qat_epochs")),
-    }
-    why = {"distill.arms": 'needs to be said, as ["mse", "cosine"]: the usual arms compare classes'}
-    return [
-        f"{key}: {why.get(key, 'does not go with a teacher of embeddings yet; leave it out')}"
-        for key, wrong in said.items()
-        if wrong
-    ]
-
-
-def _loss_faults(key: str, name: str, folder: Path, embeds: bool = False) -> list[str]:
-    if ":" in name:
-        return _function_faults(key, name, folder)
-    if embeds:
-        known = ", ".join(VECTOR_LOSSES)
-        wrong = f"{key}: {name} compares no embeddings; there are {known}, and module:function"
-        return [] if name in VECTOR_LOSSES else [wrong]
-    if name in known_losses():
-        return []
-    return [
-        f"{key}: no loss called {name!r}; there are {', '.join(known_losses())}, or module:function; "
-        "a mix has [distill.overrides.<arm>] losses = {...}"
-    ]
-
-
 def _source_faults(key: str, reference: str, data: Json, folder: Path) -> list[str]:
     prefix, _, rest = reference.partition(":")
     if prefix in ("imagefolder", "csv", "jsonl", "parquet", "text"):
@@ -409,7 +267,7 @@ def _source_faults(key: str, reference: str, data: Json, folder: Path) -> list[s
     if ":" not in reference:
         known = "module:function, file.npz, imagefolder:, csv:, jsonl:, parquet:, text:"
         return [f"{key}: {reference!r} is none of {known}"]
-    return _function_faults(key, reference, folder)
+    return function_faults(key, reference, folder)
 
 
 def _model_faults(key: str, reference: str, folder: Path) -> list[str]:
@@ -418,9 +276,4 @@ def _model_faults(key: str, reference: str, folder: Path) -> list[str]:
         return [f"{key}: {reference!r} is none of module:function, {known}"]
     name, place = plugins.origin_of(reference)
     fault = plugins.load_origin(name).fault(place, folder)
-    return [f"{key}: {fault}"] if fault else []
-
-
-def _function_faults(key: str, reference: str, folder: Path) -> list[str]:
-    fault = function_fault(reference, folder)
     return [f"{key}: {fault}"] if fault else []
