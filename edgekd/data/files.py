@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from edgekd import plugins
+from edgekd.data.tokens import load_tokenizer
 from edgekd.errors import DataError, MissingToolchainError, first_line
 
 if TYPE_CHECKING:
@@ -100,12 +101,7 @@ def read_files(kind: str, path: Path, data: Data, folder: Path, labelled: bool |
 
 
 def _tokenize(texts: list[Any], spec: TextData, folder: Path) -> dict[str, Column]:
-    absent = plugins.missing(("tokenizers",))
-    if absent:
-        raise MissingToolchainError("text data", "tokenizers", "hf")
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(folder / spec.tokenizer))
+    tokenizer = load_tokenizer(folder / spec.tokenizer, "text data")
     tokenizer.enable_truncation(spec.max_length)
     tokenizer.enable_padding(length=spec.max_length)
     encoded = tokenizer.encode_batch([str(text or "") for text in texts])

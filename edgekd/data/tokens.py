@@ -16,15 +16,35 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd import plugins
-from edgekd.errors import DataError, MissingToolchainError
+from edgekd.errors import DataError, MissingToolchainError, first_line
 
 if TYPE_CHECKING:
     from edgekd.recipes.recipe import TokenData
 
-__all__ = ["Windows", "document_windows", "jsonl_rows", "read_tokens", "row_window"]
+__all__ = ["Windows", "document_windows", "jsonl_rows", "load_tokenizer", "read_tokens", "row_window"]
 
 Windows = tuple[np.ndarray, np.ndarray, np.ndarray]
 """input_ids and attention_mask, int32, and labels, int64: each (windows, length)."""
+
+
+def load_tokenizer(path: Path, what: str) -> Any:
+    """A ``tokenizer.json`` as ``tokenizers.Tokenizer``.
+
+    Args:
+        what: Needs it.
+
+    Raises:
+        MissingToolchainError: ``tokenizers`` is not installed.
+        DataError: The file is missing or damaged.
+    """
+    if plugins.missing(("tokenizers",)):
+        raise MissingToolchainError(what, "tokenizers", "hf")
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise DataError(f"{path} cannot be read as a tokenizer.json: {first_line(error)}") from error
 
 
 def read_tokens(kind: str, path: Path, spec: TokenData, folder: Path) -> Windows:
@@ -40,12 +60,7 @@ def read_tokens(kind: str, path: Path, spec: TokenData, folder: Path) -> Windows
         MissingToolchainError: ``tokenizers`` is not installed.
         DataError: The file cannot be read, lacks a column, or no position of it counts.
     """
-    absent = plugins.missing(("tokenizers",))
-    if absent:
-        raise MissingToolchainError("data of tokens", "tokenizers", "hf")
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(folder / spec.tokenizer))
+    tokenizer = load_tokenizer(folder / spec.tokenizer, "data of tokens")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     end: list[int] = []

@@ -208,14 +208,9 @@ def _bare(text: str) -> str:
 def _tokenizer(asked: ModelRequest, options: OpenAiOptions) -> Any:
     if options.tokenizer is None:
         return None
-    from edgekd import plugins
-    from edgekd.errors import MissingToolchainError
+    from edgekd.data.tokens import load_tokenizer
 
-    if plugins.missing(("tokenizers",)):
-        raise MissingToolchainError(repr(asked.reference), "tokenizers", "hf")
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(asked.folder / options.tokenizer))
+    return load_tokenizer(asked.folder / options.tokenizer, repr(asked.reference))
 
 
 def _texts_of(asked: ModelRequest, options: OpenAiOptions) -> Callable[[Arrays], list[str]]:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from edgekd import plugins
-from edgekd.data.tokens import jsonl_rows
+from edgekd.data.tokens import jsonl_rows, load_tokenizer
 from edgekd.errors import DataError, MissingToolchainError, UsageError
 from edgekd.programs.hugging_face import generating
 from edgekd.protocols import Progress
@@ -96,12 +96,10 @@ def teacher_writer(module: nn.Module, tokenizer_file: Path, settings: Completion
 
     Raises:
         UsageError: The model does not generate, a setting does not go with another, or ``end`` is no token.
-        MissingToolchainError: ``tokenizers`` is not installed.
+        MissingToolchainError: ``transformers`` or ``tokenizers`` is not installed.
     """
-    absent = plugins.missing(("tokenizers", "transformers"))
-    if absent:
-        raise MissingToolchainError("generating text", ", ".join(absent), "hf")
-    from tokenizers import Tokenizer
+    if plugins.missing(("transformers",)):
+        raise MissingToolchainError("generating text", "transformers", "hf")
     from transformers import GenerationConfig
 
     model = generating(module)
@@ -111,7 +109,7 @@ def teacher_writer(module: nn.Module, tokenizer_file: Path, settings: Completion
         raise UsageError(f"{settings.beams} beams search for the likeliest text; that goes with temperature 0")
     if not tokenizer_file.is_file():
         raise UsageError(f"no tokenizer at {tokenizer_file}; --tokenizer names a tokenizer.json")
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer = load_tokenizer(tokenizer_file, "generating text")
     end = tokenizer.token_to_id(settings.end) if settings.end else None
     if settings.end and end is None:
         raise UsageError(f"{tokenizer_file.name} has no token {settings.end!r}")

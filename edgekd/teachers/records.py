@@ -2,7 +2,7 @@
 
 A record is the view's seed (u32), the position of the sample that was mixed in (u32, where samples are mixed), and what
 :mod:`edgekd.teachers.targets` makes of the logits less their largest (shifting changes no softmax); that of a window
-of tokens has such a part for each of its positions (:mod:`edgekd.data.windows`). Features stand behind it.
+of tokens has such a part for each of its positions (:mod:`edgekd.teachers.window_records`). Features stand behind it.
 """
 
 from __future__ import annotations
