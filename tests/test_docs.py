@@ -14,6 +14,7 @@ import pytest
 from edgekd.benchmarks.coverage import page as coverage_page
 from edgekd.benchmarks.distill_page import results_tables as distill_tables
 from edgekd.benchmarks.gate_error_rates import others_table, rates_table
+from edgekd.cli.app import app
 
 from command import edgekd
 
@@ -22,22 +23,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 EXAMPLES = ("digits", "fashion", "spam")
 ARMS = ("control", "kd", "dist")
 COMMANDS = [
-    "init",
-    "check",
-    "suggest",
-    "capture",
-    "sweep",
-    "distill",
-    "compress",
-    "export",
-    "lint",
-    "verify",
-    "bench",
-    "report",
-    "run",
+    *(command.callback.__name__ for command in app.registered_commands if command.callback),
+    *(
+        " ".join(filter(None, [group.name, name]))
+        for group in app.registered_groups
+        for name in ["", *(one.name or one.callback.__name__ for one in group.typer_instance.registered_commands)]
+    ),
 ]
-COMMANDS += ["bench import", "compare", "calibrate", "history", "targets", "devices", "devices prepare", "doctor"]
-COMMANDS += ["schema"]
 
 pytestmark = pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="only in a checkout")
 
