@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from edgekd.distillation.distill import CONTROL
+from edgekd.distillation.arms import CONTROL
 from edgekd.store import read_json
 from edgekd.types import Json
 
@@ -87,6 +87,8 @@ def _not_run(tasks: Mapping[str, Json]) -> Iterator[str]:
     for name, task in tasks.items():
         if name not in REPORTS and "bar" not in task:
             missing[name] = "no other arm than the control is trained yet"
+    if not any("torchdistill" in task for task in tasks.values()):
+        missing["torchdistill"] = "beside none of these yet"
     if missing:
         yield "Not run:"
         yield ""
