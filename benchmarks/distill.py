@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgekd.console import progress_for
-from edgekd.distillation.distill import CONTROL, ArmResult, arm_inputs, arms_of, choose_arm, load_result
-from edgekd.metrics import quality
+from edgekd.distillation.arms import CONTROL, arm_inputs, arms_of
+from edgekd.distillation.distill import ArmResult, choose_arm, load_result
+from edgekd.metrics import Quality, quality
 from edgekd.protocols import Progress
 from edgekd.recipes.reading import load_recipe
 from edgekd.recipes.seeds import first_seeds
@@ -210,7 +211,7 @@ def found(name: str, work: Workspace, spent: Mapping[str, Json], before: Json) -
 _TOLD = ("epochs", "batch_size", "learning_rate", "weight_decay", "temperature", "label_weight", "overrides", "threads")
 
 
-def _finished(work: Workspace) -> dict[tuple[str, int], ArmResult]:
+def _finished(work: Workspace) -> dict[tuple[str, int], ArmResult[Quality]]:
     """Students that are trained as the recipe says, by arm and seed."""
     data = {split: work.capture_key(split).to_json() for split in SPLITS}
     results = {}
@@ -218,7 +219,7 @@ def _finished(work: Workspace) -> dict[tuple[str, int], ArmResult]:
         for arm in arms_of(work.recipe):
             stage = f"distill-{work.folder.arm(arm, seed).name}"
             if work.folder.is_done(stage, arm_inputs(work.recipe, work.splits, arm, seed, data)):
-                results[arm, seed] = load_result(work.recipe, arm, seed)
+                results[arm, seed] = load_result(work.recipe, arm, seed, Quality)
     return results
 
 

@@ -19,14 +19,14 @@ import torch
 from edgekd import plugins
 from edgekd.console import progress_for
 from edgekd.data.samples import load_splits
-from edgekd.distillation.distill import plan_of
+from edgekd.distillation.arms import plan_of
 from edgekd.distillation.train import learning_rate_at
 from edgekd.metrics import accuracy
 from edgekd.protocols import Progress
 from edgekd.recipes.reading import load_recipe
 from edgekd.recipes.recipe import Recipe
 from edgekd.store import read_json, write_json
-from edgekd.teachers.sources import load_student_module
+from edgekd.teachers.sources import fresh_module
 from edgekd.types import Json
 
 from .distill import RESULTS, ROOT, TASKS
@@ -42,7 +42,7 @@ def trained(recipe: Recipe, seed: int, epochs: int, progress: Progress) -> Json:
     assert recipe.data.augment is not None
     assert recipe.teacher.model is not None
     teacher = plugins.load_function(recipe.teacher.model, recipe.folder)()
-    student = load_student_module(recipe.student.model, recipe.folder, seed, recipe.student.told, recipe.labels)
+    student = fresh_module(recipe, seed)
     samples = Samples(splits.train, plugins.load_function(recipe.data.augment, recipe.folder))
     torch.manual_seed(seed)  # of the loader's order
     samples.generator.manual_seed(seed)

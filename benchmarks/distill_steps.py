@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
+from edgekd.console import SilentProgress
 from edgekd.data.order import Order
 from edgekd.data.samples import Split
 from edgekd.data.truth import Truth
@@ -100,22 +101,16 @@ class _EnoughError(Exception):
     """The steps that are timed are done."""
 
 
-class _Clock:
+class _Clock(SilentProgress):
     """A progress that notes the process's CPU time after each step, and ends the training."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def start(self, what: str, total: int, done: int = 0) -> None: ...
-
     def advance(self, steps: int = 1, note: str = "") -> None:
         self.times.append(time.process_time())
         if len(self.times) > STEPS:
             raise _EnoughError
-
-    def finish(self) -> None: ...
-
-    def say(self, line: str) -> None: ...
 
     def seconds(self) -> float:
         return (self.times[STEPS] - self.times[0]) / STEPS

@@ -59,6 +59,16 @@ class Quality(JsonMixin):
         """What choices are made by, the larger the better: accuracy, or how likely the next tokens are."""
         return self.accuracy if self.perplexity is None else -math.log(self.perplexity)
 
+    @property
+    def share(self) -> float:
+        """Of right answers, 0 to 1."""
+        return self.accuracy
+
+    def words(self) -> str:
+        """For people, in a line."""
+        perplexity = "" if self.perplexity is None else f"perplexity {self.perplexity:.1f}  "
+        return f"{self.accuracy:.2%}  {perplexity}agrees with the teacher {self.teacher_agreement:.2%}"
+
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Along the last axis, in float64."""

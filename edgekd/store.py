@@ -5,7 +5,9 @@ A run folder::
     runs/<name>/
       cache/{train,validation,test}/      teacher outputs: manifest.json + shards
       students/<arm>-<seed>/              student.pt2, card.json, result.json, assets
+      checkpoints/<…>.pt                  trainings that have not come to their end
       answers/<arm>-<seed>.npz            what it answers on the test split
+      sweep/<arm>.db, sweep/judged/       trials of a sweep, and scores of those that are compared in the end
       pruned/                             as a student: the shipped one with fewer weights, if the recipe prunes
       decoder/                            of language models: the same with caches of keys and values
       compressed/<precision>/             the same, quantized
@@ -28,13 +30,10 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgekd.errors import ModelFileError, StorageError, UsageError
 from edgekd.types import Artifact, Card, Json
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "RunFolder",
@@ -202,7 +201,7 @@ def _told(path: Path) -> Iterator[None]:
         raise
 
 
-# ── students and artifacts ────────────────────────────────────────────────────────────────────────────────────────────
+# ── cards and artifacts ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def load_card(folder: Path) -> Card:
@@ -254,6 +253,12 @@ class RunFolder:
 
     def answers(self, arm: str, seed: int) -> Path:
         return self.path / "answers" / f"{arm.replace(':', '.')}-{seed}.npz"
+
+    def study(self, arm: str) -> Path:
+        return self.path / "sweep" / f"{arm.replace(':', '.')}.db"
+
+    def scores(self, arm: str, key: str) -> Path:
+        return self.path / "sweep" / "judged" / f"{arm.replace(':', '.')}-{key}.npy"
 
     def compressed(self, precision: str) -> Path:
         return self.path / "compressed" / precision

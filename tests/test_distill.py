@@ -2,13 +2,14 @@
 
 import pytest
 
-from edgekd.distillation.distill import CONTROL, ArmResult, check_outputs, choose_arm
+from edgekd.distillation.arms import CONTROL
+from edgekd.distillation.distill import ArmResult, check_outputs, choose_arm
 from edgekd.errors import DataError
 from edgekd.metrics import ClassCount, Quality
 from edgekd.recipes.recipe import Distill
 
 
-def result(arm: str, seed: int, validation: float, test: float) -> ArmResult:
+def result(arm: str, seed: int, validation: float, test: float) -> ArmResult[Quality]:
     def quality(accuracy: float) -> Quality:
         return Quality(1000, accuracy, 0.9, 0.1, 0.02, (ClassCount(1000, int(1000 * accuracy)),))
 

@@ -11,7 +11,8 @@ from edgekd.distillation.embeddings import check_embedding, likeness, nearest
 from edgekd.distillation.feature_losses import FEATURE_LOSSES
 from edgekd.errors import DataError, NumericalError, RecipeError, UsageError
 from edgekd.programs.student_files import load_student
-from edgekd.recipes.reading import VECTOR_LOSSES, load_recipe
+from edgekd.recipes.arm_faults import VECTOR_LOSSES
+from edgekd.recipes.reading import load_recipe
 from edgekd.reporting.summary import collect, write_report
 from edgekd.stages.check import check_workspace
 from edgekd.stages.pipeline import capture_stage, compress_stage, distill_stage, export_stage

@@ -12,7 +12,7 @@ import edgekd.distillation.train
 from edgekd.console import progress_for
 from edgekd.data.samples import Split, split_from_arrays
 from edgekd.data.views import Views
-from edgekd.distillation.distill import arm_inputs, objective_of
+from edgekd.distillation.arms import arm_inputs, objective_of
 from edgekd.distillation.feature_losses import feature_cosine, feature_mse
 from edgekd.distillation.features import FeatureStudent, bare_student, with_features
 from edgekd.distillation.train import TrainingPlan, train

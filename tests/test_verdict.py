@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgekd.distillation.distill import CONTROL, ArmResult
+from edgekd.distillation.arms import CONTROL
+from edgekd.distillation.distill import ArmResult
 from edgekd.metrics import ClassCount, Quality
 from edgekd.recipes.recipe import Recipe
 from edgekd.recipes.seeds import first_seeds, keep_count, with_seeds
@@ -17,7 +18,7 @@ from edgekd.reporting.verdict import arm_rows, gain_sentence, inheritance_senten
 SAMPLES = 2000
 
 
-def result(arm: str, seed: int, accuracy: float) -> ArmResult:
+def result(arm: str, seed: int, accuracy: float) -> ArmResult[Quality]:
     quality = Quality(SAMPLES, accuracy, 0.9, 0.1, 0.02, (ClassCount(SAMPLES, int(SAMPLES * accuracy)),))
     return ArmResult(arm, seed, quality, quality)
 

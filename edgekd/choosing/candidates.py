@@ -69,8 +69,7 @@ def candidates_of(recipe: Recipe) -> tuple[list[Candidate], list[str]]:
     own = Candidate(OWN, recipe.student.model, recipe.student.told)
     family, no_family = _family(recipe)
     blocks, no_blocks = _blocks(recipe)
-    known = {(candidate.model, json.dumps(candidate.told, sort_keys=True)) for candidate in [own]}
-    more = [c for c in (*family, *blocks) if (c.model, json.dumps(c.told, sort_keys=True)) not in known]
+    more = [one for one in (*family, *blocks) if (one.model, one.told) != (own.model, own.told)]
     return [own, *more], [why for why in (no_family, no_blocks) if why]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgekd.data.truth import NO_LABEL
+from edgekd.data.views import split_mix
 from edgekd.data.windows import counted_positions, positions_of
 
 if TYPE_CHECKING:
@@ -115,16 +116,11 @@ def hold_out(work: Workspace) -> HeldOut:
         held = _fraction(validation.ids) < 0.5
         parts = [validation.take(np.flatnonzero(part)) for part in (held, ~held)]
         return HeldOut(np.arange(len(train)), parts[0], parts[1], "one half of validation, the other judges")
-    assert train.labels is not None
-    labelled = (train.labels != NO_LABEL).reshape(len(train), -1).any(axis=1)
-    held = labelled & (_fraction(train.ids) < min(SHARE, MOST / max(1, int(labelled.sum()))))
+    held = train.labelled & (_fraction(train.ids) < min(SHARE, MOST / max(1, int(train.labelled.sum()))))
     return HeldOut(np.flatnonzero(~held), train.take(np.flatnonzero(held)), validation, "held out of train")
 
 
 def _fraction(ids: np.ndarray) -> np.ndarray:
-    """From 0 to 1 by id, whatever part of the ids validation took (SplitMix64, as in :mod:`edgekd.data.views`)."""
-    state = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    found: np.ndarray = ((state ^ (state >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2.0**53
+    """From 0 to 1 by id, whatever part of the ids validation took."""
+    found: np.ndarray = (split_mix(ids) >> np.uint64(11)).astype(np.float64) / 2.0**53
     return found

@@ -20,9 +20,9 @@ from torch import nn
 
 from edgekd.console import SilentProgress
 from edgekd.data.samples import Split
-from edgekd.data.truth import NO_LABEL
 from edgekd.data.windows import positions_of
-from edgekd.distillation.distill import fresh_student, objective_of, plan_of, threads_of
+from edgekd.distillation.arms import objective_of, plan_of, threads_of
+from edgekd.distillation.distill import fresh_student
 from edgekd.distillation.train import train
 from edgekd.programs.tracing import export_program
 from edgekd.stages.workspace import Workspace
@@ -161,10 +161,7 @@ def _probed_samples(work: Workspace) -> Split:
 def _labelled_first(train: Split, count: int) -> np.ndarray:
     """Positions of training samples in an order of no meaning, some with a label in front: the control needs them."""
     order = np.argsort(train.ids)
-    if train.labels is None:
-        return order
-    known = (train.labels[order] != NO_LABEL).reshape(len(train), -1).any(axis=1)
-    front = order[known][:count]
+    front = order[train.labelled[order]][:count]
     return np.concatenate([front, order[~np.isin(order, front)]])
 
 
@@ -175,9 +172,8 @@ def _arm_cost(work: Workspace, arm: str, part: Split, cache: TeacherCache, plain
     wanted = BATCHES + WARM_UP
     steps = math.ceil(len(part) / plan.batch_size)
     short = replace(plan, epochs=math.ceil(wanted / steps), shard=False)
-    clock = _Clock(wanted, MOST_S)
-    labelled = bool(work.splits.labels) or cache.positions > 0
-    objective, checkpoint = objective_of(recipe, arm, labelled=labelled), folder / f"{arm}.pt"
+    clock = _Clock(wanted)
+    objective, checkpoint = objective_of(recipe, arm, labelled=bool(work.splits.labels)), folder / f"{arm}.pt"
     with contextlib.suppress(_EnoughError):
         train(learner, part, cache, work.views_of("train"), objective, short, checkpoint, clock, f"probe of {arm}")
     warm = min(WARM_UP, len(clock.seconds) - 1)
@@ -212,16 +208,11 @@ class _EnoughError(Exception):
 
 
 class _Clock(SilentProgress):
-    """Takes the time of each step; ends the work after some.
+    """Takes the time of each step; ends the work after some, or after ``MOST_S``."""
 
-    Args:
-        steps: Of them.
-        most_s: Or after so long.
-    """
-
-    def __init__(self, steps: int | None = None, most_s: float = math.inf) -> None:
+    def __init__(self, steps: int) -> None:
         self.seconds: list[float] = []
-        self._steps, self._most_s = steps, most_s
+        self._steps = steps
         self._began = self._last = time.monotonic()
 
     def start(self, what: str, total: int, done: int = 0) -> None:
@@ -231,6 +222,5 @@ class _Clock(SilentProgress):
         now = time.monotonic()
         self.seconds.append(now - self._last)
         self._last = now
-        enough = self._steps is not None and len(self.seconds) >= self._steps
-        if enough or (now - self._began > self._most_s and len(self.seconds) > WARM_UP):
+        if len(self.seconds) >= self._steps or (now - self._began > MOST_S and len(self.seconds) > WARM_UP):
             raise _EnoughError

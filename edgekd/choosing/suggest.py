@@ -19,21 +19,18 @@ from torch import nn
 
 from edgekd import plugins
 from edgekd.choosing.candidates import Candidate, candidates_of
-from edgekd.data.windows import positions_of
-from edgekd.distillation.distill import check_outputs
-from edgekd.distillation.embeddings import EMBEDDING, check_embedding
-from edgekd.errors import DeviceError, EdgekdError, UsageError
+from edgekd.distillation.distill import check_output, student_of
+from edgekd.errors import DeviceError, EdgekdError, UsageError, first_line
 from edgekd.exporting.export import Proof, export_student
-from edgekd.measurement import Plan, Profile
+from edgekd.measurement import Profile
 from edgekd.profiles import device_of, load_profile
-from edgekd.programs.models import count_macs, count_parameters, input_specs, output_specs
-from edgekd.programs.tracing import export_program, rename_outputs
 from edgekd.protocols import Arrays, Progress
 from edgekd.reporting.ledger import UNKNOWN, format_bytes, format_count, format_latency
+from edgekd.stages.bench import plan_of_recipe
 from edgekd.stages.workspace import Workspace
 from edgekd.teachers.blocks import spread_evenly
 from edgekd.teachers.sources import load_student_module
-from edgekd.types import LOGITS, Artifact, Card, JsonMixin, Student
+from edgekd.types import Artifact, JsonMixin, Student
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -152,12 +149,11 @@ def suggest(
     plugins.load_exporter(target)
     profiles = [load_profile(asked) for asked in devices]  # a wrong name is told before anything is built
     candidates, notes = candidates_of(work.recipe)
-    batch = work.splits.train.arrays(np.arange(min(2, len(work.splits.train))))
     found = []
     progress.start("looking at candidates", len(candidates))
     for candidate in candidates:
         try:
-            found.append(_looked_at(work, candidate, batch))
+            found.append(_looked_at(work, candidate))
         except EdgekdError as error:
             notes.append(f"{candidate.name} is no candidate: {error}")
         progress.advance()
@@ -173,32 +169,17 @@ def suggest(
     return sorted(rows, key=lambda row: (bool(row.over), row.latency_ms, row.parameters)), notes
 
 
-def _looked_at(work: Workspace, candidate: Candidate, batch: Arrays) -> tuple[Candidate, Student]:
+def _looked_at(work: Workspace, candidate: Candidate) -> tuple[Candidate, Student]:
     recipe, splits = work.recipe, work.splits
     module: nn.Module = load_student_module(candidate.model, recipe.folder, 0, candidate.told, recipe.labels).eval()
-    example = [torch.from_numpy(array) for array in batch.values()]
     with torch.no_grad():
         try:
-            output = module(*example)
+            output = module(*splits.example())
         except Exception as error:  # the user's code, or blocks that do not follow on each other
-            raise UsageError(f"it cannot take the data: {str(error).splitlines()[0]}") from error
-    if recipe.teacher.embeds:
-        check_embedding(output, work.teacher.logits(batch).shape[-1])
-    else:
-        check_outputs(output, work.classes, len(splits.labels), positions_of(splits.train.labels))
-    meaning = EMBEDDING if recipe.teacher.embeds else LOGITS
-    program = rename_outputs(export_program(module.requires_grad_(False), example), [meaning])
-    card = Card(
-        recipe.name,
-        input_specs(program),
-        tuple(replace(spec, meaning=meaning) for spec in output_specs(program)),
-        () if recipe.teacher.embeds else splits.labels,
-        splits.preprocessing,
-        parameters=count_parameters(module),
-        macs=count_macs(program),
-        lineage=(f"candidate: {candidate.name}, not trained",),
-    )
-    return candidate, Student(program, card)
+            raise UsageError(f"it cannot take the data: {first_line(error)}") from error
+    check_output(recipe, splits, output, work.classes)
+    lineage = (f"candidate: {candidate.name}, not trained",)
+    return candidate, student_of(recipe, splits, module.requires_grad_(False), lineage)
 
 
 def _row(work: Workspace, candidate: Candidate, student: Student) -> Suggestion:
@@ -217,8 +198,8 @@ def _chosen(rows: Sequence[Suggestion], budget: Budget, most: int) -> list[int]:
         low, high = budget.share
         nearest = sorted(order, key=lambda index: _apart(rows[index].share, low, high))
         return [0, *sorted(nearest[: most - 1])]
-    inside = sorted((index for index in order if not _over(rows[index], budget, False)),
-                    key=lambda index: rows[index].parameters)  # fmt: skip
+    inside = [index for index in order if not _over(rows[index], budget, False)]
+    inside.sort(key=lambda index: rows[index].parameters)
     if len(inside) > most - 1:
         inside = [inside[place] for place in spread_evenly(len(inside), most - 1)] if most > 1 else []
     return [0, *inside]
@@ -251,7 +232,7 @@ def _measured(
             try:
                 if work.is_language_model:
                     raise UsageError("language models are timed once they are trained: edgekd bench")
-                artifact = export_student(student, {}, target, "fp32", folder, Proof(samples))
+                artifact = export_student(student, work.splits.assets, target, "fp32", folder, Proof(samples))
             except EdgekdError as error:
                 latencies = tuple(Latency(profile.name, "not_run", str(error)) for profile in profiles)
                 found.append(replace(row, latencies=latencies))
@@ -272,8 +253,7 @@ def _session(
 ) -> list[Latency]:
     """All files on one device, block by block in turn, as ``edgekd bench`` measures."""
     session, stats = plugins.load_module("edgekd.benchmarks.session"), plugins.load_module("edgekd.benchmarks.stats")
-    spec = work.recipe.bench
-    plan = Plan(threads=spec.threads, blocks=spec.blocks, warmup_s=spec.warmup_s, min_s=spec.min_s)
+    plan = plan_of_recipe(work)
     one = {name: array[:1] for name, array in samples.items()}
     try:
         told = session.measure_many(written, profile.name, device_of(profile), one, None, None, plan, progress)

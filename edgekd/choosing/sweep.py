@@ -25,7 +25,8 @@ from edgekd.choosing.judging import HeldOut, hold_out, judge, judge_in_training
 from edgekd.choosing.study import Finished, Study, Taken, TrialPruned, require_optuna
 from edgekd.choosing.sweep_space import Knob, Settings, own_settings, space_of, with_settings
 from edgekd.console import SilentProgress
-from edgekd.distillation.distill import CONTROL, arm_inputs, fresh_student, objective_of, plan_of, threads_of
+from edgekd.distillation.arms import CONTROL, arm_inputs, objective_of, plan_of, threads_of
+from edgekd.distillation.distill import fresh_student
 from edgekd.distillation.train import OnEpoch, train
 from edgekd.errors import NumericalError, UsageError
 from edgekd.programs.student_files import load_student
@@ -78,10 +79,6 @@ class Sweep:
     def own(self) -> Settings:
         return own_settings(self.recipe, self.arm)
 
-    @property
-    def folder(self) -> Path:
-        return self.work.folder.path / "sweep"
-
     def study(self) -> Study:
         """The study of these trials; another recipe, cache or space has another."""
         what = [
@@ -90,7 +87,7 @@ class Sweep:
             {key: knob.to_json() for key, knob in self.space[0].items()},
         ]
         epochs = self.recipe.distill.for_arm(self.arm).epochs
-        path = self.folder / f"{self.arm.replace(':', '.')}.db"
+        path = self.work.folder.study(self.arm)
         return Study(path, fingerprint(what), self.space[0], self.own, epochs, self.recipe.distill.seeds[0])
 
     def threads(self) -> int:
@@ -237,7 +234,7 @@ def _trial_inputs(asked: Sweep, recipe: Recipe) -> Json:
 
 
 def _inputs(recipe: Recipe, work: Workspace, arm: str, seed: int) -> Json:
-    """What a training depends on, as :func:`edgekd.distillation.distill.arm_inputs` has it, without the test split."""
+    """What a training depends on, as :func:`edgekd.distillation.arms.arm_inputs` has it, without the test split."""
     data = {name: work.capture_key(name).to_json() for name in ("train", "validation")}
     return arm_inputs(recipe, work.splits, arm, seed, data)
 
@@ -304,7 +301,7 @@ def scores_of(asked: Sweep, progress: Progress, arm: str, settings: Settings, se
     recipe = with_settings(asked.recipe, arm, settings)
     inputs = _inputs(recipe, work, arm, seed)
     key = fingerprint([inputs, held.fingerprint])
-    path = asked.folder / "judged" / f"{arm.replace(':', '.')}-{key}.npy"
+    path = work.folder.scores(arm, key)
     if path.is_file():
         kept: np.ndarray = np.load(path, allow_pickle=False)
         return kept

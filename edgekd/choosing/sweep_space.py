@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from edgekd.distillation.distill import CONTROL
+from edgekd.distillation.arms import CONTROL
 from edgekd.errors import UsageError
 from edgekd.recipes.recipe import TAIL_TEMPERATURES, ArmOptions, Recipe
 from edgekd.types import JsonMixin

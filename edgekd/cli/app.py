@@ -140,7 +140,6 @@ def capture(
 
 def distill(recipe: RecipeOption = None, seeds: SeedsOption = None, force: ForceOption = False) -> None:
     """Train the students and, always, the control without a teacher."""
-    from edgekd.distillation.distill import EmbeddingResult
     from edgekd.recipes.seeds import keep_count
     from edgekd.stages.pipeline import distill_stage
 
@@ -151,17 +150,8 @@ def distill(recipe: RecipeOption = None, seeds: SeedsOption = None, force: Force
                 keep_count(work.recipe, seeds)
             results = distill_stage(work, progress_bar(), force)
     for result in results if processes.is_main() else ():
-        if isinstance(result, EmbeddingResult):
-            show(
-                f"{result.arm:<12} seed {result.seed}  validation {result.validation.neighbours:.2%}  "
-                f"test {result.test.neighbours:.2%} of the teacher's neighbours  cosine {result.test.cosine:.3f}"
-            )
-            continue
-        perplexity = "" if result.test.perplexity is None else f"perplexity {result.test.perplexity:.1f}  "
         show(
-            f"{result.arm:<12} seed {result.seed}  validation {result.validation.accuracy:.2%}  "
-            f"test {result.test.accuracy:.2%}  {perplexity}"
-            f"agrees with the teacher {result.test.teacher_agreement:.2%}"
+            f"{result.arm:<12} seed {result.seed}  validation {result.validation.share:.2%}  test {result.test.words()}"
         )
 
 

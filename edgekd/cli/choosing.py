@@ -40,16 +40,15 @@ def suggest(
     from edgekd.choosing.candidates import OWN
     from edgekd.choosing.suggest import USUAL_SHARE, Budget, parse_share, table
     from edgekd.choosing.suggest import suggest as look
+    from edgekd.stages.bench import devices_of_recipe
 
     others = any(limit is not None for limit in (mb, macs, ms))
     shares = parse_share(share) if share is not None else None if others else USUAL_SHARE
     if ms is not None and not measure:
         raise UsageError("--ms needs a device to measure on; leave out --no-measure")
     work = workspace(recipe)
-    folder, own = work.recipe.folder, work.recipe.bench.devices
-    devices = device or [str(folder / name) if name.endswith(".toml") else name for name in own]
-    budget = Budget(shares, mb, macs, ms)
-    rows, notes = look(work, budget, devices if measure else [], target, most, progress_bar())
+    devices = (device or devices_of_recipe(work)) if measure else []
+    rows, notes = look(work, Budget(shares, mb, macs, ms), devices, target, most, progress_bar())
     if json:
         show_json({"candidates": [row.to_json() for row in rows], "notes": notes})
         return
@@ -92,7 +91,7 @@ def sweep(
     from edgekd.choosing.sweep import sweep as run_sweep
     from edgekd.choosing.sweep_space import parse_knob
     from edgekd.choosing.sweep_words import is_worse, recipe_lines, sentences, swept_json, write_settings
-    from edgekd.distillation.distill import CONTROL
+    from edgekd.distillation.arms import CONTROL
     from edgekd.recipes.reading import find_recipe
     from edgekd.recipes.seeds import first_seeds
     from edgekd.reporting.pairing import FEWEST_SEEDS

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from edgekd import plugins
 from edgekd.data.files import Column, ImageFiles, read_files, unique_ids
@@ -60,6 +62,14 @@ class Split:
         digest = hashlib.sha256(self.fingerprint.encode() + np.asarray(indices, np.int64).tobytes()).hexdigest()[:16]
         return Split(inputs, labels, self.ids[indices], digest)
 
+    @property
+    def labelled(self) -> np.ndarray:
+        """Which samples have a label, or a window one that counts: bool (samples,)."""
+        if self.labels is None:
+            return np.zeros(len(self), bool)
+        found: np.ndarray = (self.labels != NO_LABEL).reshape(len(self), -1).any(axis=1)
+        return found
+
     def arrays(self, indices: np.ndarray | slice = slice(None)) -> dict[str, np.ndarray]:
         """Inputs of some samples as arrays, decoded if need be."""
         return {name: np.asarray(column[indices]) for name, column in self.inputs.items()}
@@ -85,6 +95,10 @@ class Splits:
     assets: Mapping[str, bytes]
     load_test: Callable[[], Split]
     joined: Joined | None = None
+
+    def example(self) -> list[Tensor]:
+        """Two training samples, or the only one, as a student takes them."""
+        return [torch.from_numpy(array) for array in self.train.arrays(np.arange(min(2, len(self.train)))).values()]
 
     @cached_property
     def test(self) -> Split:

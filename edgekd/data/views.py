@@ -19,7 +19,7 @@ from edgekd.data.samples import Split
 from edgekd.errors import DataError
 from edgekd.protocols import Augmentation, Mixing
 
-__all__ = ["ViewBatch", "Views", "view_batch", "view_partners", "view_seeds"]
+__all__ = ["ViewBatch", "Views", "split_mix", "view_batch", "view_partners", "view_seeds"]
 
 PROBES = 16
 
@@ -75,13 +75,18 @@ def view_seeds(ids: np.ndarray, views: np.ndarray, seed: int) -> np.ndarray:
 def view_partners(seeds: np.ndarray, samples: int) -> np.ndarray:
     """Position of the sample that is mixed into each view, itself not excluded: uint32, (records,).
 
-    A hash of the view's seed, so that it does not go with the other random numbers of the view (SplitMix64, Steele et
-    al. 2014, "Fast splittable pseudorandom number generators").
+    A hash of the view's seed, so that it does not go with the other random numbers of the view.
     """
-    state = seeds.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    return (split_mix(seeds) % np.uint64(samples)).astype(np.uint32)
+
+
+def split_mix(numbers: np.ndarray) -> np.ndarray:
+    """A hash of each, uint64 (SplitMix64, Steele et al. 2014, "Fast splittable pseudorandom number generators")."""
+    state = numbers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((state ^ (state >> np.uint64(31))) % np.uint64(samples)).astype(np.uint32)
+    mixed: np.ndarray = state ^ (state >> np.uint64(31))
+    return mixed
 
 
 def view_batch(

@@ -63,6 +63,15 @@ class Likeness(JsonMixin):
         """What choices are made by, the larger the better."""
         return self.neighbours
 
+    @property
+    def share(self) -> float:
+        """Of the teacher's neighbours, 0 to 1."""
+        return self.neighbours
+
+    def words(self) -> str:
+        """For people, in a line."""
+        return f"{self.neighbours:.2%} of the teacher's neighbours  cosine {self.cosine:.3f}"
+
 
 def likeness(vectors: np.ndarray, teacher: np.ndarray, labels: np.ndarray) -> Likeness:
     """Everything at once.

@@ -127,9 +127,8 @@ def train(
         raise UsageError("distill.shard = true does not go with features or embeddings; leave out one of them")
     assert split.labels is not None
     rows, places, labels = cache.rows(split.ids), cache.places(split), torch.from_numpy(split.labels)
-    known = (split.labels != NO_LABEL).reshape(len(split), -1).any(axis=1)
     everyone = np.arange(len(split)) if learned_from is None else learned_from
-    pool = everyone[known[everyone]] if plan.labelled_only else everyone
+    pool = everyone[split.labelled[everyone]] if plan.labelled_only else everyone
     order = Order(pool, split.ids[pool], cache.views, plan.views_per_decode, plan.seed)
     trained, called = spread(student, plan.shard, plan.compile)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay)

@@ -309,7 +309,7 @@ class Recipe(Table):
         return self._folder
 
     def codec(self, classes: int, positions: int = 0) -> str:
-        """How the teacher's outputs for the training views are kept.
+        """How a teacher's classes for the training views are kept.
 
         Dense up to 256 classes; the 10 largest above (Faghri et al. 2023, arXiv:2303.08983: 5 to 10 are enough). For
         windows of tokens 50 draws (Anshumann et al. 2025, arXiv:2503.16870), or the 50 largest where those won't do.
@@ -317,8 +317,6 @@ class Recipe(Table):
         Args:
             positions: Of a window; 0 for samples with one label.
         """
-        if self.teacher.embeds:
-            return VECTOR_CODEC
         if self.teacher.codec is not None:
             return self.teacher.codec
         if positions and classes > DENSE_CLASSES:

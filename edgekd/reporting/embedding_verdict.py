@@ -5,15 +5,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from edgekd.distillation.distill import CONTROL, EmbeddingResult
+from edgekd.distillation.arms import CONTROL
+from edgekd.distillation.distill import ArmResult
 from edgekd.distillation.embeddings import NEIGHBOURS, Likeness
-from edgekd.reporting.pairing import FEWEST_SEEDS, paired_means
+from edgekd.reporting.pairing import paired_means
+from edgekd.reporting.verdict import told, untold
 
 __all__ = ["embedding_sentences"]
 
 
 def embedding_sentences(
-    results: Sequence[EmbeddingResult], shipped: str, teacher: Likeness, share_of_parameters: float | None
+    results: Sequence[ArmResult[Likeness]], shipped: str, teacher: Likeness, share_of_parameters: float | None
 ) -> list[str]:
     """The verdicts, most important first.
 
@@ -48,7 +50,7 @@ def embedding_sentences(
     return lines
 
 
-def _of(results: Sequence[EmbeddingResult], arm: str) -> list[Likeness]:
+def _of(results: Sequence[ArmResult[Likeness]], arm: str) -> list[Likeness]:
     return [result.test for result in results if result.arm == arm]
 
 
@@ -63,14 +65,9 @@ def _gain_sentence(own: Sequence[Likeness], control: Sequence[Likeness]) -> str:
         f"learned from labels alone ({_spread([one.neighbours for one in control])})"
     )
     if found.low is None or found.high is None:
-        seeds = "one seed" if found.seeds == 1 else f"{found.seeds} seeds"
-        return (
-            f"Whether another seed would say the same cannot be told: {over}, with {seeds}; "
-            f"edgekd distill --seeds {FEWEST_SEEDS} tells."
-        )
+        return untold(over, found.seeds)
     interval = f"95 % interval {found.low * 100:+.2f} to {found.high * 100:+.2f} for new seeds"
-    word = "Distillation helped" if found.low > 0 else "Distillation did not help" if found.high < 0 else "It is open"
-    return f"{word}: {over}, {interval}, paired over {found.seeds} seeds."
+    return told(found.low, found.high, f"{over}, {interval}", found.seeds)
 
 
 def _spread(shares: Sequence[float]) -> str:

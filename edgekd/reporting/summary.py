@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ import numpy as np
 import edgekd
 from edgekd import plugins
 from edgekd.compression.compress import notes_of
-from edgekd.data.truth import NO_LABEL
-from edgekd.distillation.distill import CONTROL, ArmResult
-from edgekd.distillation.embeddings import Likeness
+from edgekd.distillation.arms import CONTROL
+from edgekd.distillation.distill import ArmResult, Trained
+from edgekd.distillation.embeddings import Likeness, own_likeness
 from edgekd.distillation.perplexity import judge_teacher
 from edgekd.measurement import Measurement
 from edgekd.metrics import ClassCount, Quality, quality
 from edgekd.precisions import PORTABLE
 from edgekd.reporting.answers import Answers, answers_of
+from edgekd.reporting.embedding_verdict import embedding_sentences
 from edgekd.reporting.ledger import ArmRow, ClassRow, Ledger, Row, Stage
 from edgekd.reporting.verdict import (
     arm_rows,
@@ -33,7 +35,7 @@ from edgekd.reporting.verdict import (
     start_sentences,
 )
 from edgekd.stages.keeping import measurements_of
-from edgekd.stages.results import embedding_results_of, results_of, shipped, trained_of
+from edgekd.stages.results import results_of, shipped, trained_of
 from edgekd.stages.workspace import Workspace
 from edgekd.store import atomic_write, load_artifact, load_card, read_json, size_of, write_json
 from edgekd.teachers.ensemble import teacher_sentences
@@ -48,107 +50,80 @@ UNREADABLE_VIEWS_MARGIN = 0.05
 """Views are told of when the teacher's accuracy on them is this far under that on plain samples."""
 
 
+@dataclass(frozen=True)
+class _Told:
+    """What a report says by what its students are judged by.
+
+    Attributes:
+        teacher: Itself, on the test split.
+        sentences: In order.
+        arms, classes: None of embeddings.
+    """
+
+    teacher: Quality | Likeness
+    sentences: tuple[str, ...]
+    arms: tuple[ArmRow, ...] = ()
+    classes: tuple[ClassRow, ...] = ()
+
+
 def collect(work: Workspace) -> tuple[Ledger, list[Measurement]]:
     """The ledger of everything that has been done so far.
 
     Raises:
         UsageError: No student has been trained yet.
     """
-    if work.recipe.teacher.embeds:
-        return _collect_embeddings(work)
-    results = results_of(work)
     chosen, folder = shipped(work)
-    assert isinstance(chosen, ArmResult)
-    card = load_card(folder)
-    teacher = _teacher_quality(work)
-    measurements = measurements_of(work.folder)
+    card, measurements = load_card(folder), measurements_of(work.folder)
     artifacts = [(load_artifact(path), path) for path in work.folder.artifacts()]
-    control = next(r for r in results if r.arm == CONTROL and r.seed == chosen.seed)
-    rows = [
-        _teacher_row(work, teacher),
-        _program_row("control", "no teacher", control.test, work.folder.arm(CONTROL, chosen.seed)),
-        *(
-            _program_row("student", r.arm, r.test, work.folder.arm(r.arm, r.seed), is_shipped=r == chosen)
-            for r in results
-            if r.seed == chosen.seed and r.arm != CONTROL
-        ),
+    tell = _tell_embeddings if work.recipe.teacher.embeds else _tell_classes
+    told = tell(work, chosen.arm, chosen.seed, card)
+    rows = (
+        _teacher_row(work, told.teacher),
+        *(_student_row(work, one, one == chosen) for one in trained_of(work) if one.seed == chosen.seed),
         *_compressed_rows(work),
         *(_artifact_row(artifact, path.name, measurements) for artifact, path in artifacts),
-    ]
-    answers = _answers(work)
-    arms = arm_rows(results, chosen.arm, answers)
-    classes = _class_rows(work.splits.labels, teacher, control.test, chosen.test)
+    )
+    ledger = Ledger(
+        name=work.recipe.name,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        sentences=(*told.sentences, *_artifact_sentences([artifact for artifact, _ in artifacts], measurements)),
+        rows=rows,
+        classes=told.classes,
+        lineage=card.lineage,
+        environment=_environment(),
+        gain=next((row.gain for row in told.arms if row.is_shipped), None),
+        arms=told.arms,
+    )
+    return ledger, measurements
+
+
+def _tell_classes(work: Workspace, arm: str, seed: int, card: Card) -> _Told:
+    """Of classes, or tokens.
+
+    Args:
+        arm, seed, card: Of the shipped student.
+    """
+    results, teacher, answers = results_of(work, Quality), _teacher_quality(work), _answers(work)
+    arms = arm_rows(results, arm, answers)
+    control, student = (next(r.test for r in results if (r.arm, r.seed) == (name, seed)) for name in (CONTROL, arm))
+    classes = _class_rows(work.splits.labels, teacher, control, student)
     sentences = (
-        *_distillation_sentences(results, arms, teacher, card, work.teacher.parameters, answers),
-        *([] if work.splits.joined is None else [work.splits.joined.sentence()]),
+        *_distillation_sentences(results, arms, teacher, card, _share_of_parameters(work, card), answers),
+        *_joined_sentences(work),
         *teacher_sentences(work, teacher.accuracy),
         *_view_sentences(work),
         *_weakness_sentences(classes),
-        *_artifact_sentences([artifact for artifact, _ in artifacts], measurements),
     )
-    ledger = Ledger(
-        name=work.recipe.name,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        sentences=sentences,
-        rows=tuple(rows),
-        classes=classes,
-        lineage=card.lineage,
-        environment=_environment(),
-        gain=next(row.gain for row in arms if row.is_shipped),
-        arms=arms,
-    )
-    return ledger, measurements
+    return _Told(teacher, sentences, arms, classes)
 
 
-def _collect_embeddings(work: Workspace) -> tuple[Ledger, list[Measurement]]:
-    """As :func:`collect`, of students that learn no classes."""
-    from edgekd.distillation.embeddings import own_likeness
-    from edgekd.reporting.embedding_verdict import embedding_sentences
-
-    results, (chosen, folder) = embedding_results_of(work), shipped(work)
-    card, test = load_card(folder), work.splits.test
+def _tell_embeddings(work: Workspace, arm: str, seed: int, card: Card) -> _Told:
+    """See :func:`_tell_classes`; all seeds count alike."""
+    test = work.splits.test
     assert test.labels is not None
     teacher = own_likeness(work.cache("test").vectors(test.ids), test.labels)
-    measurements = measurements_of(work.folder)
-    artifacts = [(load_artifact(path), path) for path in work.folder.artifacts()]
-    of_seed = [result for result in results if result.seed == chosen.seed]
-    rows = [
-        Row(
-            stage="teacher",
-            name=work.recipe.teacher.name,
-            **_numbers(teacher),
-            size_bytes=work.teacher.size_bytes or None,
-            parameters=work.teacher.parameters,
-            macs=work.teacher.macs,
-        ),
-        *(
-            _program_row(
-                "control" if r.arm == CONTROL else "student",
-                "no teacher" if r.arm == CONTROL else r.arm,
-                r.test,
-                work.folder.arm(r.arm, r.seed),
-                is_shipped=r == chosen,
-            )
-            for r in of_seed
-        ),
-        *_compressed_rows(work),
-        *(_artifact_row(artifact, path.name, measurements) for artifact, path in artifacts),
-    ]
-    share = card.parameters / work.teacher.parameters if work.teacher.parameters else None
-    sentences = (
-        *embedding_sentences(results, chosen.arm, teacher, share),
-        *([] if work.splits.joined is None else [work.splits.joined.sentence()]),
-        *_artifact_sentences([artifact for artifact, _ in artifacts], measurements),
-    )
-    ledger = Ledger(
-        name=work.recipe.name,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        sentences=sentences,
-        rows=tuple(rows),
-        lineage=card.lineage,
-        environment=_environment(),
-    )
-    return ledger, measurements
+    sentences = embedding_sentences(results_of(work, Likeness), arm, teacher, _share_of_parameters(work, card))
+    return _Told(teacher, (*sentences, *_joined_sentences(work)))
 
 
 def write_report(work: Workspace) -> Ledger:
@@ -201,17 +176,26 @@ def _answers(work: Workspace) -> Answers | None:
     return answers_of(work, work.arms, work.recipe.distill.seeds)
 
 
-def _teacher_row(work: Workspace, teacher: Quality) -> Row:
+_BESIDE_THE_TEACHER = ("teacher_agreement", "kl", "cosine", "neighbours")
+"""Columns that would compare the teacher with itself."""
+
+
+def _teacher_row(work: Workspace, teacher: Quality | Likeness) -> Row:
     return Row(
         stage="teacher",
         name=work.recipe.teacher.name,
-        accuracy=teacher.accuracy,
-        perplexity=teacher.perplexity,
-        ece=teacher.ece,
+        **{name: value for name, value in _numbers(teacher).items() if name not in _BESIDE_THE_TEACHER},
         size_bytes=work.teacher.size_bytes or None,
         parameters=work.teacher.parameters,
         macs=work.teacher.macs,
     )
+
+
+def _student_row(work: Workspace, result: Trained, is_shipped: bool) -> Row:
+    folder = work.folder.arm(result.arm, result.seed)
+    if result.arm == CONTROL:
+        return _program_row("control", "no teacher", result.test, folder, is_shipped)
+    return _program_row("student", result.arm, result.test, folder, is_shipped)
 
 
 def _program_row(stage: Stage, name: str, test: Quality | Likeness, folder: Path, is_shipped: bool = False) -> Row:
@@ -230,11 +214,8 @@ def _program_row(stage: Stage, name: str, test: Quality | Likeness, folder: Path
 
 
 def _numbers(test: Quality | Likeness) -> dict[str, Any]:
-    """How good it is, by the names of a row."""
-    if isinstance(test, Likeness):
-        return {"cosine": test.cosine, "neighbours": test.neighbours, "same_label": test.same_label}
-    names = ("accuracy", "teacher_agreement", "perplexity", "kl", "ece")
-    return {name: getattr(test, name) for name in names}
+    """What a row has a column for."""
+    return {name: value for name, value in vars(test).items() if name in Row.__dataclass_fields__}
 
 
 def _compressed_rows(work: Workspace) -> list[Row]:
@@ -310,14 +291,13 @@ def _environment() -> dict[str, str]:
 
 
 def _distillation_sentences(
-    results: Sequence[ArmResult],
+    results: Sequence[ArmResult[Quality]],
     arms: Sequence[ArmRow],
     teacher: Quality,
     card: Card,
-    teacher_parameters: int | None,
+    share: float | None,
     answers: Answers | None,
 ) -> list[str]:
-    share = card.parameters / teacher_parameters if teacher_parameters else None
     lines = [kept_sentence(arms, teacher, share), *start_sentences(card.lineage)]
     shipped = next(row.arm for row in arms if row.is_shipped)
     if teacher.perplexity is not None and shipped != CONTROL:
@@ -327,6 +307,15 @@ def _distillation_sentences(
     if shipped != CONTROL and answers is not None:
         lines.append(inheritance_sentence(shipped, answers))
     return lines
+
+
+def _share_of_parameters(work: Workspace, card: Card) -> float | None:
+    """Of the teacher's; None where these are not known."""
+    return card.parameters / work.teacher.parameters if work.teacher.parameters else None
+
+
+def _joined_sentences(work: Workspace) -> list[str]:
+    return [] if work.splits.joined is None else [work.splits.joined.sentence()]
 
 
 def _view_sentences(work: Workspace) -> list[str]:
@@ -349,7 +338,7 @@ def _teacher_accuracy(work: Workspace, split: str) -> float:
     """Over all captured views of a split."""
     cache, samples = work.cache(split), work.split(split)
     assert samples.labels is not None
-    labelled = np.flatnonzero(samples.labels != NO_LABEL)
+    labelled = np.flatnonzero(samples.labelled)
     ids, labels = samples.ids[labelled], samples.labels[labelled]
     right = [cache.top_class(ids, view) == labels for view in range(cache.views)]
     return statistics.fmean(float(view.mean()) for view in right)

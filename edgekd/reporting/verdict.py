@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edgekd.distillation.distill import CONTROL, STARTED_FROM, ArmResult
+from edgekd.distillation.arms import CONTROL
+from edgekd.distillation.distill import STARTED_FROM, ArmResult
 from edgekd.metrics import Quality
 from edgekd.reporting.answers import Answers
 from edgekd.reporting.ledger import ArmRow, Gain
@@ -21,13 +22,15 @@ __all__ = [
     "kept_sentence",
     "perplexity_sentence",
     "start_sentences",
+    "told",
+    "untold",
 ]
 
 FEWEST_MISTAKES = 20
 """Of fewer, the share that is repeated moves by more than 5 points with a single one."""
 
 
-def arm_rows(results: Sequence[ArmResult], shipped: str, answers: Answers | None) -> tuple[ArmRow, ...]:
+def arm_rows(results: Sequence[ArmResult[Quality]], shipped: str, answers: Answers | None) -> tuple[ArmRow, ...]:
     """Every arm over its seeds, in the order of the results.
 
     Args:
@@ -40,12 +43,16 @@ def arm_rows(results: Sequence[ArmResult], shipped: str, answers: Answers | None
     return tuple(_arm_row(arm, _of(results, arm), _of(results, CONTROL), arm == shipped, answers) for arm in arms)
 
 
-def _of(results: Sequence[ArmResult], arm: str) -> list[ArmResult]:
+def _of(results: Sequence[ArmResult[Quality]], arm: str) -> list[ArmResult[Quality]]:
     return [result for result in results if result.arm == arm]
 
 
 def _arm_row(
-    arm: str, own: list[ArmResult], control: list[ArmResult], is_shipped: bool, answers: Answers | None
+    arm: str,
+    own: list[ArmResult[Quality]],
+    control: list[ArmResult[Quality]],
+    is_shipped: bool,
+    answers: Answers | None,
 ) -> ArmRow:
     accuracies = [result.test.accuracy for result in own]
     repeated = None
@@ -64,7 +71,7 @@ def _arm_row(
     )
 
 
-def _gain(arm: str, own: list[ArmResult], control: list[ArmResult], answers: Answers | None) -> Gain:
+def _gain(arm: str, own: list[ArmResult[Quality]], control: list[ArmResult[Quality]], answers: Answers | None) -> Gain:
     if answers is None:
         found = paired_means([r.test.accuracy for r in own], [r.test.accuracy for r in control])
     else:
@@ -121,8 +128,8 @@ def gain_sentence(rows: Sequence[ArmRow]) -> str:
         return "It was trained without the teacher: no distilled arm was trained or chosen."
     over = f"{gain.points:+.2f} points over the same student without a teacher ({_spread(control)})"
     if gain.low is None or gain.high is None:
-        return _untold(over, gain.seeds)
-    return _told(gain.low, gain.high, f"{over}, 95 % interval {gain.low:+.2f} to {gain.high:+.2f}", gain.seeds)
+        return untold(over, gain.seeds)
+    return told(gain.low, gain.high, f"{over}, 95 % interval {gain.low:+.2f} to {gain.high:+.2f}", gain.seeds)
 
 
 def perplexity_sentence(own: Sequence[Quality], control: Sequence[Quality], teacher: Quality) -> str:
@@ -142,13 +149,13 @@ def perplexity_sentence(own: Sequence[Quality], control: Sequence[Quality], teac
         f"{math.exp(-found.difference):.3f}×"
     )
     if found.low is None or found.high is None:
-        sentence = _untold(over, found.seeds)
+        sentence = untold(over, found.seeds)
     else:
         low, high = math.exp(-found.high), math.exp(min(-found.low, 700))
         interval = (
             f"95 % interval {low:.3f}× to {high:.3f}× for new seeds and new windows, as if these were independent"
         )
-        sentence = _told(found.low, found.high, f"{over}, {interval}", found.seeds)
+        sentence = told(found.low, found.high, f"{over}, {interval}", found.seeds)
     alike = f"{agree[0]:.1%} of these tokens, without a teacher at {agree[1]:.1%}"
     return f"{sentence} Its next token is the teacher's at {alike}."
 
@@ -158,7 +165,8 @@ def _window_scores(some: Sequence[Quality]) -> np.ndarray:
     return np.array([-np.array(one.window_losses) * len(one.window_losses) / one.samples for one in some])
 
 
-def _untold(over: str, seeds: int) -> str:
+def untold(over: str, seeds: int) -> str:
+    """What too few seeds say."""
     with_seeds = "one seed" if seeds == 1 else f"{seeds} seeds"
     return (
         f"Whether distillation helped cannot be told: {over}, with {with_seeds}; another seed could say the "
@@ -166,14 +174,14 @@ def _untold(over: str, seeds: int) -> str:
     )
 
 
-def _told(low: float, high: float, over: str, seeds: int) -> str:
+def told(low: float, high: float, over: str, seeds: int) -> str:
     """What an interval of the gain says; with zero in it, neither."""
-    told = "Whether distillation helped cannot be told"
+    word = "Whether distillation helped cannot be told"
     if low > 0:
-        told = "Distillation helped"
+        word = "Distillation helped"
     elif high < 0:
-        told = "Distillation did not help, it hurt"
-    return f"{told}: {over}, paired over {seeds} seeds."
+        word = "Distillation did not help, it hurt"
+    return f"{word}: {over}, paired over {seeds} seeds."
 
 
 def inheritance_sentence(arm: str, answers: Answers) -> str:

@@ -20,7 +20,7 @@ from edgekd.stages.results import finished
 from edgekd.stages.workspace import Workspace
 from edgekd.types import Json
 
-__all__ = ["bench_stage", "devices_of_recipe"]
+__all__ = ["bench_stage", "devices_of_recipe", "plan_of_recipe"]
 
 
 def bench_stage(
@@ -37,8 +37,7 @@ def bench_stage(
     """
     artifacts = finished(work)
     session = plugins.load_module("edgekd.benchmarks.session")
-    spec = work.recipe.bench
-    plan = Plan(threads=spec.threads, blocks=spec.blocks, warmup_s=spec.warmup_s, min_s=spec.min_s)
+    spec, plan = work.recipe.bench, plan_of_recipe(work)
     proof, asked_of = proof_of(work), None
     if work.is_language_model:
         plan = replace(plan, prompt_tokens=spec.prompt_tokens, new_tokens=spec.new_tokens)
@@ -66,6 +65,12 @@ def bench_stage(
     measurements = measurements_of(work.folder)
     note_regressions(work.folder.artifacts(), measurements)
     return measurements
+
+
+def plan_of_recipe(work: Workspace) -> Plan:
+    """How the recipe has files measured; the lengths of prompt and answer come on top."""
+    spec = work.recipe.bench
+    return Plan(threads=spec.threads, blocks=spec.blocks, warmup_s=spec.warmup_s, min_s=spec.min_s)
 
 
 def devices_of_recipe(work: Workspace) -> list[str]:

@@ -7,8 +7,7 @@ import torch
 
 from edgekd.data.views import view_batch, view_partners, view_seeds
 from edgekd.data.windows import counted_positions, positions_of
-from edgekd.distillation.distill import check_outputs
-from edgekd.distillation.embeddings import check_embedding
+from edgekd.distillation.distill import check_output
 from edgekd.distillation.features import with_features
 from edgekd.errors import NumericalError, UsageError
 from edgekd.exporting.export import requests_of
@@ -21,9 +20,8 @@ from edgekd.teachers.ensemble import teacher_accuracy
 from edgekd.teachers.feature_records import layout_of
 from edgekd.teachers.language_student import NoCachesError, untrained_decoder
 from edgekd.teachers.records import record_bytes
-from edgekd.teachers.sources import load_student_module
+from edgekd.teachers.sources import fresh_module
 from edgekd.teachers.targets import codec_of
-from edgekd.teachers.window_records import plain_codec
 
 __all__ = ["check_workspace"]
 
@@ -47,21 +45,18 @@ def check_workspace(work: Workspace) -> dict[str, str]:
     logits, layout = answer.logits, layout_of(answer.features)
     if not np.isfinite(logits).all():
         raise NumericalError("the teacher gives NaN or infinity on the first training samples")
-    student = load_student_module(recipe.student.model, recipe.folder, 0, recipe.student.told, recipe.labels).eval()
+    student = fresh_module(recipe, 0).eval()
     classes = logits.shape[-1]
-    if recipe.teacher.embeds:
-        check_embedding(student(*inputs), classes)
-    else:
-        check_outputs(student(*inputs), classes, len(splits.labels), positions)
+    check_output(recipe, splits, student(*inputs), classes)
     for arm in work.arms:
         shapes = {name: shape for name, (_, shape) in layout.items()}
         with_features(student, recipe.distill.features_of(arm), shapes, dict(zip(batch, inputs, strict=True)), 0)
     export_program(student, list(inputs))
     views, plain = len(splits.train) * recipe.data.views, len(splits.validation) + len(splits.test)
-    codec = codec_of(recipe.codec(classes, positions))
-    kept = {name: layout[name] for name in work.capture_key("train").features}
+    key = work.capture_key("train")
+    codec, kept = codec_of(key.codec), {name: layout[name] for name in key.features}
     record = record_bytes(codec, classes, positions, recipe.data.mix is not None, kept)
-    judged_by = codec_of(codec.name if recipe.teacher.embeds else plain_codec(classes, positions))
+    judged_by = codec_of(work.capture_key("validation").codec)
     size = views * record + plain * record_bytes(judged_by, classes, positions)
     facts = {
         "recipe": f"{recipe.name} ({recipe.folder})",

@@ -11,7 +11,8 @@ import torch
 import edgekd
 from edgekd import plugins, processes
 from edgekd.compression.prune import parse_pruning
-from edgekd.distillation.distill import Trained, arm_inputs, threads_of, train_arm
+from edgekd.distillation.arms import arm_inputs, threads_of
+from edgekd.distillation.distill import Trained, train_arm
 from edgekd.errors import UsageError
 from edgekd.exporting.export import Request, requests_of, toolchain, write_request
 from edgekd.exporting.regressions import note_regressions

@@ -13,7 +13,8 @@ from torch import nn
 from edgekd.compression.compress import compress
 from edgekd.compression.mixed import DEFAULT_MAX_DROP, Budget, mixed_precision
 from edgekd.compression.prune import Pruning, prune
-from edgekd.distillation.distill import CONTROL, arm_inputs, evaluate, judged, objective_of, threads_of
+from edgekd.distillation.arms import CONTROL, arm_inputs, objective_of, threads_of
+from edgekd.distillation.distill import evaluate, judged
 from edgekd.distillation.train import TrainingPlan, train
 from edgekd.errors import UsageError
 from edgekd.metrics import Quality

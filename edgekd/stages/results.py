@@ -4,30 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from edgekd import plugins
-from edgekd.distillation.distill import (
-    ArmResult,
-    EmbeddingResult,
-    Trained,
-    choose_arm,
-    load_embedding_result,
-    load_result,
-)
+from edgekd.distillation.distill import ArmResult, Trained, choose_arm, load_result
+from edgekd.distillation.embeddings import Likeness
 from edgekd.errors import UsageError
+from edgekd.metrics import Quality
 from edgekd.stages.workspace import Workspace
 from edgekd.store import load_artifact
 from edgekd.types import Artifact, Precision
 
-__all__ = [
-    "base_folder",
-    "embedding_results_of",
-    "finished",
-    "results_of",
-    "shipped",
-    "source_folder",
-    "trained_of",
-]
+__all__ = ["base_folder", "finished", "results_of", "shipped", "source_folder", "trained_of"]
+
+_Judgement = TypeVar("_Judgement", bound=Quality | Likeness)
 
 
 def trained_of(work: Workspace) -> Sequence[Trained]:
@@ -36,31 +26,17 @@ def trained_of(work: Workspace) -> Sequence[Trained]:
     Raises:
         UsageError: An arm has not been trained yet.
     """
-    return embedding_results_of(work) if work.recipe.teacher.embeds else results_of(work)
+    return results_of(work, Likeness) if work.recipe.teacher.embeds else results_of(work, Quality)
 
 
-def embedding_results_of(work: Workspace) -> list[EmbeddingResult]:
-    """See :func:`results_of`."""
-    return [load_embedding_result(work.recipe, arm, seed) for seed in work.recipe.distill.seeds for arm in work.arms]
-
-
-def results_of(work: Workspace) -> list[ArmResult]:
-    """Results of all arms and seeds of the recipe.
-
-    Raises:
-        UsageError: An arm has not been trained yet.
-    """
-    return [load_result(work.recipe, arm, seed) for seed in work.recipe.distill.seeds for arm in work.arms]
+def results_of(work: Workspace, kind: type[_Judgement]) -> list[ArmResult[_Judgement]]:
+    """The same, of students that are judged by one kind of thing."""
+    return [load_result(work.recipe, arm, seed, kind) for seed in work.recipe.distill.seeds for arm in work.arms]
 
 
 def shipped(work: Workspace) -> tuple[Trained, Path]:
     """The student to ship and its folder, chosen on validation."""
-    ship = work.recipe.distill.ship
-    chosen: Trained
-    if work.recipe.teacher.embeds:
-        chosen = choose_arm(embedding_results_of(work), ship)
-    else:
-        chosen = choose_arm(results_of(work), ship)
+    chosen = choose_arm(trained_of(work), work.recipe.distill.ship)
     return chosen, work.folder.arm(chosen.arm, chosen.seed)
 
 

@@ -76,10 +76,10 @@ class Workspace:
 
     @cached_property
     def classes(self) -> int:
-        """How many; a language model's are its vocabulary, which the teacher tells by its outputs."""
+        """How many; the teacher tells of a language model its vocabulary, of an embedding its width."""
         import numpy as np
 
-        if self.splits.labels:
+        if self.splits.labels and not self.recipe.teacher.embeds:
             return len(self.splits.labels)
         return int(self.teacher.logits(self.splits.validation.arrays(np.arange(1))).shape[-1])
 
@@ -93,7 +93,7 @@ class Workspace:
     @property
     def arms(self) -> tuple[str, ...]:
         """All arms to train; without labels, which only a teacher of embeddings can do without, there is no control."""
-        from edgekd.distillation.distill import arms_of
+        from edgekd.distillation.arms import arms_of
 
         return arms_of(self.recipe, not self.recipe.teacher.embeds or bool(self.splits.labels))
 

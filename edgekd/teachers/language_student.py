@@ -17,7 +17,7 @@ from edgekd.programs.decoder import POSITIONS, TOKENS, decoder_program
 from edgekd.programs.hugging_face import generating
 from edgekd.programs.models import count_macs, count_parameters, example_inputs, input_specs, output_specs
 from edgekd.programs.student_files import load_student
-from edgekd.teachers.sources import load_student_module
+from edgekd.teachers.sources import fresh_module
 from edgekd.types import LOGITS, Card, Decoder, Json, Student
 
 if TYPE_CHECKING:
@@ -81,14 +81,13 @@ def _fresh_model(work: Workspace) -> tuple[nn.Module, Any]:
     Raises:
         NoCachesError: It has none, so no caches can be made of it.
     """
-    recipe = work.recipe
-    module = load_student_module(recipe.student.model, recipe.folder, 0, recipe.student.told, recipe.labels).eval()
+    module, name = fresh_module(work.recipe, 0).eval(), work.recipe.student.model
     model = generating(module)
     if model is None:
         raise NoCachesError(
-            f"files of language models keep keys and values, and {recipe.student.model!r} is no causal language model "
-            f"of transformers; edgekd export {work.folder.path / 'students' / 'ARM-SEED'} --target onnx writes it "
-            "without, all positions of a window at once"
+            f"files of language models keep keys and values, and {name!r} is no causal language model of transformers; "
+            f"edgekd export {work.folder.path / 'students' / 'ARM-SEED'} --target onnx writes it without, all "
+            "positions of a window at once"
         )
     return module, model
 

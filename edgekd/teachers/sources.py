@@ -27,6 +27,7 @@ from edgekd.types import Json
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+    from edgekd.recipes.recipe import Recipe
     from edgekd.recipes.recipe_models import Preprocessing
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Teacher",
     "answer_by_name",
     "checked_logits",
+    "fresh_module",
     "load_student_module",
     "load_teacher",
     "module_fingerprint",
@@ -143,6 +145,12 @@ def load_student_module(
     """
     torch.manual_seed(seed)
     return trainable_module(reference, folder, told, labels)
+
+
+def fresh_module(recipe: Recipe, seed: int) -> nn.Module:
+    """The student of a recipe before it is trained; see :func:`load_student_module`."""
+    student = recipe.student
+    return load_student_module(student.model, recipe.folder, seed, student.told, recipe.labels)
 
 
 def trainable_module(reference: str, folder: Path, told: Json | None = None, labels: Sequence[str] = ()) -> nn.Module:
