@@ -6,10 +6,12 @@ Run this file to write docs/cli.md, docs/coverage.md and the tables of README.md
 import json
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from edgekd.benchmarks.coverage import page as coverage_page
 from edgekd.benchmarks.distill_page import results_tables as distill_tables
@@ -22,14 +24,17 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 EXAMPLES = ("digits", "fashion", "spam")
 ARMS = ("control", "kd", "dist")
-COMMANDS = [
-    *(command.callback.__name__ for command in app.registered_commands if command.callback),
-    *(
-        " ".join(filter(None, [group.name, name]))
-        for group in app.registered_groups
-        for name in ["", *(one.name or one.callback.__name__ for one in group.typer_instance.registered_commands)]
-    ),
-]
+
+
+def commands_of(command: Any, words: tuple[str, ...] = ()) -> Iterator[str]:
+    """Every command as it is typed, without the program's name."""
+    if words:
+        yield " ".join(words)
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from commands_of(inner, (*words, name))
+
+
+COMMANDS = list(commands_of(typer.main.get_command(app)))
 
 pytestmark = pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="only in a checkout")
 

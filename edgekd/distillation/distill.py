@@ -52,6 +52,7 @@ STARTED_FROM = "student starts from: "
 
 _Judgement_co = TypeVar("_Judgement_co", bound=Quality | Likeness, covariant=True)
 _Judgement = TypeVar("_Judgement", bound=Quality | Likeness)
+_Kind = TypeVar("_Kind", Quality, Likeness)
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def evaluate(student: Student, split: Split, cache: TeacherCache) -> Quality:
     return quality(next(iter(outputs.values())), split.labels, cache.logits(split.ids))
 
 
-def load_result(recipe: Recipe, arm: str, seed: int, kind: type[_Judgement]) -> ArmResult[_Judgement]:
+def load_result(recipe: Recipe, arm: str, seed: int, kind: type[_Kind]) -> ArmResult[_Kind]:
     """What ``train_arm`` saved.
 
     Args:

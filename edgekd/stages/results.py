@@ -17,7 +17,7 @@ from edgekd.types import Artifact, Precision
 
 __all__ = ["base_folder", "finished", "results_of", "shipped", "source_folder", "trained_of"]
 
-_Judgement = TypeVar("_Judgement", bound=Quality | Likeness)
+_Kind = TypeVar("_Kind", Quality, Likeness)
 
 
 def trained_of(work: Workspace) -> Sequence[Trained]:
@@ -29,7 +29,7 @@ def trained_of(work: Workspace) -> Sequence[Trained]:
     return results_of(work, Likeness) if work.recipe.teacher.embeds else results_of(work, Quality)
 
 
-def results_of(work: Workspace, kind: type[_Judgement]) -> list[ArmResult[_Judgement]]:
+def results_of(work: Workspace, kind: type[_Kind]) -> list[ArmResult[_Kind]]:
     """The same, of students that are judged by one kind of thing."""
     return [load_result(work.recipe, arm, seed, kind) for seed in work.recipe.distill.seeds for arm in work.arms]
 
