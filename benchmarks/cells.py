@@ -201,6 +201,8 @@ def value_of(block: Block, metric: str) -> float | None:
     if metric == "first_token":
         return float(np.quantile(block.first_token_ms, FAST)) if block.first_token_ms else None
     if metric == "cold_start":
+        if "shared_start" in block.conditions:
+            return None
         return block.model_load_ms + block.first_inference_ms
     if block.peak_memory_bytes is None:
         return None

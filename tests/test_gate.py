@@ -233,6 +233,7 @@ def test_peak_memory_is_what_came_on_top_of_the_runtime() -> None:
     assert value_of(block, "peak_memory") == 10_000 * 1024
     assert value_of(block, "cold_start") == 5
     assert value_of(replace(block, peak_memory_bytes=None), "peak_memory") is None
+    assert value_of(replace(block, conditions={"shared_start": "one page"}), "cold_start") is None
 
 
 def test_a_margin_below_the_resolution_of_the_device_is_refused(pair: Pair, images: np.ndarray) -> None:
