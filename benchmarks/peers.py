@@ -2,9 +2,10 @@
 
 ``python -m edgekd.benchmarks.peers`` prints a table of ratios and writes ``benchmarks/results/peers.json``. Peers: ONNX
 Runtime's ``quantize_static`` (after ``quant_pre_process``; QDQ, per channel, uint8 activations, int8 weights,
-min-max) and ai-edge-quantizer's ``static_wi8_ai8``, both with float inputs and outputs as edgekd's files have, and both
-made from edgekd's fp32 files. All files of one model take turns on one core, with one thread; those of ONNX Runtime
-once more without edgekd's session options. Cosine and agreement are with the fp32 program, on held-out samples.
+min-max) and ai-edge-quantizer's ``static_wi8_ai8``, both with float inputs and outputs as edgekd's files have, and
+both made from edgekd's fp32 files. All files of one model take turns on one core, with one thread; where edgekd's
+sessions of ONNX Runtime have options (x86 without VNNI), those files are measured once more without them. Cosine and
+agreement are with the fp32 program, on held-out samples.
 
 Every model is built and measured on its own (``python -m edgekd.benchmarks.peers minilm --files folder``), and its part
 of the results is replaced. With ``--files``, files that are there are not built again.
@@ -30,6 +31,7 @@ from edgekd.benchmarks.peer_models import MODELS, TRAINED, Case, NotInstalled
 from edgekd.benchmarks.session import flags_of, timed_only
 from edgekd.benchmarks.stats import ratio
 from edgekd.compression.compress import compress
+from edgekd.devices.agent.runtimes import session_config
 from edgekd.devices.host import HostDevice
 from edgekd.errors import EdgekdError
 from edgekd.exporting.parity import compare
@@ -58,7 +60,7 @@ class Row:
 
     Attributes:
         side: ``peer``, or the precision of edgekd's file.
-        session: ``edgekd`` with its session options, ``plain`` without.
+        session: ``edgekd`` with its session options, ``plain`` without, where there are any.
         latency_ms: Median of the block medians; None where the runtime cannot load the file, which ``reason`` tells.
         ratio, low, high: Latency as a multiple of the peer's in the same turns, with the 95 % interval.
         cosine, agreement: With the fp32 program; the share of held-out samples with the same largest output.
@@ -161,8 +163,11 @@ def measure(model: str, folder: Path, plan: Plan) -> list[Row]:
     with np.load(folder / "held_out.npz") as held_out, np.load(folder / "reference.npz") as reference:
         samples, wanted = dict(held_out), list(dict(reference).values())
     rows = []
-    for session, targets, precisions in (("edgekd", TARGETS, PRECISIONS), ("plain", ("onnx",), ("w8a8",))):
-        device = HostDevice() if session == "edgekd" else HostDevice(session_config={})
+    sessions: list[tuple[str, Sequence[str], Sequence[str]]] = [("edgekd", TARGETS, PRECISIONS)]
+    if session_config():
+        sessions.append(("plain", ("onnx",), ("w8a8",)))
+    for session, targets, precisions in sessions:
+        device = HostDevice(session_config=None if session == "edgekd" else {})
         artifacts = {
             (target, side): _artifact(target, side, folder) for target in targets for side in (*precisions, PEER)
         }

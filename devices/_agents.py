@@ -125,8 +125,15 @@ def packed_agent() -> bytes:
     return packed.getvalue()
 
 
-def make_job(artifact: Artifact, model: str, plan: Plan, session_config: Mapping[str, str]) -> dict[str, Any]:
-    """A job for the agent, without outputs; ``WITH_OUTPUTS`` adds them."""
+def make_job(
+    artifact: Artifact, model: str, plan: Plan, session_config: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """A job for the agent, without outputs; ``WITH_OUTPUTS`` adds them.
+
+    Args:
+        session_config: Entries for the session of ONNX Runtime; None leaves them to the agent, which knows where
+            it runs.
+    """
     decoder = artifact.card.decoder
     outputs = [spec.name for spec in artifact.outputs]
     return {
@@ -139,7 +146,7 @@ def make_job(artifact: Artifact, model: str, plan: Plan, session_config: Mapping
         "inputs": None,
         "outputs": None,
         "result": "block.json",
-        "session_config": dict(session_config),
+        "session_config": None if session_config is None else dict(session_config),
         "plan": dataclasses.asdict(plan),
     }
 

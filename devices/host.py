@@ -39,7 +39,7 @@ from ._agents import (
 from ._folders import own_folder
 from .agent.machine import describe_machine
 from .agent.parent import told_parent
-from .agent.runtimes import DECODERS, SESSION_CONFIG
+from .agent.runtimes import DECODERS
 
 __all__ = ["DEVICE", "HostDevice"]
 
@@ -55,7 +55,7 @@ class HostDevice:
     Attributes:
         python: Interpreter of the blocks; its environment must have the runtime.
         timeout_s: For one process; None takes ``_agents.limit_s``.
-        session_config: Entries for every session of ONNX Runtime.
+        session_config: Entries for every session of ONNX Runtime; None takes those that suit this processor.
         cores: Processors to run on; all when empty.
         name: For the messages.
         targets: That it is asked to run.
@@ -64,7 +64,7 @@ class HostDevice:
 
     python: str = sys.executable
     timeout_s: float | None = None
-    session_config: Mapping[str, str] = field(default_factory=lambda: dict(SESSION_CONFIG))
+    session_config: Mapping[str, str] | None = None
     cores: tuple[int, ...] = ()
     name: str = "host"
     targets: tuple[str, ...] = tuple(RUNTIMES)

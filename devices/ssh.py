@@ -44,7 +44,7 @@ from ._agents import (
 from ._folders import new_name, own_folder, stale
 from ._shell import safe_name, watched
 from ._ssh import Connection
-from .agent.runtimes import DECODERS, SESSION_CONFIG
+from .agent.runtimes import DECODERS
 
 __all__ = ["DEVICE", "SshDevice"]
 
@@ -207,7 +207,7 @@ class SshDevice:
             write_inputs(work, artifact, inputs)
             for name in ("sample.npz", "inputs.npz"):
                 self._send(sitting, f"{below}{name}", (work / name).read_bytes())
-        job = make_job(artifact, f"{sitting.folder}/{model}", plan, SESSION_CONFIG)
+        job = make_job(artifact, f"{sitting.folder}/{model}", plan)
         return job | {"cores": list(self._settings.cores)}
 
     def _process(self, sitting: _Sitting, arguments: Sequence[str], limit: float) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.contents import Contents
+from edgekd.devices.agent.runtimes import SESSION_CONFIG_WITHOUT_VNNI, session_config
 from edgekd.errors import DataError, ExportError, ModelFileError, UsageError, first_line
 from edgekd.exporting.parity import conversions
 from edgekd.precisions import STATIC
@@ -30,12 +31,6 @@ if TYPE_CHECKING:
 OPSET = 20
 _INT4_OPSET = 21
 _LARGEST = 2**31 - 1  # bytes of one protocol buffer
-
-# x86 without VNNI adds pairs of uint8 × int8 products in 16 bits, which saturates (EfficientNet-Lite0: cosine 0.93 with
-# its program in place of 0.999); this has ONNX Runtime multiply uint8 × uint8 there, and changes nothing elsewhere.
-# https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
-SESSION_CONFIG = {"session.x64quantprecision": "1"}
-"""Entries that every session for a file of edgekd should have; they stand in the metadata of int8 files too."""
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -179,7 +174,7 @@ def session_options(threads: int = 1) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    for key, value in SESSION_CONFIG.items():
+    for key, value in session_config().items():
         options.add_session_config_entry(key, value)
     return options
 
@@ -333,7 +328,7 @@ def _describe(model: ModelProto, student: Student, precision: Precision, options
         "preprocessing": json.dumps(card.preprocessing, sort_keys=True, ensure_ascii=False),
     }
     if precision in ("w8d8", *STATIC):
-        facts["session_config"] = json.dumps(SESSION_CONFIG)
+        facts["session_config_without_vnni"] = json.dumps(SESSION_CONFIG_WITHOUT_VNNI)
     if options.fuse:
         from ._onnx_fuse import fused_operators  # imports onnx
 

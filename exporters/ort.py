@@ -4,7 +4,7 @@ For ONNX Runtime's builds for phones, which cannot read ONNX and optimize nothin
 what suits every processor is optimized, so the file is the same wherever it is written.
 
 Integer products have uint8 weights. With int8 ones they saturate on x86 processors without VNNI; ``onnx`` leaves that
-to a session option (``SESSION_CONFIG``), which does nothing for a file that is optimized already.
+to a session option (``SESSION_CONFIG_WITHOUT_VNNI``), which does nothing for a file that is optimized already.
 """
 
 from __future__ import annotations

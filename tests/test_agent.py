@@ -23,7 +23,8 @@ from edgekd.devices.agent import block
 from edgekd.devices.agent.cores import draw_cores
 from edgekd.devices.agent.errors import AgentError
 from edgekd.devices.agent.job import read_job
-from edgekd.devices.agent.runtimes import RUNTIMES, OnnxRuntime
+from edgekd.devices.agent.machine import describe_machine
+from edgekd.devices.agent.runtimes import RUNTIMES, OnnxRuntime, session_config
 from edgekd.measurement import Block
 from edgekd.types import Artifact
 
@@ -162,6 +163,27 @@ def test_the_runtime_has_as_many_threads_as_the_plan(file: File, images: np.ndar
         alive[threads] = int(json.loads((tmp_path / "block.json").read_text())["conditions"]["threads_alive"])
     assert alive[2] == alive[1] + 1
     assert alive[3] == alive[1] + 2
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "saturate"),
+    [
+        ("x86_64", "fma avx2", True),
+        ("x86_64", "avx2 avx512f avx512_vnni", False),
+        ("AMD64", "avx2 avx_vnni", False),
+        ("x86_64", "avx2 avx512_vnni_of_nobody", True),
+        ("x86_64", None, True),  # cannot be told: Windows, macOS
+        ("aarch64", "asimd", False),
+    ],
+)
+def test_products_of_bytes_may_saturate_on_x86_without_vnni_alone(
+    machine: str, flags: str | None, saturate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = "" if flags is None else f"model name\t: some processor\nflags\t\t: {flags}\n"
+    monkeypatch.setattr("edgekd.devices.agent.machine.platform.machine", lambda: machine)
+    monkeypatch.setattr("edgekd.devices.agent.machine._read", lambda path: info if path == "/proc/cpuinfo" else "")
+    assert session_config() == ({"session.x64quantprecision": "1"} if saturate else {})
+    assert describe_machine().get("vnni") == (None if machine == "aarch64" else "no" if saturate else "yes")
 
 
 def test_pools_of_libraries_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edgekd.compression.compress import compress
 from edgekd.errors import DataError, ExportError, ModelFileError, UsageError
 from edgekd.exporting.parity import compare, run_file
 from edgekd.programs.models import input_specs, output_specs, run_program
@@ -137,7 +138,7 @@ def test_file_tells_an_app_what_it_needs_and_nothing_of_where_it_was_made(writte
     assert facts["edgekd.precision"] == "w8a8"
     assert json.loads(facts["edgekd.labels"]) == ["ü", "b"]
     assert json.loads(facts["edgekd.preprocessing"]) == {"size": [8, 8], "mean": [0.5]}
-    assert json.loads(facts["edgekd.session_config"]) == {"session.x64quantprecision": "1"}
+    assert json.loads(facts["edgekd.session_config_without_vnni"]) == {"session.x64quantprecision": "1"}
     assert not [node for node in model.graph.node if node.metadata_props or node.doc_string]
     assert str(Path(torch.__file__).parent).encode() not in path.read_bytes()
 
@@ -435,4 +436,20 @@ def test_a_card_without_labels_is_written_too(convnet_student: Student, tmp_path
     EXPORTER.write(student, tmp_path / "model.onnx", "fp32")
     facts = {entry.key: entry.value for entry in onnx.load(tmp_path / "model.onnx").metadata_props}
     assert facts["edgekd.labels"] == "[]"
-    assert "edgekd.session_config" not in facts
+    assert "edgekd.session_config_without_vnni" not in facts
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "w8d8"])
+def test_integer_products_of_large_numbers_do_not_saturate(precision: Precision, tmp_path: Path) -> None:
+    """255 · 127 + 255 · 127 is more than 16 bits hold, in which x86 processors without VNNI add."""
+    layer = torch.nn.Linear(64, 16, bias=False).eval()
+    with torch.no_grad():
+        layer.weight.fill_(0.5)
+    program = export_program(layer, [torch.zeros(1, 64)])
+    student = Student(program, Card("ones", input_specs(program), output_specs(program)))
+    ones = {"input": np.ones((8, 64), np.float32)}
+    if precision == "w8a8":
+        student = compress(student, "w8a8", ones)
+    EXPORTER.write(student, tmp_path / "model.onnx", precision)
+    (found,) = run_file(EXPORTER.load(tmp_path / "model.onnx"), ones)
+    np.testing.assert_allclose(found, np.full((8, 16), 32), rtol=1e-2)

@@ -21,9 +21,29 @@ def describe_machine() -> dict[str, str]:
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "model": _device_tree_model(),
         "virtual_machine": "yes" if " hypervisor" in info else "",
+        "vnni": ("yes" if has_vnni(info) else "no") if is_x86() else "",
         "emulated": emulated_by(),
     }
     return {key: value for key, value in facts.items() if value}
+
+
+def integer_products_saturate() -> bool:
+    """Whether ONNX Runtime's products of uint8 and int8 may saturate here, as they do on x86 without VNNI.
+
+    There pairs of them are added in 16 bits. Where the processor cannot be told, it is taken to lack VNNI.
+    """
+    return is_x86() and not has_vnni(_read("/proc/cpuinfo"))
+
+
+def is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64", "i386", "i686", "x86")
+
+
+def has_vnni(info: str) -> bool:
+    """Of x86 from /proc/cpuinfo: whether it adds products of 8 bits in 32 (AVX512-VNNI or AVX-VNNI)."""
+    return any(
+        {"avx512_vnni", "avx_vnni"} & set(line.split()) for line in info.splitlines() if line.startswith("flags")
+    )
 
 
 def emulated_by() -> str:

@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import AgentError
+from .machine import integer_products_saturate
 
-# As in exporters/onnx.py: without it, int8 products saturate on x86 processors that lack VNNI. A job may say otherwise.
-SESSION_CONFIG = {"session.x64quantprecision": "1"}
+# x86 without VNNI adds pairs of uint8 × int8 products in 16 bits, which saturates (EfficientNet-Lite0: cosine 0.93 with
+# its program in place of 0.999); this has ONNX Runtime multiply uint8 × uint8. With VNNI it would be three times slower
+# for nothing. https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
+SESSION_CONFIG_WITHOUT_VNNI = {"session.x64quantprecision": "1"}
+"""Entries that a session of ONNX Runtime for an int8 file should have on x86 processors that lack VNNI."""
 
 
 class Runtime(Protocol):
@@ -43,7 +47,8 @@ class OnnxRuntime:
         if profile := job.get("profile_to"):
             options.enable_profiling, options.profile_file_prefix = True, profile
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        for key, value in job.get("session_config", SESSION_CONFIG).items():
+        config = job.get("session_config")
+        for key, value in (session_config() if config is None else config).items():
             options.add_session_config_entry(key, value)
         self.name = f"onnxruntime {module.__version__}"
         self._session = module.InferenceSession(job["model"], options, providers=["CPUExecutionProvider"])
@@ -86,6 +91,11 @@ class OnnxRuntime:
         return [
             {k: v for k, v in n.items() if k != "times"} | {"ms": statistics.median(n["times"])} for n in times.values()
         ]
+
+
+def session_config() -> dict[str, str]:
+    """Entries for a session of ONNX Runtime on this processor, unless a job has others."""
+    return SESSION_CONFIG_WITHOUT_VNNI if integer_products_saturate() else {}
 
 
 class OnnxDecoder(OnnxRuntime):
