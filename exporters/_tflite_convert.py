@@ -208,9 +208,10 @@ def first_line(text: str) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """``edgekd.quiet``, and litert-torch's progress lines off stdout."""
+    """``edgekd.quiet``, litert-torch's progress lines off stdout, and what it says when it is imported off stderr."""
     with silence():
-        from litert_torch._config import config
+        with quiet_native():  # of oneDNN, on processors with AVX-512
+            from litert_torch._config import config
 
         shown, config.show_progress = config.show_progress, False
         try:
