@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from edgekd.programs.models import (
     program_bytes,
     run_program,
 )
+from edgekd.programs.student_files import load_student
 from edgekd.programs.tracing import at_batch, export_program, rename_outputs
+from edgekd.store import hash_path
 from edgekd.types import Student, TensorSpec
 
 
@@ -71,6 +74,24 @@ def test_a_saved_program_loads_with_its_names(tmp_path: Path, convnet_student: S
 
     assert [spec.name for spec in output_specs(loaded)] == ["logits"]
     assert [spec.name for spec in output_specs(at_batch(loaded))] == ["logits"]
+
+
+def test_a_model_file_is_read_once(tmp_path: Path, convnet_student: Student) -> None:
+    """What was looked through for pickles, what is loaded and what the hash is of are the same bytes."""
+    path = tmp_path / "net.pt2"
+    path.write_bytes(program_bytes(convnet_student.program))
+    opened: list[str] = []
+    watching = True
+
+    def note(event: str, found: tuple[object, ...]) -> None:  # no hook can be taken away again
+        if watching and event == "open":
+            opened.append(str(found[0]))
+
+    sys.addaudithook(note)
+    loaded, _ = load_student(path)
+    watching = False
+    assert opened.count(str(path)) == 1
+    assert loaded.card.lineage == (f"file: {hash_path(path)[:16]}",)
 
 
 def test_counts_are_those_of_the_formula() -> None:

@@ -33,6 +33,8 @@ __all__ = [
     "open_axes",
     "output_specs",
     "program_bytes",
+    "program_from",
+    "read_model_file",
     "run_program",
 ]
 
@@ -50,24 +52,43 @@ def load_program(path: Path) -> ExportedProgram:
     Raises:
         ModelFileError: It is missing, truncated, of another format, or holds pickled objects.
     """
+    return program_from(read_model_file(path), path)
+
+
+def read_model_file(path: Path) -> bytes:
+    """The content of a model file.
+
+    Raises:
+        ModelFileError: It is missing.
+    """
     if not path.is_file():
         raise ModelFileError(f"no model file at {path}")
-    if not zipfile.is_zipfile(path):
+    return path.read_bytes()
+
+
+def program_from(content: bytes, path: Path) -> ExportedProgram:
+    """See :func:`load_program`.
+
+    Args:
+        content: Of the file.
+        path: Where it was read, for the errors.
+    """
+    if not zipfile.is_zipfile(io.BytesIO(content)):
         raise ModelFileError(f"{path} is not a .pt2 file (torch.export.save writes one), or it is truncated")
     from torch.ao.quantization.fx import _decomposed  # noqa: F401 - registers the operators of compressed programs
 
     try:
-        _refuse_pickle(path)
-        return torch.export.load(io.BytesIO(path.read_bytes()))
+        _refuse_pickle(content, path)
+        return torch.export.load(io.BytesIO(content))
     except ModelFileError:
         raise
     except Exception as error:
         raise ModelFileError(f"{path} cannot be read as a .pt2 file: {first_line(error)}") from error
 
 
-def _refuse_pickle(path: Path) -> None:
+def _refuse_pickle(content: bytes, path: Path) -> None:
     """``torch.export.load`` unpickles what it does not know (2.13: ``pt2_archive/_package.py``); look first."""
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
         for name in archive.namelist():
             base = name.rsplit("/", 1)[-1]
             if base.startswith(("custom_obj_", "opaque_obj_")):

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from edgekd.programs.models import count_parameters, input_specs, load_program, output_specs, program_bytes
-from edgekd.store import atomic_folder, hash_path, load_card, write_json
+from edgekd.programs.models import (
+    count_parameters,
+    input_specs,
+    output_specs,
+    program_bytes,
+    program_from,
+    read_model_file,
+)
+from edgekd.store import atomic_folder, load_card, write_json
 from edgekd.types import Card, Json, Student
 
 __all__ = ["load_student", "save_student"]
@@ -33,11 +41,12 @@ def load_student(path: Path) -> tuple[Student, dict[str, bytes]]:
         ModelFileError: The file is missing, damaged or unsafe.
     """
     file = path / "student.pt2" if path.is_dir() else path
-    program = load_program(file)
+    content = read_model_file(file)
+    program = program_from(content, file)
     if file.name == "student.pt2" and file.with_name("card.json").is_file():
         card = load_card(file.parent)
     else:
-        lineage = (f"file: {hash_path(file)[:16]}",)
+        lineage = (f"file: {hashlib.sha256(content).hexdigest()[:16]}",)
         card = Card(
             file.stem,
             input_specs(program),
