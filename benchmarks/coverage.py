@@ -5,7 +5,7 @@ What passed stays in ``benchmarks/results/coverage.json``; a further run does on
 another torch than ``constraints.txt``, hence an environment::
 
     python -m venv .venv-coverage
-    grep -v '^torch==' constraints.txt > /tmp/constraints.txt
+    grep -vE '^torch(vision)?==' constraints.txt > /tmp/constraints.txt
     .venv-coverage/bin/pip install -c /tmp/constraints.txt torch==2.14.1 torchvision==0.29.1 timm==1.0.31 -e '.[all]'
     .venv-coverage/bin/python -m edgekd.benchmarks.coverage
 """
