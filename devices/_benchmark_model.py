@@ -16,12 +16,13 @@ from statistics import median
 import numpy as np
 
 from edgekd.errors import DataError, DeviceError, MissingToolchainError, UsageError
-from edgekd.measurement import Block, Plan
+from edgekd.measurement import Block, OperatorTime, Plan
 from edgekd.plugins import missing
 from edgekd.protocols import Arrays
 from edgekd.types import Artifact
 
 __all__ = [
+    "PROFILE",
     "RUN",
     "Log",
     "Tensors",
@@ -29,6 +30,7 @@ __all__ = [
     "flags",
     "launches",
     "logs_of",
+    "operators_of",
     "parse_log",
     "read_outputs",
     "share_of",
@@ -43,6 +45,8 @@ DELEGATED = re.compile(
     r"Replacing (\d+) out of (\d+) node\(s\) with delegate \((\w+)\) node, yielding (\d+) partitions"
 )
 MARK = "@launch"
+PROFILE = "--enable_op_profiling=true"
+PROFILED = "Profiling Info for"  # heads each of its tables: of loading, of the timed inferences
 FOOTPRINT = re.compile(r"Memory footprint delta from the start of the tool \(MB\): init=[\d.]+ overall=([\d.]+)")
 
 
@@ -88,6 +92,7 @@ def parse_log(text: str) -> Log:
     Raises:
         DeviceError: It tells of no timed inference; with its last error.
     """
+    text = text.partition(PROFILED)[0]  # a user's flags may ask for tables, which have counts of their own
     counts = [(int(found[1]), _numbers(found[2], "=")) for found in COUNT.finditer(text)]
     timings = TIMINGS.search(text)
     if timings is None or not counts:
@@ -108,6 +113,27 @@ def parse_log(text: str) -> Log:
         partitions=sum(int(found[4]) for found in DELEGATED.finditer(text)),
         footprint_mb=float(footprint[1]) if footprint else None,
     )
+
+
+def operators_of(text: str) -> tuple[OperatorTime, ...]:
+    """The operators of a launch with ``PROFILE``, in the order they ran; none of a build that does not tell them.
+
+    The first table of the timed inferences is that of the main graph. A delegate that does not time its own operators
+    is one node there.
+    """
+    units = _units(text)
+    delegate = next(iter(units), "delegate")
+    table = text.partition(f"Operator-wise {PROFILED}")[2].partition("Run Order")[2].partition("\n\n")[0]
+    found = []
+    for line in table.splitlines():
+        cells = [cell.strip() for cell in line.split("\t")]
+        if len(cells) != 9 or cells[1].startswith("["):
+            continue
+        kind, ms, name = cells[1], float(cells[3]), cells[8]
+        is_inside = name.startswith("Delegate/")
+        unit = kind if kind in units else delegate if is_inside else "CPU"
+        found.append(OperatorTime(name.removeprefix("Delegate/"), kind, unit, ms))
+    return tuple(found)
 
 
 def _units(text: str) -> dict[str, int]:

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field
 
 from edgekd.errors import DeviceError, UsageError
-from edgekd.measurement import Block, DeviceStatus, Plan, Profile
+from edgekd.measurement import Block, DeviceStatus, OperatorTime, Plan, Profile
 from edgekd.plugins import missing
 from edgekd.protocols import Arrays, Settings, Side
 from edgekd.types import Artifact
@@ -26,12 +26,14 @@ from . import _adb
 from ._adb import Phone
 from ._agents import APPLE_ONLY, both, checked_inputs, last_words, limit_s, samples_in, told_of
 from ._benchmark_model import (
+    PROFILE,
     RUN,
     Tensors,
     block_of,
     flags,
     launches,
     logs_of,
+    operators_of,
     parse_log,
     read_outputs,
     share_of,
@@ -54,6 +56,7 @@ STALE_MINUTES = 24 * 60
 TURNS = 8  # launches of each file in a pair of blocks
 FIXED = "power set-fixed-performance-mode-enabled"  # https://developer.android.com/games/optimize/adpf/fixed-performance-mode
 MINUTE_S = 60.0
+PROFILED_RUNS = 30
 COMPARED = 16  # samples whose outputs are compared with the host's runtime
 
 
@@ -170,8 +173,9 @@ class AndroidDevice:
             order, limit = [0] * minutes, limit_s(plan, 0)
             blocks = [self._blocks(sitting, [file], order, once, limit)[0] for _ in range(plan.blocks)]
             outputs, difference = self._outputs(sitting, file, plan, work)
+            operators = self._operators(sitting, file, plan) if plan.profile else ()
         told = blocks[-1].conditions | {"differs_from_host": f"{difference:.3g}"}
-        return (*blocks[:-1], replace(blocks[-1], conditions=told)), outputs
+        return (*blocks[:-1], replace(blocks[-1], conditions=told, operators=operators)), outputs
 
     def _run_in_turns(
         self, sides: Sequence[Side], given: Sequence[Arrays], plan: Plan, seed: int
@@ -241,6 +245,14 @@ class AndroidDevice:
 
     def _command(self, file: _File, plan: Plan, sample: Sequence[str], output: str = "") -> list[str]:
         return ["./benchmark_model", *flags(file.tensors, file.model, plan, sample, output), *self._settings.flags]
+
+    def _operators(self, sitting: _Sitting, file: _File, plan: Plan) -> tuple[OperatorTime, ...]:
+        """From a launch of its own, since timing each operator slows them all."""
+        short = replace(plan, warmup_runs=1, warmup_s=0.0, min_runs=PROFILED_RUNS, min_s=0.0)
+        done = self._script(sitting, launches([[*self._command(file, short, file.sample), PROFILE]]), limit_s(plan, 0))
+        if done.code != 0:
+            raise DeviceError(f"the operators could not be timed: {last_words(1, done.err)}")
+        return operators_of(done.out.decode(errors="replace"))
 
     def _script(self, sitting: _Sitting, script: str, limit: float) -> Ended:
         """Run a script there; the mode is undone by the phone itself, whatever happens to the cable."""

@@ -43,7 +43,8 @@ class OperatorTime(JsonMixin):
         name: Of the node.
         type: Operator: ``Conv`` …
         unit: What ran it: an execution provider, a delegate.
-        ms: Median over the profiled inferences. Profiling itself takes time: compare nodes, not files.
+        ms: Median over the profiled inferences, of ``benchmark_model`` their mean. Profiling itself takes time: compare
+            nodes, not files.
     """
 
     name: str

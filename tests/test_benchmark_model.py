@@ -70,6 +70,67 @@ INFO: count=1 curr=4666827 p5=4666827 median=4666827 p95=4666827
 INFO: Inference timings in us: Init: 1736088, First inference: 6037002, Warmup (avg): 6e+06, Inference (avg): 4.7e+06
 """
 
+# The same program with --enable_op_profiling=true, 3 inferences; rows and the padding of columns left out.
+DELEGATED = """
+VERBOSE: Replacing 24 out of 24 node(s) with delegate (TfLiteXNNPackDelegate) node, yielding 1 partitions for \
+subgraph 0.
+INFO: Initialized session in 110.684ms.
+INFO: count=1 curr=222716 p5=222716 median=222716 p95=222716
+
+INFO: count=3 first=229598 curr=259412 min=221052 max=259412 avg=236687 std=16443 p5=221052 median=229598 p95=259412
+
+INFO: Inference timings in us: Init: 110684, First inference: 222716, Warmup (avg): 222716, Inference (avg): 236687
+INFO: Profiling Info for Benchmark Initialization:
+============================== Run Order ==============================
+\t[node type]\t[first]\t[avg ms]\t[%]\t[cdf%]\t[mem KB]\t[times called]\t[Name]
+\tModifyGraphWithDelegate\t29.488\t29.488\t67.344%\t67.344%\t768.000\t1\tModifyGraphWithDelegate/0
+\tAllocateTensors\t14.299\t14.299\t32.656%\t100.000%\t1280.000\t1\tAllocateTensors/0
+
+INFO: Operator-wise Profiling Info for Regular Benchmark Runs:
+============================== Run Order ==============================
+\t[node type]\t[first]\t[avg ms]\t[%]\t[cdf%]\t[mem KB]\t[times called]\t[Name]
+\tTranspose (ND, X32) Transpose\t0.010\t0.010\t0.004%\t0.004%\t0.000\t1\tDelegate/Transpose (ND, X32) Transpose:0
+\tConvolution (NHWC, F32) IGEMM\t0.982\t2.333\t1.004%\t1.008%\t0.000\t1\tDelegate/Convolution (NHWC, F32) IGEMM:1
+\tConvolution (NHWC, F32) IGEMM\t4.927\t7.539\t3.243%\t4.251%\t0.000\t1\tDelegate/Convolution (NHWC, F32) IGEMM:2
+\tMean (ND) Mean\t0.044\t0.047\t0.020%\t99.416%\t0.000\t1\tDelegate/Mean (ND) Mean:22
+\tFully Connected (NC, F32) GEMM\t0.008\t1.359\t0.584%\t100.000%\t0.000\t1\tDelegate/Fully Connected (NC, F32) GEMM:23
+
+============================== Top by Computation Time ==============================
+\t[node type]\t[first]\t[avg ms]\t[%]\t[cdf%]\t[mem KB]\t[times called]\t[Name]
+\tConvolution (NHWC, F32) IGEMM\t12.506\t14.421\t6.203%\t6.203%\t0.000\t1\tDelegate/Convolution (NHWC, F32) IGEMM:8
+
+Timings (microseconds): count=3 first=221498 curr=255077 min=220863 max=255077 avg=232479 std=15981
+Memory (bytes): count=0
+"""
+# The same with --use_xnnpack=false.
+PLAIN = """
+INFO: Initialized session in 60.734ms.
+INFO: count=1 curr=226098 p5=226098 median=226098 p95=226098
+
+INFO: count=3 first=244607 curr=251956 min=244607 max=254291 avg=250285 std=4126 p5=244607 median=251956 p95=254291
+
+INFO: Inference timings in us: Init: 60734, First inference: 226098, Warmup (avg): 226098, Inference (avg): 250285
+INFO: Profiling Info for Benchmark Initialization:
+============================== Run Order ==============================
+\t[node type]\t[first]\t[avg ms]\t[%]\t[cdf%]\t[mem KB]\t[times called]\t[Name]
+\tAllocateTensors\t4.674\t4.674\t100.000%\t100.000%\t384.000\t1\tAllocateTensors/0
+
+
+INFO: Operator-wise Profiling Info for Regular Benchmark Runs:
+============================== Run Order ==============================
+\t[node type]\t[first]\t[avg ms]\t[%]\t[cdf%]\t[mem KB]\t[times called]\t[Name]
+\tTRANSPOSE\t0.039\t0.026\t0.011%\t0.011%\t0.000\t1\t[conv2d;1]:0
+\tCONV_2D\t1.424\t1.380\t0.560%\t0.570%\t0.000\t1\t[relu;;conv2d;1]:1
+\tFULLY_CONNECTED\t0.032\t0.033\t0.013%\t100.000%\t0.000\t1\t[serving_default_linear_output]:23
+
+============================== Top by Computation Time ==============================
+\t[node type]\t[first]\t[avg ms]\t[%]\t[cdf%]\t[mem KB]\t[times called]\t[Name]
+\tCONV_2D\t18.354\t17.598\t7.138%\t7.138%\t0.000\t1\t[relu_4;;relu;;conv2d_4;1]:5
+
+Timings (microseconds): count=3 first=239984 curr=251811 min=239984 max=251811 avg=246538 std=4912
+Memory (bytes): count=0
+"""
+
 
 def test_a_log_is_read_by_its_keys() -> None:
     log = tool.parse_log(FULL)
@@ -129,6 +190,31 @@ def test_what_a_second_delegate_takes_is_taken_from_what_the_first_left() -> Non
     log = tool.parse_log(told + FULL[FULL.index("INFO: The input") :])
     assert log.units == {"TfLiteGpuDelegateV2": 30, "TfLiteXNNPackDelegate": 9, "CPU": 2}
     assert log.partitions == 5
+
+
+def test_operators_are_read_in_their_order_with_what_ran_them() -> None:
+    transpose, convolution, _, mean, linear = tool.operators_of(DELEGATED)
+    assert (transpose.type, transpose.unit, transpose.ms) == (
+        "Transpose (ND, X32) Transpose",
+        "TfLiteXNNPackDelegate",
+        0.01,
+    )
+    assert (convolution.name, convolution.ms) == ("Convolution (NHWC, F32) IGEMM:1", 2.333)
+    assert (mean.ms, linear.ms) == (0.047, 1.359)
+    plain = tool.operators_of(PLAIN)
+    assert [(one.type, one.unit) for one in plain] == [
+        ("TRANSPOSE", "CPU"),
+        ("CONV_2D", "CPU"),
+        ("FULLY_CONNECTED", "CPU"),
+    ]
+    assert plain[1].name == "[relu;;conv2d;1]:1"
+    assert tool.operators_of(FULL) == ()
+
+
+def test_the_counts_of_a_profile_are_not_taken_for_those_of_the_timing() -> None:
+    """A user's own flags may ask for one."""
+    assert tool.parse_log(DELEGATED).timed["median"] == 229598
+    assert tool.parse_log(DELEGATED).counts == (1, 3)
 
 
 def test_several_launches_are_one_block_with_the_median_of_each() -> None:

@@ -32,7 +32,7 @@ from edgekd.errors import DeviceError, UsageError
 from edgekd.measurement import Plan, Profile
 from edgekd.profiles import device_of, load_device, load_profile
 from edgekd.protocols import Side, TakingTurns
-from edgekd.stages.watching import minutes_lines
+from edgekd.stages.watching import minutes_lines, operator_lines
 from edgekd.types import Artifact
 
 from adbd import Phones, start_phones, thermal, unpacked
@@ -272,6 +272,15 @@ def two_sides(tflite_file: File, images: np.ndarray) -> list[Side]:
     return [Side(artifact, folder, {"args_0": images[:2]}), Side(other, folder, {"args_0": images[2:4]})]
 
 
+def test_a_build_without_a_profile_says_so(start: Callable[..., Phones], tflite_file: File, images: np.ndarray) -> None:
+    phones = start()
+    plan = replace(QUICK, blocks=1, profile=True)
+    found = measure(*tflite_file, "phone", device_for(phones), {"args_0": images[:1]}, None, None, plan)
+    (line,) = operator_lines(found)
+    assert line.startswith("tflite fp32: not run: benchmark_model gave no profile")
+    assert phones.left() == []
+
+
 def test_files_take_turns_launch_by_launch_and_each_gets_its_own_outputs(
     start: Callable[..., Phones], tflite_file: File, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,6 +359,11 @@ def test_the_real_benchmark_model_is_driven_and_computes_what_the_host_does(
         assert block.conditions["statistic"] == "median of 10 inferences in 1 launches, as benchmark_model reports it"
         assert min(*block.latency_ms, block.first_inference_ms, block.model_load_ms) > 0
     assert float(found.blocks[-1].conditions["differs_from_host"]) < 1e-5
+    plan = replace(QUICK, blocks=1, max_s=60.0, profile=True)
+    (block,), _ = device.run(*tflite_file, {"args_0": images[:1]}, plan)
+    assert any(operator.type.startswith("Convolution") for operator in block.operators)
+    assert {operator.unit for operator in block.operators} == {"TfLiteXNNPackDelegate"}
+    assert sum(operator.ms for operator in block.operators) > 0
     _, expected = load_device("host").run(*tflite_file, {"args_0": images}, replace(QUICK, blocks=1))
     with contextlib.closing(device):
         pair = device.run_in_turns(two_sides(tflite_file, images), replace(QUICK, max_s=60.0), seed=0)

@@ -255,7 +255,7 @@ def test_a_profile_times_every_operator_of_an_onnx_file(onnx_file: File, tflite_
     assert "CPUExecutionProvider=" in told[0]
     assert len(told) == 1 + min(10, len(operators))
     (line,) = operator_lines(found["tflite"])
-    assert "has no profile in Python; nodes by unit: XNNPACK=" in line
+    assert "gave no profile; nodes by unit: XNNPACK=" in line
     assert Measurement.from_json(found["onnx"].to_json()) == found["onnx"]
 
 

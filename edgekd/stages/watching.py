@@ -60,12 +60,14 @@ def operator_lines(measured: Measurement) -> list[str]:
     if not block.operators:
         runtime = block.conditions.get("runtime", "this runtime")
         nodes = block.conditions.get("delegation", "")
-        return [f"{what}: not run: {runtime} has no profile in Python" + (f"; nodes by unit: {nodes}" if nodes else "")]
+        return [f"{what}: not run: {runtime} gave no profile" + (f"; nodes by unit: {nodes}" if nodes else "")]
     total = sum(operator.ms for operator in block.operators)
     slowest = sorted(block.operators, key=lambda operator: -operator.ms)
     units = Counter(operator.unit for operator in block.operators)
     told = [f"{what}: {len(slowest)} operators, {total:.3f} ms, " + " ".join(f"{u}={n}" for u, n in units.items())]
-    told += [f"  {o.ms / total:6.1%} {o.ms:8.3f} ms  {o.type:<14} {o.unit}  {o.name}" for o in slowest[:SHOWN]]
+    shown, width = slowest[:SHOWN], max(len(operator.type) for operator in slowest[:SHOWN])
+    # All are 0 where none lasts a step of the runtime's clock.
+    told += [f"  {o.ms / (total or 1):6.1%} {o.ms:8.3f} ms  {o.type:<{width}}  {o.unit}  {o.name}" for o in shown]
     return told
 
 
