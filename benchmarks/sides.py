@@ -10,6 +10,7 @@ import numpy as np
 from edgekd import plugins
 from edgekd.data.samples import load_arrays
 from edgekd.errors import ModelFileError, UsageError
+from edgekd.protocols import Progress
 from edgekd.store import MANIFEST, hash_path, load_artifact, size_of
 from edgekd.types import Artifact, Card, Parity
 
@@ -21,8 +22,9 @@ LABEL, TEACHER = "label", "teacher"
 """Arrays of a data file that are no inputs."""
 
 
-def read_pairs(old: Path, new: Path) -> list[Pair]:
-    """The files of two releases that belong together: by folder name, or one file each.
+def read_pairs(old: Path, new: Path, progress: Progress | None = None) -> list[Pair]:
+    """The files of two releases that belong together: by folder name, or one file each. Those that only the new one
+    has are told.
 
     Raises:
         UsageError: There is nothing to compare, or the new release lacks a file of the old one.
@@ -37,6 +39,8 @@ def read_pairs(old: Path, new: Path) -> list[Pair]:
     lacking = [name for name in before if name not in after]
     if lacking:
         raise UsageError(f"{new} has no {lacking[0]}, which {old} has; it has {', '.join(after)}")
+    if progress and (added := [name for name in after if name not in before]):
+        progress.say(f"not compared, since {old} has no such file: {', '.join(added)}")
     return [Pair(_label(after[name][0]), *before[name], *after[name]) for name in before]
 
 

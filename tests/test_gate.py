@@ -28,6 +28,7 @@ from edgekd.store import hash_path
 from edgekd.types import Artifact
 
 from command import edgekd
+from listening import Listening
 
 File = tuple[Artifact, Path]
 
@@ -282,7 +283,9 @@ def test_folders_are_compared_file_by_file(onnx_file: File, tmp_path: Path) -> N
             place.mkdir(parents=True)
             shutil.copy(folder / artifact.path, place)
             (place / "manifest.json").write_text(json.dumps(replace(artifact, precision=name[5:]).to_json()))
-    assert [p.label for p in read_pairs(tmp_path / "old", tmp_path / "new")] == ["onnx fp32", "onnx w8"]
+    heard = Listening()
+    assert [p.label for p in read_pairs(tmp_path / "old", tmp_path / "new", heard)] == ["onnx fp32", "onnx w8"]
+    assert heard.lines == [f"not compared, since {tmp_path / 'old'} has no such file: onnx-fp16"]
     assert len(read_pairs(tmp_path / "old" / "onnx-w8", tmp_path / "new" / "onnx-fp16")) == 1
     with pytest.raises(UsageError, match="has no onnx-fp16, which"):
         read_pairs(tmp_path / "new", tmp_path / "old")

@@ -68,7 +68,7 @@ def compare(
     report = plugins.load_module("edgekd.benchmarks.gate_report")
     margins = parse_margins(margin or ())
     profile = load_profile(device)
-    pairs = plugins.load_module("edgekd.benchmarks.sides").read_pairs(old, new)
+    pairs = plugins.load_module("edgekd.benchmarks.sides").read_pairs(old, new, progress_bar())
     comparison, measured = gate.compare(
         pairs,
         profile.name,
