@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-__all__ = ["ASK", "parse_state", "void_reason"]
+__all__ = ["ASK", "is_hot", "parse_state", "void_reason"]
 
 # One script, so that it costs one call; whatever the phone does not have or does not allow is left out.
 ASK = """
@@ -52,14 +52,16 @@ def parse_state(text: str) -> dict[str, str]:
     return {key: value for key, value in found.items() if value}
 
 
-def void_reason(before: Mapping[str, str], after: Mapping[str, str]) -> str:
-    """Why a block between these two states says nothing; empty when it counts.
+def is_hot(state: Mapping[str, str]) -> bool:
+    """As androidx.benchmark has it, only status 0 counts: even 1 was seen to change times."""
+    return state.get("thermal_status", "0") != "0"
 
-    As androidx.benchmark has it, only status 0 counts: even 1 was seen to change times.
-    """
-    was, is_now = before.get("thermal_status", "0"), after.get("thermal_status", "0")
-    if was == is_now == "0":
+
+def void_reason(before: Mapping[str, str], after: Mapping[str, str]) -> str:
+    """Why a block between these two states says nothing; empty when it counts."""
+    if not is_hot(before) and not is_hot(after):
         return ""
+    was, is_now = before.get("thermal_status", "0"), after.get("thermal_status", "0")
     return f"the phone is hot: thermal status {_word(was)} before and {_word(is_now)} after the block"
 
 

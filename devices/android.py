@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import random
 import shlex
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,7 +42,7 @@ from ._benchmark_model import (
     write_sample,
 )
 from ._folders import new_name, own_folder, stale
-from ._phone_state import ASK, parse_state, void_reason
+from ._phone_state import ASK, is_hot, parse_state, void_reason
 from ._shell import Ended, safe_name, watched
 
 __all__ = ["DEVICE", "AndroidDevice"]
@@ -57,6 +58,7 @@ TURNS = 8  # launches of each file in a pair of blocks
 FIXED = "power set-fixed-performance-mode-enabled"  # https://developer.android.com/games/optimize/adpf/fixed-performance-mode
 MINUTE_S = 60.0
 PROFILED_RUNS = 30
+LOOK_S = 5.0  # how often a hot phone is asked whether it has cooled down
 COMPARED = 16  # samples whose outputs are compared with the host's runtime
 
 
@@ -68,6 +70,7 @@ class AndroidSettings(Settings):
     folder: str = Field("/data/local/tmp", description="On the phone, where programs may be run.")
     flags: tuple[str, ...] = Field((), description="More of benchmark_model's flags: --use_gpu=true …")
     cores: tuple[int, ...] = Field((), description="Processors to run on, by taskset; all when empty.")
+    cool_down_s: float = Field(300.0, description="How long a sitting waits in all for a hot phone.", ge=0)
     fixed_performance: bool = Field(True, description="Ask for fixed-performance mode during each block.")
 
 
@@ -97,6 +100,7 @@ class _Sitting:
         folder: On the phone.
         fingerprint: Of its build: another phone may answer to the same address later.
         sent: Names of files there, to the digest of what they hold.
+        waited_s: For the phone to cool down.
     """
 
     phone: Phone
@@ -104,6 +108,7 @@ class _Sitting:
     fingerprint: str
     facts: dict[str, str]
     sent: dict[str, str] = field(default_factory=dict)
+    waited_s: float = 0.0
 
 
 class AndroidDevice:
@@ -216,7 +221,8 @@ class AndroidDevice:
             limit: Of all, in seconds.
         """
         commands = [self._command(files[index], plan, files[index].sample) for index in order]
-        before = self._state(sitting)
+        waited_s = sitting.waited_s
+        before = self._cooled(sitting)
         done = self._script(sitting, launches(commands), limit)
         after = self._state(sitting)
         if done.code == 124:
@@ -236,6 +242,7 @@ class AndroidDevice:
             "pinned_to_cores": ",".join(map(str, self._settings.cores)),
             "flags": " ".join(self._settings.flags),
             "fixed_performance": "yes" if "@fixed" in printed else "no",
+            "cooled_down_s": f"{sitting.waited_s - waited_s:.0f}" if sitting.waited_s > waited_s else "",
         }
         conditions, void = {key: value for key, value in conditions.items() if value}, void_reason(before, after)
         logs = list(zip(order, logs_of(printed), strict=True))
@@ -299,6 +306,13 @@ class AndroidDevice:
         state = parse_state(sitting.phone.run(ASK).out.decode(errors="replace"))
         if state.pop("fingerprint", "") != sitting.fingerprint:
             raise DeviceError(f"another phone answers as {sitting.phone.serial} now; the sitting was ended")
+        return state
+
+    def _cooled(self, sitting: _Sitting) -> dict[str, str]:
+        """The phone's state, hot only when it stayed so for as long as the sitting may wait in all."""
+        while is_hot(state := self._state(sitting)) and sitting.waited_s < self._settings.cool_down_s:
+            time.sleep(LOOK_S)
+            sitting.waited_s += LOOK_S
         return state
 
     def _sit(self) -> _Sitting:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from edgekd.benchmarks.session import measure
 from edgekd.devices import _page, android
 from edgekd.devices._chromium import find_chromium, remove_profile
 from edgekd.devices._folders import made
+from edgekd.devices._phone_state import is_hot
 from edgekd.devices.android import AndroidDevice
 from edgekd.errors import DeviceError, UsageError
 from edgekd.measurement import Plan, Profile
@@ -247,10 +248,32 @@ def test_blocks_of_a_phone_that_gets_hot_are_void(
 
     plan = replace(QUICK, min_s=0.5)
     with meanwhile(heat):
-        found = measure(*tflite_file, "phone", device_for(phones), {"args_0": images}, None, None, plan)
+        device = device_for(phones, extra="cool_down_s = 0.0\n")
+        found = measure(*tflite_file, "phone", device, {"args_0": images}, None, None, plan)
     assert found.blocks[0].void == "the phone is hot: thermal status 0 (none) before and 2 (moderate) after the block"
     assert found.blocks[1].void.startswith("the phone is hot: thermal status 2 (moderate) before")
     assert "void_blocks" in found.flags
+
+
+def test_a_hot_phone_is_waited_for(
+    start: Callable[..., Phones], tflite_file: File, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phones, looks = start(), list[str]()
+    (phones.state() / "thermalservice").write_text(thermal(2))
+
+    def look(state: Mapping[str, str]) -> bool:
+        looks.append(state["thermal_status"])
+        if len(looks) == 3:
+            (phones.state() / "thermalservice").write_text(thermal(0))
+        return is_hot(state)
+
+    monkeypatch.setattr(android, "is_hot", look)
+    monkeypatch.setattr(android, "LOOK_S", 1.0)
+    found = measure(*tflite_file, "phone", device_for(phones), {"args_0": images[:1]}, None, None, QUICK)
+    assert looks[:4] == ["2", "2", "2", "0"]
+    assert found.blocks[0].conditions["cooled_down_s"] == "3"
+    assert "cooled_down_s" not in found.blocks[1].conditions
+    assert not any(block.void for block in found.blocks)
 
 
 def test_each_minute_of_a_sustained_run_is_a_launch(
@@ -382,7 +405,8 @@ def test_a_gate_on_a_hot_phone_is_inconclusive(
     artifact, folder = tflite_file
     pair = Pair("tflite", artifact, folder, replace(artifact, precision="w8a8"), folder)
     rule, plan = Rule(looks=(6,), confirm_pairs=6), replace(QUICK, blocks=1)
-    device, samples = device_for(phones), Samples({"args_0": images[:1]})
+    monkeypatch.setattr(android, "LOOK_S", 0.1)
+    device, samples = device_for(phones, extra="cool_down_s = 0.3\n"), Samples({"args_0": images[:1]})
     found, _ = gate.compare([pair], "phone", device, samples, rule=rule, plan=plan)
     assert found.verdict == "inconclusive"
     assert "blocks were void, the last: the phone is hot: thermal status 3 (severe)" in found.cells[0].why
