@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported;
 
 import atexit
 import shutil
+import subprocess
 import tempfile
 
 os.environ["EDGEKD_STATE"] = tempfile.mkdtemp(prefix="edgekd-tests-")  # no test writes into the user's history
@@ -23,6 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.compression.compress import compress
+from edgekd.devices import _page
+from edgekd.errors import DeviceError
 from edgekd.programs.models import input_specs, output_specs
 from edgekd.programs.tracing import export_program
 from edgekd.protocols import Exporter
@@ -206,3 +209,16 @@ def _artifact(target: str, path: Path, input_name: str, output_name: str) -> Art
         source="",
         parity=Parity("not_run", "a file for tests of measuring"),
     )
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    """The page's runtimes; installed once for this machine, as a user does."""
+    if _page.installed():
+        return _page.library()
+    if shutil.which("npm") is None:
+        pytest.skip("needs npm, for: edgekd devices prepare browser")
+    try:
+        return _page.install()
+    except (DeviceError, subprocess.TimeoutExpired) as error:
+        pytest.skip(f"the page's runtimes cannot be installed here: {error}")

@@ -43,7 +43,8 @@ with contextlib.closing(load_device(device)) as device:
 """
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 240.0) -> None:
+    """By default as long as it may take a busy machine to start a process or two."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"

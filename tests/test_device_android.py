@@ -24,7 +24,7 @@ from edgekd.benchmarks import gate
 from edgekd.benchmarks.cells import Margins, Pair, Samples
 from edgekd.benchmarks.rule import Rule
 from edgekd.benchmarks.session import measure
-from edgekd.devices import _page, android
+from edgekd.devices import android
 from edgekd.devices._chromium import find_chromium, remove_profile
 from edgekd.devices._folders import made
 from edgekd.devices._phone_state import is_hot
@@ -506,12 +506,12 @@ def device_for_program(phones: Phones, path: Path) -> AndroidDevice:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a network of the phone's own needs root")
 def test_the_phones_browser_is_measured_over_adb_reverse(
-    root: Path, tmp_path: Path, onnx_file: File, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    root: Path, library: Path, tmp_path: Path, onnx_file: File, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chromium stands for the phone's browser: in the phone's network, from where only adb's tunnel leads out."""
     chromium = find_chromium()
-    if chromium is None or not _page.installed():
-        pytest.skip("needs Chromium, and: edgekd devices prepare browser")
+    if chromium is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
     folder = tmp_path / "p"
     folder.mkdir()
     profile = tmp_path / "browser" / "profile"
@@ -522,7 +522,7 @@ def test_the_phones_browser_is_measured_over_adb_reverse(
     phones = start_phones(folder, root, shims={"am": am}, wire="198.18.79")
     port = subprocess.run(["sh", "-c", "shuf -i 20000-29999 -n 1"], capture_output=True, text=True).stdout.strip()
     environment = {"ANDROID_ADB_SERVER_PORT": port, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
-    environment["XDG_CACHE_HOME"] = str(_page.library().parent.parent)
+    environment["XDG_CACHE_HOME"] = str(library.parent.parent)
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     try:

@@ -5,7 +5,6 @@ import json
 import shutil
 import signal
 import ssl
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -40,19 +39,6 @@ SWIFTSHADER = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]
 OURS = ("edgekd-", "org.chromium.Chromium.")
 
 File = tuple[Artifact, Path]
-
-
-@pytest.fixture(scope="session")
-def library() -> Path:
-    """The page's runtimes; installed once for this machine, as a user does."""
-    if _page.installed():
-        return _page.library()
-    if shutil.which("npm") is None:
-        pytest.skip("needs npm, for: edgekd devices prepare browser")
-    try:
-        return _page.install()
-    except (DeviceError, subprocess.TimeoutExpired) as error:
-        pytest.skip(f"the page's runtimes cannot be installed here: {error}")
 
 
 @pytest.fixture(autouse=True)
