@@ -31,6 +31,7 @@ from edgekd.cli.devices import bench_app, devices_app
 from edgekd.cli.files import export, lint, targets, verify
 from edgekd.cli.gate import calibrate, compare, history
 from edgekd.cli.generate import generate
+from edgekd.cli.on_policy import on_policy
 from edgekd.errors import EdgekdError, RecipeError, UsageError
 
 if TYPE_CHECKING:
@@ -293,7 +294,7 @@ STAGES = (
     report,
     run,
 )
-for command in (*STAGES, generate, targets, doctor, schema):  # as the help lists them
+for command in (*STAGES, generate, on_policy, targets, doctor, schema):  # as the help lists them
     app.command()(command)
 app.add_typer(bench_app, name="bench")
 app.add_typer(devices_app, name="devices")

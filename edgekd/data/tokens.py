@@ -21,7 +21,16 @@ from edgekd.errors import DataError, MissingToolchainError, first_line
 if TYPE_CHECKING:
     from edgekd.recipes.recipe import TokenData
 
-__all__ = ["Windows", "document_windows", "jsonl_rows", "load_tokenizer", "read_tokens", "row_window"]
+__all__ = [
+    "Windows",
+    "document_windows",
+    "jsonl_rows",
+    "load_tokenizer",
+    "prompt_rows",
+    "read_text",
+    "read_tokens",
+    "row_window",
+]
 
 Windows = tuple[np.ndarray, np.ndarray, np.ndarray]
 """input_ids and attention_mask, int32, and labels, int64: each (windows, length)."""
@@ -74,10 +83,7 @@ def read_tokens(kind: str, path: Path, spec: TokenData, folder: Path) -> Windows
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{kind}:{path.name} cannot be read: {error}") from None
+    content = read_text(path)
     parts: list[Windows] = []
     if kind == "text":
         parts.append(document_windows(encoded(content) + end, spec.length))
@@ -141,3 +147,28 @@ def jsonl_rows(content: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise DataError(f"jsonl:{name} line {number} is no object with columns")
         yield number, row
+
+
+def prompt_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Rows of a .jsonl that each have a ``prompt``, with the lines they stand on.
+
+    Raises:
+        DataError: The file cannot be read, or a row has no prompt.
+    """
+    numbered = list(jsonl_rows(read_text(path), path.name))
+    for number, row in numbered:
+        if not isinstance(row.get("prompt"), str) or not row["prompt"]:
+            raise DataError(f"{path.name} line {number} has no 'prompt'; it has {', '.join(row) or 'nothing'}")
+    return numbered
+
+
+def read_text(path: Path) -> str:
+    """A file of text.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from edgekd import plugins
-from edgekd.data.tokens import jsonl_rows, load_tokenizer
-from edgekd.errors import DataError, MissingToolchainError, UsageError
+from edgekd.data.tokens import jsonl_rows, load_tokenizer, prompt_rows, read_text
+from edgekd.errors import MissingToolchainError, UsageError
 from edgekd.programs.hugging_face import generating
 from edgekd.protocols import Progress
 from edgekd.store import atomic_write, fingerprint, hash_path
@@ -67,11 +67,7 @@ def complete_file(prompts: Path, out: Path, write: Write, made_by: str, seed: in
         DataError: A row has no prompt.
         UsageError: ``out`` was made by another teacher, with other settings or from other prompts.
     """
-    numbered = list(jsonl_rows(_text(prompts), prompts.name))
-    for number, row in numbered:
-        if not isinstance(row.get("prompt"), str) or not row["prompt"]:
-            raise DataError(f"{prompts.name} line {number} has no 'prompt'; it has {', '.join(row) or 'nothing'}")
-    rows = [row for _, row in numbered]
+    rows = [row for _, row in prompt_rows(prompts)]
     done = _done(out, rows, made_by)
     progress.start(f"generate {out.name}", len(rows), done)
     with out.open("a", encoding="utf-8") as file:
@@ -137,13 +133,6 @@ def teacher_writer(module: nn.Module, tokenizer_file: Path, settings: Completion
     return write, made_by
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-
-
 def _done(out: Path, prompts: list[Json], made_by: str) -> int:
     """How many rows are there already; a last line that broke off is taken away."""
     if not out.is_file():
@@ -152,7 +141,7 @@ def _done(out: Path, prompts: list[Json], made_by: str) -> int:
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         atomic_write(out, whole)
-    rows = list(jsonl_rows(_text(out), out.name))
+    rows = list(jsonl_rows(read_text(out), out.name))
     for (number, row), prompt in zip(rows, prompts, strict=False):
         if row.get("made_by") != made_by or row.get("prompt") != prompt["prompt"]:
             what = "another prompt" if row.get("made_by") == made_by else "another teacher or other settings"

@@ -30,6 +30,7 @@ __all__ = [
     "configured_ends",
     "context_of",
     "decoder_student",
+    "put_weights",
     "trained_decoder",
     "untrained_decoder",
 ]
@@ -113,23 +114,40 @@ def trained_decoder(work: Workspace, folder: Path) -> tuple[Student, dict[str, b
         UsageError: The recipe's student is another one than was trained.
         ModelFileError: See :func:`decoder_student`.
     """
-    trained, assets = load_student(folder)
     module, model = _fresh_model(work)
-    try:
-        missing, unexpected = module.load_state_dict(trained.program.state_dict, strict=False)
-    except RuntimeError:  # of other shapes
-        missing, unexpected = [], ["weights of other shapes"]
-    if missing or unexpected:
-        raise UsageError(
-            f"{folder} holds other weights than {work.recipe.student.model!r}: {[*missing, *unexpected][0]}; "
-            "a student that was changed is trained again: edgekd distill"
-        )
+    trained, assets = put_weights(module, folder, work.recipe.student.model)
     card = trained.card
     tokenizer = card.preprocessing.get("tokenizer", "") if assets else ""
     context = context_of(model, work.recipe.export.context)
     ends = _end_tokens(model, card.preprocessing, assets.get(tokenizer))
     student = decoder_student(model, context, card.name, card.lineage, ends, tokenizer)
     return student, assets
+
+
+def put_weights(module: nn.Module, folder: Path, name: str) -> tuple[Student, dict[str, bytes]]:
+    """Put what a student has learned into the module that it was trained in.
+
+    Args:
+        folder: Where its program of windows lies.
+        name: Of the module, for the message.
+
+    Returns:
+        That program and its assets.
+
+    Raises:
+        UsageError: The student is another one than was trained.
+    """
+    trained, assets = load_student(folder)
+    try:
+        missing, unexpected = module.load_state_dict(trained.program.state_dict, strict=False)
+    except RuntimeError:  # of other shapes
+        missing, unexpected = [], ["weights of other shapes"]
+    if missing or unexpected:
+        raise UsageError(
+            f"{folder} holds other weights than {name!r}: {[*missing, *unexpected][0]}; "
+            "a student that was changed is trained again: edgekd distill"
+        )
+    return trained, assets
 
 
 def _end_tokens(model: Any, preprocessing: Json, tokenizer: bytes | None) -> tuple[int, ...]:
