@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch
 from edgekd import plugins
 from edgekd.compression.compress import compress
 from edgekd.console import SilentProgress
-from edgekd.errors import DataError, ModelFileError, UsageError
+from edgekd.errors import DataError, DeviceError, ModelFileError, UsageError
 from edgekd.exporting.export import Proof, export_student
 from edgekd.exporting.external import export_external, language_model
 from edgekd.exporting.generation import ProgramDecoder, Sampling, generate, prove_generation
+from edgekd.measurement import Plan
+from edgekd.profiles import load_device
 from edgekd.programs.decoder import decoder_program, last_token
 from edgekd.programs.models import output_specs
 from edgekd.programs.student_files import load_student, save_student
@@ -239,6 +242,38 @@ def test_a_prompt_in_parts_is_the_same_prompt(file_of: Callable[[str], tuple[Stu
     np.testing.assert_allclose(parts, whole, atol=5e-2 if target == "coreml" else 1e-4)
     with pytest.raises(DataError, match=f"2 tokens from position {CONTEXT - 1}; the caches hold {CONTEXT}"):
         runner.read([1, 2], CONTEXT - 1)
+
+
+@pytest.mark.parametrize("target", ["onnx", "tflite"])
+@pytest.mark.parametrize("prompt_tokens", [1, 7, 21])  # a signature reads 8: less than one, one, several
+def test_a_device_times_the_answers_of_the_program(
+    file_of: Callable[[str], tuple[Student, Path]], target: str, prompt_tokens: int
+) -> None:
+    student, folder = file_of(target)
+    prompts = np.random.default_rng(3).integers(0, VOCABULARY, (2, prompt_tokens)).astype(np.int32)
+    plan = Plan(warmup_s=0.0, warmup_runs=1, min_runs=20, min_s=0.0, prompt_tokens=prompt_tokens, new_tokens=12)
+    host = load_device("host")
+    assert target in host.probe().decodes
+    (block,), outputs = host.run(load_artifact(folder), folder, {"tokens": prompts}, replace(plan, blocks=1))
+
+    wanted = [generate(ProgramDecoder(student), prompt, 12) for prompt in prompts.tolist()]
+    assert outputs["tokens"].tolist() == wanted
+    assert len(block.latency_ms) == 20
+    assert len(block.first_token_ms) >= 5
+    assert min(*block.latency_ms, *block.first_token_ms) > 0
+
+
+def test_a_damaged_tflite_file_of_a_language_model_is_one_line(
+    file_of: Callable[[str], tuple[Student, Path]], tmp_path: Path
+) -> None:
+    _, folder = file_of("tflite")
+    artifact = load_artifact(folder)
+    (tmp_path / artifact.path).write_bytes((folder / artifact.path).read_bytes()[:20_000])
+    plan = Plan(blocks=1, prompt_tokens=7, new_tokens=12)
+    # Where the file is cut decides whether LiteRT says so or ends the process.
+    said = r"ai_edge_litert\.compiled_model cannot load .*model\.tflite: .+|process was ended by SIGSEGV"
+    with pytest.raises(DeviceError, match=said):
+        load_device("host").run(artifact, tmp_path, {"tokens": PROMPTS}, plan)
 
 
 def test_a_tflite_file_has_its_weights_once_and_the_signatures_of_litert_lm(

@@ -41,6 +41,8 @@ def _run(name: str, turns: Turns | None) -> int:
             path.write_text(json.dumps(block), encoding="utf-8")
     except (AgentError, OSError, MemoryError) as error:
         sys.stderr.write(f"{first_line(error)}\n")
+        sys.stderr.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # LiteRT speaks as it goes, and the last line is taken for why
         return 1
     return 0
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import AgentError
+from .litert_decoder import LiteRtDecoder
 from .machine import integer_products_saturate
 
 # x86 without VNNI adds pairs of uint8 × int8 products in 16 bits, which saturates (EfficientNet-Lite0: cosine 0.93 with
@@ -258,7 +259,10 @@ RUNTIMES: dict[str, tuple[str, Callable[[Any, dict[str, Any]], Runtime]]] = {
     "coreml": ("coremltools", CoreMl),
 }
 
-DECODERS: dict[str, tuple[str, Callable[[Any, dict[str, Any]], Any]]] = {"onnx": ("onnxruntime", OnnxDecoder)}
+DECODERS: dict[str, tuple[str, Callable[[Any, dict[str, Any]], Any]]] = {
+    "onnx": ("onnxruntime", OnnxDecoder),
+    "tflite": ("ai_edge_litert.compiled_model", LiteRtDecoder),
+}
 """Of language models with caches: runtimes that also fulfil :class:`.answers.Decoder`."""
 
 
