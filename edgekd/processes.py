@@ -65,7 +65,8 @@ def require_one(command: str | None) -> None:
     """Refuse, on many processes, a command that is for one, and what a launcher was told that a recipe says.
 
     Raises:
-        UsageError: There are several, and the command does not train students; or ``accelerate launch`` was told how.
+        UsageError: There are several, and the command does not train students; or ``accelerate launch`` was told how,
+            or of several and started them one by one.
     """
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         raise UsageError("accelerate launch --mixed_precision is not heard; the recipe says it: [distill] precision")
@@ -74,6 +75,12 @@ def require_one(command: str | None) -> None:
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise UsageError(
             "accelerate launch --dynamo_backend is not heard; the recipe says it: [distill] compile = true"
+        )
+    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        # accelerate launch --cpu --num_processes 2 starts one process, unless it is given hosts for MPI.
+        raise UsageError(
+            "accelerate launch was told of several processes and has not joined them; with --multi_gpu it does, "
+            "also on CPUs, and so does torchrun --nproc-per-node"
         )
     if count() > 1 and command != "distill":
         raise UsageError(f"edgekd {command} is for one process, and {count()} were started; only distill takes several")

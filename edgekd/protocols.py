@@ -113,7 +113,7 @@ class Options(BaseModel):
     A target with something to set has a subclass; every field has a default and a description.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)  # batch=4 is one of "1,4,8"
 
     def applied(self, student: Student, samples: Arrays) -> tuple[Student, Arrays]:
         """The program that the file must compute when told this, and the samples as that program takes them.

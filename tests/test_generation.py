@@ -18,7 +18,7 @@ from edgekd.console import SilentProgress
 from edgekd.errors import DataError, DeviceError, ModelFileError, UsageError
 from edgekd.exporting.export import Proof, export_student
 from edgekd.exporting.external import export_external, language_model
-from edgekd.exporting.generation import ProgramDecoder, Sampling, generate, prove_generation
+from edgekd.exporting.generation import ProgramDecoder, Sampling, generate, prove_generation, tell
 from edgekd.measurement import Plan
 from edgekd.profiles import load_device
 from edgekd.programs.decoder import decoder_program, last_token
@@ -346,6 +346,50 @@ def test_a_file_of_fewer_bits_says_where_its_answers_part(
     assert told == artifact.parity.generation
     assert (told.first_difference is None) == (told.same == 3) == (told.agreement == 1.0)
     assert told.agreement > 0.7
+
+
+def _rounded(weight: torch.Tensor, symmetric: bool) -> torch.Tensor:
+    """4 bits for each 32 numbers of a row, by the formula: from smallest to largest, or as far to both sides."""
+    blocks = weight.reshape(len(weight), -1, 32)
+    if symmetric:
+        scale = (blocks.abs().amax(-1, keepdim=True) / 7).half().float()
+        return ((blocks / scale).round().clamp(-8, 7) * scale).reshape(weight.shape)
+    low, high = blocks.amin(-1, keepdim=True).clamp(max=0), blocks.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / 15
+    zero = (-low / scale).round()
+    return (((blocks / scale).round() + zero).clamp(0, 15).sub(zero) * scale).reshape(weight.shape)
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "nearest"),
+    [
+        ("onnx", "w4", 0.99999),
+        pytest.param("tflite", "w4d8", 0.99, marks=pytest.mark.slow),  # activations are in 8 bits as well
+    ],
+)
+def test_what_four_bits_lose_is_what_the_weights_lose(
+    shallow: Student, tmp_path: Path, target: str, precision: str, nearest: float
+) -> None:
+    """Random weights lose so much in 4 bits that the proof fails; the file is still exactly the rounded model."""
+    exporter = _need(target)
+    exporter.write(shallow, tmp_path / "file", precision, exporter.options())
+    rounded = _model(num_hidden_layers=1)
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            if parameter.ndim == 2:  # a table that embeds and multiplies is one parameter
+                parameter.copy_(_rounded(parameter, symmetric=target == "tflite"))
+    decoders = [ProgramDecoder(shallow), ProgramDecoder(language_model(rounded, Path("none"), CONTEXT)[0])]
+    answer = tell(decoders[0], PROMPTS[0].tolist()).answer
+    plain, wanted, found = (
+        tell(decoder, PROMPTS[0].tolist(), answer).logits.ravel()
+        for decoder in (*decoders, exporter.load(tmp_path / "file"))
+    )
+
+    def cosine(one: np.ndarray, other: np.ndarray) -> float:
+        return float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
+
+    assert cosine(found, wanted) > nearest
+    assert cosine(plain, wanted) < 0.95
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -117,20 +118,36 @@ def test_fewer_bits_and_compiled_kernels_follow_the_plain_curve(
     assert other != plain or options == {"compile": True}
 
 
-@pytest.mark.slow
-def test_two_machines_learn_what_one_does(tmp_path: Path) -> None:
-    """Two launchers that meet at an address, each with a node rank and a process of its own."""
-    one = trained(tmp_path, "one", 1, {}, "dist")
+def start_two_machines(out: Path, port: int, options: dict[str, Any], *words: str) -> list[int]:
+    """Two launchers that meet at an address, each with a node rank and a process of its own; their exit codes."""
     launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    work = [str(TEAM), str(tmp_path / "two.json"), json.dumps({}), "dist"]
+    work = [str(TEAM), str(out), json.dumps(options), *words]
     nodes = [
-        subprocess.Popen([sys.executable, *launcher, "--master-port", "29631", "--node-rank", rank, *work], env=env)
-        for rank in ("1", "0")
+        subprocess.Popen([sys.executable, *launcher, "--master-port", str(port), "--node-rank", rank, *work], env=env)
+        for rank in ("0", "1")
     ]
+    return [node.wait(timeout=300) for node in nodes]
 
-    assert [node.wait(timeout=300) for node in nodes] == [0, 0]
+
+@pytest.mark.slow
+def test_two_machines_learn_what_one_does_also_when_one_of_them_is_lost(tmp_path: Path) -> None:
+    """SIGKILL of all that runs on the second, in the middle of the second epoch, with dropout: bit for bit."""
+    one = trained(tmp_path, "one", 1, {}, "dist")
+    assert start_two_machines(tmp_path / "two.json", 29631, {}, "dist") == [0, 0]
     assert_same(one, json.loads((tmp_path / "two.json").read_text()))
+
+    options = {"dropout": 0.3}
+    assert start_two_machines(tmp_path / "whole.json", 29633, options, "dist") == [0, 0]
+    first, second = start_two_machines(tmp_path / "cut.json", 29635, {**options, "dies": 9}, "dist", "with-its-machine")
+    assert first > 0
+    assert second == -signal.SIGKILL
+    assert not (tmp_path / "cut.json").exists()
+    assert start_two_machines(tmp_path / "cut.json", 29637, options, "dist") == [0, 0]
+    whole, resumed = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "cut"))
+    assert resumed["done_before"] in (8, 9)
+    assert resumed["weights"] == whole["weights"]
+    assert resumed["history"] == whole["history"]
 
 
 @pytest.mark.slow
@@ -166,3 +183,26 @@ def test_what_accelerate_launch_was_told_is_not_heard_in_silence(tmp_path: Path)
     assert ended.stderr == (
         "edgekd: accelerate launch --dynamo_backend is not heard; the recipe says it: [distill] compile = true\n"
     )
+
+
+def test_processes_that_accelerate_launch_has_not_joined_are_not_taken_for_one(tmp_path: Path) -> None:
+    """As ``accelerate launch --cpu --num_processes 2`` starts its one process."""
+    env = {**os.environ, "ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}
+    command = [sys.executable, "-m", "edgekd", "distill"]
+    ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("edgekd: accelerate launch was told of several processes and has not joined them;")
+
+
+@pytest.mark.slow
+def test_accelerate_launch_says_what_we_take_for_several_processes(tmp_path: Path) -> None:
+    """Its own environment, which it may change: of one process nothing is refused."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--num_processes"]
+    told = []
+    for processes in ("1", "2"):
+        command = [*launcher, processes, "--mixed_precision", "no", "-m", "edgekd", "distill"]
+        told.append(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120).stderr)
+
+    assert "edgekd: no edgekd.toml" in told[0]
+    assert "edgekd: accelerate launch was told of several processes" in told[1]

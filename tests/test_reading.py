@@ -243,6 +243,7 @@ def test_options_on_the_command_line_name_their_target_where_there_are_several()
     with pytest.raises(UsageError, match=r"'speed=3' is not target.key=value with a target of onnx, coreml"):
         parse_options(["speed=3"], ["onnx", "coreml"])
     assert parse_options([], ["onnx"]) == {}
+    assert parse_options(["batch=4"], ["onnx"])["onnx"].model_dump()["batch"] == "4"  # one of "4", "1,4" and "1..4"
 
 
 def test_a_table_for_an_arm_that_is_not_trained_is_a_fault(tmp_path: Path) -> None:

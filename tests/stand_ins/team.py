@@ -2,7 +2,7 @@
 
 ``python team.py OUT '{"norm": true, …}'``: trains a small network on fixed data, and the main process writes the
 history and the weights to OUT. Words behind say what is learned: ``dist``, ``unlabelled``, ``mixed``, ``features``,
-``windows``.
+``windows``; ``with-its-machine``: what dies takes its launcher along.
 """
 
 import json
@@ -51,6 +51,8 @@ class Silent:
         if self.left is not None:
             self.left -= 1
             if self.left == 0:
+                if "with-its-machine" in sys.argv:
+                    os.kill(os.getppid(), signal.SIGKILL)  # the launcher
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def finish(self) -> None: ...
