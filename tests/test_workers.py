@@ -156,6 +156,17 @@ def test_a_worker_killed_midway_on_two_nodes_loses_nothing(
 
 
 @pytest.mark.slow
+def test_a_worker_killed_midway_on_this_machine_loses_nothing(tmp_path: Path, alone: dict[str, bytes]) -> None:
+    """As many workers as cores, so that each has one thread, as the one process had."""
+    pytest.importorskip("ray")
+    folder = recipe_in(tmp_path / "recipe")
+    (folder / "deadly").touch()
+
+    assert captured(folder, "--workers", str(os.cpu_count())) == alone
+    assert (folder / "died").exists()
+
+
+@pytest.mark.slow
 def test_a_capture_whose_driver_was_killed_goes_on(tmp_path: Path, cluster: str, alone: dict[str, bytes]) -> None:
     folder = recipe_in(tmp_path / "recipe")
     (folder / "slow").touch()
