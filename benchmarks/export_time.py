@@ -30,6 +30,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from edgekd import plugins
+from edgekd.exporting.export import write_file
 from edgekd.programs.models import input_specs, output_specs
 from edgekd.programs.tracing import export_program
 from edgekd.quiet import quiet
@@ -120,7 +121,7 @@ def one_export(model: str, target: str, side: str) -> dict[str, float]:
             program = export_program(module, list(inputs))
             traced = time.perf_counter()
             card = Card(model, input_specs(program), output_specs(program))
-            exporter.write(Student(program, card), path, "fp32", exporter.options())
+            write_file(exporter, Student(program, card), path, "fp32", exporter.options())
         elif target in BARE:
             program = torch.export.export(module, inputs)
             traced = time.perf_counter()

@@ -16,6 +16,7 @@ import numpy as np
 
 import edgekd
 from edgekd import plugins
+from edgekd.collector import collector_paused
 from edgekd.compression.compress import choose_int8, notes_of
 from edgekd.distillation.perplexity import JudgedWindows, judge_decoder
 from edgekd.errors import ExportError, ParityError, UsageError
@@ -38,6 +39,7 @@ __all__ = [
     "synthetic_samples",
     "toolchain",
     "verify_artifact",
+    "write_file",
     "write_request",
 ]
 
@@ -183,8 +185,7 @@ def export_student(
     failed = folder.with_name(folder.name + ".failed")
     conversion, options = exporter.precisions[precision], options or exporter.options()
     with staging_folder(folder) as part:
-        with collected() as warnings:
-            exporter.write(student, part / name, precision, options)
+        warnings = write_file(exporter, student, part / name, precision, options)
         runner = exporter.load(part / name)
         parity = _prove(student, runner, proof.samples, conversion.tolerance, options)
         task = quality = None
@@ -220,6 +221,19 @@ def export_student(
         raise ParityError(f"{target} {precision} failed its proof and is kept in {failed}: {parity.reason}")
     shutil.rmtree(failed, ignore_errors=True)
     return artifact
+
+
+def write_file(
+    exporter: Exporter, student: Student, path: Path, precision: Precision, options: Options
+) -> Sequence[str]:
+    """Have an exporter write a file, as it is before its proof; what its toolchain complained of, line by line.
+
+    Raises:
+        ExportError: The converter refused.
+    """
+    with collected() as complaints, collector_paused():
+        exporter.write(student, path, precision, options)
+    return complaints
 
 
 def _accuracy(task: np.ndarray | None, proof: Proof) -> float | None:
