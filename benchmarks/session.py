@@ -215,7 +215,10 @@ def inputs_of(artifact: Artifact, inputs: Arrays) -> dict[str, np.ndarray]:
     Raises:
         DataError: The inputs do not fit.
     """
-    return bind_inputs(artifact.inputs if artifact.card.decoder is None else artifact.inputs[:1], inputs)
+    if artifact.card.decoder is None:
+        return bind_inputs(artifact.inputs, inputs)
+    tokens = artifact.inputs[0]  # of TFLite one token: other signatures of the file read a prompt
+    return bind_inputs((dataclasses.replace(tokens, shape=(tokens.shape[0], -1)),), inputs)
 
 
 def _not_run(artifact: Artifact, where: str, plan: Plan, reason: str) -> Measurement:

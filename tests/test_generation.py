@@ -254,7 +254,9 @@ def test_a_device_times_the_answers_of_the_program(
     plan = Plan(warmup_s=0.0, warmup_runs=1, min_runs=20, min_s=0.0, prompt_tokens=prompt_tokens, new_tokens=12)
     host = load_device("host")
     assert target in host.probe().decodes
-    (block,), outputs = host.run(load_artifact(folder), folder, {"tokens": prompts}, replace(plan, blocks=1))
+    artifact = load_artifact(folder)
+    inputs = plugins.load_module("edgekd.benchmarks.session").inputs_of(artifact, {"tokens": prompts})
+    (block,), outputs = host.run(artifact, folder, inputs, replace(plan, blocks=1))
 
     wanted = [generate(ProgramDecoder(student), prompt, 12) for prompt in prompts.tolist()]
     assert outputs["tokens"].tolist() == wanted

@@ -16,6 +16,10 @@ from edgekd.distillation import on_policy
 from edgekd.distillation.on_policy import OnPolicySettings, train_on_policy
 from edgekd.errors import DataError, UsageError
 from edgekd.programs.hugging_face import generating, hugging_face_module
+from edgekd.programs.models import input_specs, output_specs
+from edgekd.programs.student_files import save_student
+from edgekd.programs.tracing import export_program
+from edgekd.types import Card, Student
 
 pytest.importorskip("trl", reason="trl is not installed; pip install 'edgekd[trl]'")
 transformers = pytest.importorskip("transformers")
@@ -149,12 +153,24 @@ def test_what_is_there_is_not_made_again_and_not_of_other_settings(folder: Path,
     assert (trained / "model.safetensors").stat().st_mtime_ns == written
 
 
-def test_the_command_trains_on_what_a_run_has_learned(folder: Path, tmp_path: Path) -> None:
+def test_the_command_goes_on_from_what_an_arm_has_learned(folder: Path, tmp_path: Path) -> None:
+    learned = hugging_face_module(save(tmp_path / "learned", 5))
+    ones = torch.ones(1, 8, dtype=torch.int32)
+    program = export_program(learned, [ones, ones.clone()])
+    card = Card("student", input_specs(program), output_specs(program))
+    save_student(tmp_path / "kd-0", Student(program, card), {})
     words = ["on-policy", f"hf:{folder / 'teacher'}", f"hf:{folder / 'student'}", str(folder / "prompts.jsonl")]
-    result = CliRunner().invoke(app, [*words, str(tmp_path / "out"), "--steps", "2", "--max-tokens", "4"])
+    more = ["--steps", "2", "--max-tokens", "4", "--learning-rate", "1e-7", "--weights", str(tmp_path / "kd-0")]
+    result = CliRunner().invoke(app, [*words, str(tmp_path / "out"), *more], catch_exceptions=False)
+    trained = hugging_face_module(tmp_path / "out")
+
     assert result.exit_code == 0, result.output
     assert f"{tmp_path / 'out'}: trained for 2 steps on its own words; the loss was " in result.output
-    assert hugging_face_module(tmp_path / "out") is not None
+    for (name, one), other in zip(trained.named_parameters(), learned.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0, msg=name)
+    words[2] = f"hf:{folder / 'narrow'}"
+    with pytest.raises(UsageError, match=r"kd-0 holds other weights than 'hf:.*narrow': weights of other shapes"):
+        CliRunner().invoke(app, [*words, str(tmp_path / "b"), *more], catch_exceptions=False)
     with pytest.raises(UsageError, match="'onnx:a' does not generate text"):
         CliRunner().invoke(app, ["on-policy", "onnx:a", *words[2:], "b"], catch_exceptions=False)
 
