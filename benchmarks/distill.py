@@ -68,8 +68,8 @@ TASKS = {
 
 
 NOT_RUN = {
-    "fashion-2": "a busy machine had no hour for it",
-    "spam-5": "the fine-tuned MiniLM takes half an hour, and was not made again",
+    "fashion-2": "a busy machine had no time for its twelve students",
+    "spam-5": "the fine-tuned MiniLM takes half an hour of a core, which a busy machine did not have",
     "brown": "seeds 1 and 2 were not trained yet, nor DIST",
 }
 """What was asked for and has no result, and why; a task that has results is not looked up here."""

@@ -87,8 +87,8 @@ def _not_run(tasks: Mapping[str, Json]) -> Iterator[str]:
     for name, task in tasks.items():
         if name not in REPORTS and "bar" not in task:
             missing[name] = "no other arm than the control is trained yet"
-    if not any("torchdistill" in task for task in tasks.values()):
-        missing["torchdistill"] = "beside none of these yet"
+    if beside := [name for name in tasks if name not in REPORTS and "torchdistill" not in tasks[name]]:
+        missing["torchdistill"] = f"not beside {', '.join(beside)}"
     if missing:
         yield "Not run:"
         yield ""
@@ -130,4 +130,7 @@ def _gain(gain: Json | None) -> str:
 
 
 def _minutes(hours: list[float]) -> str:
-    return f"{statistics.fmean(hours) * 60:.1f} min a seed" if hours else "not kept"
+    if not hours:
+        return "not kept"
+    minutes = statistics.fmean(hours) * 60
+    return f"{minutes:.1f} min a seed" if minutes >= 1 else f"{minutes * 60:.0f} s a seed"
