@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from edgekd.benchmarks.distill import Clock, judged
+from edgekd.benchmarks.distill_page import results_tables
 from edgekd.console import SilentProgress
+from edgekd.store import write_json
 from edgekd.types import Json
 
 GAIN: Json = {"points": 0.5, "standard_error": 0.2}
@@ -53,3 +58,24 @@ def test_what_was_done_before_a_stop_is_told() -> None:
     assert [list(spent) for spent in written] == [[], ["control, seed 0"]]
     assert "seen" not in clock.spent["control, seed 0"]
     assert clock.spent["kd, seed 0"]["seen"] == 0.6
+
+
+def test_short_trainings_are_told_in_seconds_and_where_torchdistill_was_not_run_is_said(tmp_path: Path) -> None:
+    task: Json = {
+        "said": "a task",
+        "teacher": {"accuracy": 0.9},
+        "student": {"parameters": 10, "share": 0.15},
+        "arms": {"control": {"0": {"test": 0.88}}, "kd": {"0": {"test": 0.89}}},
+        "bar": bar(0.895, 0.888),
+    }
+    hours = {"control, seed 0": {"cpu_hours": 0.0005}, "kd, seed 0": {"cpu_hours": 0.05}}
+    beside: Json = {"version": "1", "seeds": {"0": {"test": 0.88, "epochs": 2, "cpu_hours": 0.1}}}
+    tasks = {"short": {**task, "hours": hours, "torchdistill": beside}, "other": task}
+    write_json(tmp_path / "distill.json", {"tasks": tasks})
+    shutil.copy(Path(__file__).parent.parent / "benchmarks" / "results" / "spam.json", tmp_path)
+
+    lines = results_tables(tmp_path).splitlines()
+
+    assert any("control" in line and "2 s a seed" in line for line in lines)
+    assert any("| kd |" in line and "3.0 min a seed" in line for line in lines)
+    assert "- **torchdistill**: not beside other." in lines
