@@ -1,4 +1,4 @@
-"""Recorded voices and music of Debian's Asterisk packages to voices.npz and music.npz, 16 kHz, 16 bits.
+"""Recorded voices and music of Debian packages to voices.npz and music.npz, 16 kHz, 16 bits.
 
 Each voice is one long recording: the prompts of one speaker, brought to one loudness, with pauses of up to three
 seconds between them. Beside it stands, chunk by chunk, whether somebody speaks.
@@ -14,6 +14,13 @@ import numpy as np
 from vad import CHUNK, MUSIC, RATE, VOICES
 
 ASTERISK = Path("/usr/share/asterisk")
+GAMES = {
+    "planetblupi": Path("/usr/share/planetblupi/music"),
+    "singularity": Path("/usr/share/games/singularity/music"),
+}
+"""Folders of music in Ogg files, all of one name together."""
+MINUTES = 2
+"""Of each of these files at most."""
 LOUDNESS = 0.05
 """Root mean square of what is spoken; full scale is 1."""
 BELOW_PEAK_DB = 30.0
@@ -28,6 +35,24 @@ def decoded(path: Path) -> np.ndarray:
     with av.open(str(path), format="g722") as file:
         frames = [frame.to_ndarray().reshape(-1) for frame in file.decode(audio=0)]
     return np.concatenate(frames).astype(np.float32) / 32768 if frames else np.zeros(0, np.float32)
+
+
+def game_music(folder: Path) -> np.ndarray:
+    """The files of a folder one after another, 16 kHz, of one loudness."""
+    import av
+
+    tracks = []
+    for path in sorted(folder.rglob("*.ogg")):
+        resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
+        with av.open(str(path)) as file:
+            frames = [
+                part.to_ndarray().reshape(-1) for frame in file.decode(audio=0) for part in resampler.resample(frame)
+            ]
+        track = np.concatenate(frames)[: MINUTES * 60 * RATE]
+        tracks.append(track * LOUDNESS / np.sqrt(np.mean(track**2)))
+    if not tracks:
+        sys.exit(f"no {folder}; README.md has the line that installs it")
+    return np.concatenate(tracks)
 
 
 def speaks(prompt: np.ndarray) -> np.ndarray:
@@ -82,7 +107,7 @@ def main() -> None:
     np.savez(Path(__file__).parent / "voices.npz", **arrays)
     music = {}
     for name in MUSIC:
-        track = decoded(ASTERISK / "moh" / f"{name}.g722")
+        track = game_music(GAMES[name]) if name in GAMES else decoded(ASTERISK / "moh" / f"{name}.g722")
         music[name] = whole(track * LOUDNESS / np.sqrt(np.mean(track**2)))
         print(f"{name}: {len(track) / RATE / 60:.1f} minutes")
     np.savez(Path(__file__).parent / "music.npz", **music)

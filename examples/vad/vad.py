@@ -25,11 +25,14 @@ TRAIN_VOICES = ("en_US_f_Allison", "es_MX_f_Allison", "it_IT_m_Carlo")
 VALIDATION_VOICES = ("fr_CA_f_June",)
 TEST_VOICES = ("ru_RU_f_IvrvoiceRU",)
 VOICES = TRAIN_VOICES + VALIDATION_VOICES + TEST_VOICES
-TRAIN_MUSIC = ("macroform-cold_day", "macroform-robot_dity", "macroform-the_simplicity")
+TRAIN_MUSIC = ("macroform-cold_day", "macroform-robot_dity", "planetblupi", "singularity")
+VALIDATION_MUSIC = ("macroform-the_simplicity",)
 TEST_MUSIC = ("manolo_camp-morning_coffee", "reno_project-system")
-MUSIC = TRAIN_MUSIC + TEST_MUSIC
+MUSIC = TRAIN_MUSIC + VALIDATION_MUSIC + TEST_MUSIC
 LABELLED = 1_000
-"""Training windows with a label, of 12,000."""
+UNLABELED = 23_000
+SPEEDS = (0.8, 1.25)
+"""Slowest and fastest that a voice without a label is played, which moves its pitch as well."""
 LOUDNESS = 0.05
 """Of speech and, at 0 dB, of noise; prepare.py brings both to it."""
 
@@ -40,13 +43,22 @@ def train() -> dict[str, np.ndarray]:
 
 
 def unlabeled() -> dict[str, np.ndarray]:
-    """11,000 more, whose labels nobody knows: what the teacher says of them is all there is."""
-    return {"audio": windows(TRAIN_VOICES, 12_000)["audio"][LABELLED:]}
+    """23,000 more, played slower or faster: what the teacher says of them is all that is known of them."""
+    random, audio = np.random.default_rng(1), np.empty((UNLABELED, LENGTH), np.float32)
+    spoken = [samples for samples, _ in recordings(TRAIN_VOICES)]
+    for row in range(UNLABELED):
+        samples = spoken[random.integers(len(spoken))]
+        speed = random.uniform(*SPEEDS) if random.random() < 0.8 else 1.0
+        begin = random.integers(len(samples) - int(LENGTH * max(SPEEDS)) - 1)
+        places = begin + speed * np.arange(LENGTH)
+        heard = samples[begin : int(places[-1]) + 2]
+        audio[row] = np.interp(places - begin, np.arange(len(heard)), heard) / 32768
+    return {"audio": audio}
 
 
 def validation() -> dict[str, np.ndarray]:
-    """2,000 noisy windows of a speaker whom no student has heard: settings are chosen on these."""
-    return mixed(windows(VALIDATION_VOICES, 2_000), TRAIN_MUSIC, seed=1)
+    """4,000 noisy windows of a speaker and with music that no student has heard: settings are chosen on these."""
+    return mixed(windows(VALIDATION_VOICES, 4_000), VALIDATION_MUSIC, seed=1)
 
 
 def test() -> dict[str, np.ndarray]:
@@ -56,11 +68,7 @@ def test() -> dict[str, np.ndarray]:
 
 def windows(voices: tuple[str, ...], count: int) -> dict[str, np.ndarray]:
     """Windows from everywhere in some recordings: audio (windows, 4160), label (windows,), 1 where somebody speaks."""
-    path = HERE / "voices.npz"
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}; python prepare.py makes it")
-    with np.load(path) as file:
-        spoken = [(file[name], file[f"{name} speaks"]) for name in voices]
+    spoken = recordings(voices)
     places = [(number, chunk) for number, (_, speaks) in enumerate(spoken) for chunk in range(CHUNKS, len(speaks))]
     chosen = np.random.default_rng(0).choice(len(places), count, replace=False)
     audio, labels = np.empty((count, LENGTH), np.float32), np.empty(count, np.int64)
@@ -72,6 +80,15 @@ def windows(voices: tuple[str, ...], count: int) -> dict[str, np.ndarray]:
     return {"audio": audio, "label": labels}
 
 
+def recordings(voices: tuple[str, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each voice the samples, int16, and where somebody speaks, chunk by chunk."""
+    path = HERE / "voices.npz"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}; python prepare.py makes it")
+    with np.load(path) as file:
+        return [(file[name], file[f"{name} speaks"]) for name in voices]
+
+
 def mixed(clean: dict[str, np.ndarray], music: tuple[str, ...], seed: int) -> dict[str, np.ndarray]:
     """The same windows with noise: one fixed view of each."""
     generator = Generator().manual_seed(seed)
@@ -81,8 +98,35 @@ def mixed(clean: dict[str, np.ndarray], music: tuple[str, ...], seed: int) -> di
 
 
 def noisy(sample: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:
-    """A window (4160,) as an app may hear it: louder or softer, four times of five with noise."""
-    return {"audio": with_noise(sample["audio"], noises(TRAIN_MUSIC), generator)}
+    """A window (4160,) as an app may hear it: coloured, louder or softer, four times of five with noise.
+
+    The noise is not that of the recordings alone: it is played at another speed, coloured, or two at once, so that a
+    student does not learn some tracks of music by heart.
+    """
+    draw = torch.rand(12, generator=generator).tolist()
+    audio = tinted(sample["audio"], draw[0], draw[1])
+    if draw[2] >= 0.2:
+        bank = noises(TRAIN_MUSIC)
+        noise = tinted(piece(bank, draw[3], draw[4]), draw[5], draw[6])
+        if draw[7] < 0.4:
+            noise = (noise + piece(bank, draw[8], draw[9])) * 0.7
+        audio = audio + noise * 10 ** (-draw[10])
+    return {"audio": (audio * 10 ** ((-20 + 26 * draw[11]) / 20)).clamp(-1, 1)}
+
+
+def tinted(audio: Tensor, chance: float, colour: float) -> Tensor:
+    """Half of the time brighter or duller, by a filter of two taps."""
+    if chance >= 0.5:
+        return audio
+    return audio + (1.4 * colour - 0.7) * nn.functional.pad(audio[:-1], (1, 0))
+
+
+def piece(bank: Tensor, where: float, speed: float) -> Tensor:
+    """A window of noise, played at 2/3 to 3/2 of its speed."""
+    length = round(LENGTH * 1.5 ** (2 * speed - 1))
+    begin = int(where * (len(bank) - length))
+    heard = bank[begin : begin + length]
+    return nn.functional.interpolate(heard[None, None], LENGTH, mode="linear")[0, 0]
 
 
 def with_noise(audio: Tensor, bank: Tensor, generator: Generator) -> Tensor:
