@@ -3,7 +3,8 @@
 ``python -m edgekd.benchmarks.distill_speed`` prints the table and writes ``benchmarks/results/distill_speed.json``. All
 sides train the same student on the same samples with the same augmentation, batch size and optimizer, on one thread:
 
-- ``plain``: a loop of its own, labels only, the views made as edgekd makes them, and no cache;
+- ``plain``: a loop of its own, labels only, the views made as edgekd makes them, and no cache; with the channels last,
+  as edgekd lays them out, and once more with the channels first, as torch does;
 - ``cache``: :func:`edgekd.distillation.train.train`, as ``edgekd distill`` runs it, with KD from the teacher cache;
 - ``torchdistill``: its ``DistillationBox`` with KD from a teacher that runs at every step, and torch's own loader; the
   teacher has ten times the student's parameters, or is that of the example. ``pip install --no-deps --target DIR
@@ -99,7 +100,8 @@ def _case(
 
 def measured(case: Case, rounds: int, progress: Progress) -> Json:
     """All sides in turns, each round in another order."""
-    sides: dict[str, Side] = {"plain": plain_step, "cache": cached_step}
+    first = functools.partial(plain_step, layout=torch.contiguous_format)
+    sides: dict[str, Side] = {"plain": plain_step, "plain, channels first": first, "cache": cached_step}
     if importlib.util.find_spec("torchdistill") is not None:
         for name in case.teachers:
             sides[f"torchdistill, {name}"] = functools.partial(torchdistill_step, teacher=name)

@@ -242,7 +242,7 @@ def _resolution_notes(
             margin, smallest = margins.ratio(metric, resolution.medians[metric]) - 1, resolution.smallest[metric]
             if margin < smallest:
                 raise UsageError(
-                    f"a margin of {margin:.1%} in {metric} was asked; {where} was found to tell {smallest:.1%} apart; "
+                    f"a margin of {margin:.2%} in {metric} was asked; {where} was found to tell {smallest:.2%} apart; "
                     f"--margin {metric}={math.ceil(round(smallest * 1000, 6)) / 10}% works, or a calmer device and "
                     "edgekd calibrate"
                 )

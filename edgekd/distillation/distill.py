@@ -106,8 +106,7 @@ def train_arm(
     history = train(learner, splits.train, caches["train"], views, objective, plan, checkpoint, progress, name)
     if not processes.is_main():
         return
-    # A program is saved with its weights as they lie, and torch warns of those that lie channels last.
-    module.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
+    module.eval().requires_grad_(False)
     manifest = caches["train"].manifest
     keys = manifest["key"]
     lineage = (

@@ -48,10 +48,10 @@ def spread(student: nn.Module, shard: bool, compiled: bool) -> tuple[nn.Module, 
 
 
 def settle(student: nn.Module, trained: nn.Module) -> None:
-    """Bring what was trained back into the student, as plain tensors on the CPU."""
+    """Bring what was trained back into the student, as plain contiguous tensors on the CPU."""
     if trained is not student:
         student.load_state_dict(whole(trained.state_dict()))
-    student.to("cpu")
+    student.to("cpu", memory_format=torch.contiguous_format)
 
 
 def whole(tree: Any) -> Any:

@@ -30,6 +30,7 @@ from edgekd.data.views import Views, view_batch
 from edgekd.data.windows import counted_positions
 from edgekd.distillation.checkpoint import load_checkpoint, save_checkpoint, seed_all
 from edgekd.distillation.features import bare_student
+from edgekd.distillation.layout import lay_channels_last
 from edgekd.distillation.losses import LABELS, gradient_shares
 from edgekd.distillation.parallel import accumulating, settle, shared_norms, spread
 from edgekd.errors import NumericalError, UsageError
@@ -130,8 +131,13 @@ def train(
     everyone = np.arange(len(split)) if learned_from is None else learned_from
     pool = everyone[split.labelled[everyone]] if plan.labelled_only else everyone
     order = Order(pool, split.ids[pool], cache.views, plan.views_per_decode, plan.seed)
+    student.train()
+    if device.type == "cpu" and not plan.shard and not plan.compile:  # a compiler lays out by itself
+        lay_channels_last(student, view_batch(split, pool[:2], np.zeros(2, np.int64), replace(views, mix=None)).inputs)
     trained, called = spread(student, plan.shard, plan.compile)
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
+    optimizer = torch.optim.AdamW(
+        trained.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True
+    )
     scaler = torch.amp.GradScaler(device.type, FIRST_SCALE, enabled=plan.precision == "fp16")
     samples = len(everyone)
     steps = math.ceil(samples / plan.batch_size)
@@ -139,7 +145,6 @@ def train(
     state = load_checkpoint(checkpoint, trained, optimizer, scaler)
     progress.start(name, plan.epochs * steps, state.step)
     saved_at = time.monotonic()
-    trained.train()
     with shared_norms(trained) as norms:
         while state.step < plan.epochs * steps:
             epoch, step = divmod(state.step, steps)

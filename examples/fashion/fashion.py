@@ -157,12 +157,12 @@ class Placed(nn.Module):
 def student_15() -> nn.Module:
     """113,418 parameters, 14.9 % of the teacher's; 3.0 M multiply-accumulates, 7 %."""
     layers = ((32, 5, 2), (48, 3, 2), (64, 3, 1), (96, 3, 2))
-    return Placed(*layers).to(memory_format=torch.channels_last)  # a training step takes 0.8 of the time
+    return Placed(*layers)
 
 
 def student_2() -> nn.Module:
     """16,042 parameters, 2.1 % of the teacher's; 0.36 M multiply-accumulates, 0.9 %."""
-    return Placed((16, 5, 2), (24, 3, 2), (32, 3, 2)).to(memory_format=torch.channels_last)
+    return Placed((16, 5, 2), (24, 3, 2), (32, 3, 2))
 
 
 def student(width: float = 1.0) -> nn.Module:
