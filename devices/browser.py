@@ -29,6 +29,7 @@ from . import _adb, _page
 from ._agents import APPLE_ONLY, both, checked_inputs, limit_s, told_of
 from ._chromium import Chromium, find_chromium
 from ._folders import made, remove
+from ._placement import operators_in, placement
 from .agent.machine import describe_machine, read_state, throttled
 
 __all__ = ["DEVICE", "BrowserDevice"]
@@ -267,8 +268,13 @@ class BrowserDevice:
         if "error" in result:
             raise DeviceError(" ".join(str(result["error"]).split())[:500])
         told = {f"browser_{key}" if key == "cores" else key: value for key, value in server.facts.items()}
-        blocks = [Block.from_json(block) for block in result["blocks"]]
-        return [replace(block, conditions=told | block.conditions) for block in blocks]
+        found = []
+        for side, model, block in zip(job.told["sides"], job.models, result["blocks"], strict=True):
+            target, operators = side["target"], operators_in(model) if side["target"] == "tflite" else 0
+            placed = placement(target, job.told["accelerator"], block.pop("placement"), operators)
+            whole = Block.from_json(block)
+            found.append(replace(whole, conditions=told | whole.conditions | placed))
+        return found
 
     def _recognize(self, facts: dict[str, str]) -> None:
         wanted = self._profile.identity.get("user_agent", "")

@@ -66,7 +66,7 @@ class Block(JsonMixin):
         converged: Whether warm-up settled before its cap.
         conditions: Clock, governor, temperature, versions: what was readable, as text. ``emulated`` says by what, where
             the time is not that of the device's own hardware; ``delegation`` counts nodes by unit, that which was asked
-            for first: ``XNNPACK=41 CPU=3``.
+            for first: ``XNNPACK=41 CPU=3``; ``delegation_unknown`` says why a browser does not tell.
         void: Why the block says nothing about the file (the device throttled, the page was hidden); empty when it does.
             A void block is measured again, with its partner, and counted.
         warm_load_ms: Loading the same file once more in the same process; None where that was not done.

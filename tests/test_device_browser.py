@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from edgekd.benchmarks import gate
-from edgekd.benchmarks.cells import Margins, Pair, Samples
+from edgekd.benchmarks.cells import Margins, Pair, Samples, delegation_of
 from edgekd.benchmarks.session import measure
 from edgekd.devices import _page, browser
 from edgekd.devices._chromium import Chromium, find_chromium, remove_profile
@@ -26,7 +26,7 @@ from edgekd.errors import DeviceError, UsageError
 from edgekd.measurement import Plan, Profile
 from edgekd.profiles import device_of, load_device
 from edgekd.protocols import Side, TakingTurns
-from edgekd.types import Artifact
+from edgekd.types import Artifact, TensorSpec
 
 from elsewhere import ENDLESS, check_turns, meanwhile, measuring_elsewhere, running_below, still_runs, wait_for
 
@@ -81,6 +81,9 @@ def test_a_sitting_in_the_browser_gives_the_hosts_outputs(library: Path, file: F
         assert min(*block.latency_ms, block.first_inference_ms, block.model_load_ms, block.runtime_load_ms) > 0
         assert block.conditions["isolated"] == "true"
         assert block.conditions["timed_to"] == "outputs read back"
+        units = delegation_of(block)
+        assert list(units) == (["CPUExecutionProvider"] if file[0].target == "onnx" else ["XNNPACK", "CPU"])
+        assert next(iter(units.values())) == sum(units.values()) > 2, "all nodes are where they were asked for"
     assert found.blocks[0].conditions["runtime"].startswith(("onnxruntime-web 1.", "@litertjs/core 2."))
 
 
@@ -93,6 +96,68 @@ def test_a_software_gpu_computes_the_same_and_is_told_as_emulated(
     np.testing.assert_allclose(outputs[file[0].outputs[0].name], on_the_host(file, images), atol=1e-4)
     assert blocks[0].conditions["accelerator"] == "webgpu"
     assert "software GPU" in blocks[0].conditions["emulated"]
+    units = delegation_of(blocks[0])
+    unit = "WebGpuExecutionProvider" if file[0].target == "onnx" else "WebGPU"
+    assert next(iter(units)) == unit
+    assert units[unit] == sum(units.values()) > 2
+    assert not {"partial_delegation", "delegation_unknown"} & set(blocks[0].conditions)
+
+
+def onnx_with_det(folder: Path) -> Path:
+    """A MatMul, a Sigmoid and a Mul, and a Det, which ONNX Runtime's WebGPU provider does not have."""
+    onnx = pytest.importorskip("onnx")
+    node, whole = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    nodes = [node("MatMul", ["x", "w"], ["a"]), node("Sigmoid", ["a"], ["b"])]
+    nodes += [node("Det", ["b"], ["c"]), node("Mul", ["b", "c"], ["y"])]
+    weight = onnx.numpy_helper.from_array(np.eye(8, dtype=np.float32), "w")
+    ends = [[whole(name, onnx.TensorProto.FLOAT, [1, 8, 8])] for name in "xy"]
+    graph = onnx.helper.make_graph(nodes, "with_det", *ends, [weight])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), folder / "part.onnx")
+    return folder / "part.onnx"
+
+
+def tflite_in_six_dimensions(folder: Path) -> Path:
+    """A layer, and five operators in six dimensions: LiteRT's WebGPU delegate stops at four, XNNPACK does not."""
+    torch, litert_torch = pytest.importorskip("torch"), pytest.importorskip("litert_torch")
+
+    class Turned(torch.nn.Module):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(8, 8)
+
+        def forward(self, x: Any) -> Any:
+            turned = self.layer(x).reshape(1, 2, 4, 2, 2, 2).permute(5, 4, 3, 2, 1, 0)
+            return torch.sigmoid(turned + 1).reshape(1, 8, 8)
+
+    litert_torch.convert(Turned().eval(), (torch.zeros(1, 8, 8),)).export(str(folder / "part.tflite"))
+    return folder / "part.tflite"
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    ("target", "make", "ends", "delegation"),
+    [
+        ("onnx", onnx_with_det, ("x", "y"), "WebGpuExecutionProvider=3 CPUExecutionProvider=1"),
+        ("tflite", tflite_in_six_dimensions, ("args_0", "output_0"), "WebGPU=1 CPU=5"),
+    ],
+)
+def test_nodes_that_the_gpu_lacks_are_counted_and_forbid_a_claim(
+    library: Path,
+    onnx_file: File,
+    tmp_path: Path,
+    target: str,
+    make: Callable[[Path], Path],
+    ends: tuple[str, str],
+    delegation: str,
+) -> None:
+    inputs, outputs = ((TensorSpec(name, (1, 8, 8), "float32"),) for name in ends)
+    file = replace(onnx_file[0], target=target, path=make(tmp_path).name, inputs=inputs, outputs=outputs), tmp_path
+    device = made_device(accelerator="webgpu", flags=SWIFTSHADER)
+    images = np.random.default_rng(0).standard_normal((2, 8, 8)).astype(np.float32)
+    found = measure(*file, "browser", device, {ends[0]: images}, None, None, QUICK)
+    assert found.blocks[0].conditions["delegation"] == delegation
+    assert "partial_delegation" in found.flags
 
 
 @needs_chromium

@@ -59,8 +59,29 @@ function timerStep() {
   return smallest;
 }
 
-// A runtime is {name, load(side, model)}; a loaded file is {prepare(arrays), run(prepared) -> outputs read back, in the
-// order of the side's}.
+// The runtimes tell on the console where they place nodes. They take its functions when they start, so ours come first.
+let heard = null; // lines, while somebody listens
+for (const name of ["debug", "info", "log", "warn", "error"]) {
+  const tell = console[name].bind(console);
+  console[name] = (...words) => { if (heard) heard.push(words.join(" ")); else tell(...words); };
+}
+const TELLS = /placed on \[|Memcpy|operations will run on the|WebGPU-based API|supported by WebNN/; // what is sent of it
+
+// What a runtime says while it loads a file once more, and what the loaded file says of itself; nothing of it is timed.
+async function placement(load) {
+  heard = [];
+  try {
+    const facts = await load();
+    return { lines: heard.filter((line) => TELLS.test(line)), ...facts };
+  } catch (error) {
+    return { error: String(error?.message ?? error) };
+  } finally {
+    heard = null;
+  }
+}
+
+// A runtime is {name, load(side, model), place(model)}; a loaded file is {prepare(arrays), run(prepared) -> outputs read
+// back, in the order of the side's, release()}; place loads it once more, with whatever says where its nodes run.
 
 async function onnxRuntime(job) {
   const isWasm = job.accelerator === "wasm";
@@ -74,6 +95,11 @@ async function onnxRuntime(job) {
   await (await ort.InferenceSession.create(nothing, options)).release();
   return {
     name: `onnxruntime-web ${job.versions["onnxruntime-web"]}`,
+    async place(model) {
+      const session = await ort.InferenceSession.create(new Uint8Array(model), { ...options, logSeverityLevel: 0 });
+      await session.release();
+      return {};
+    },
     async load(side, model) {
       const session = await ort.InferenceSession.create(new Uint8Array(model), options);
       const { inputNames, outputNames } = session;
@@ -82,6 +108,7 @@ async function onnxRuntime(job) {
           if (!found.includes(name)) throw new Error(`no ${what} called '${name}'; there are ${found.join(", ")}`);
       const names = side.outputs.map(({ name }) => name);
       return {
+        release: () => session.release(),
         prepare: (arrays) => Object.fromEntries(
           side.inputs.map((spec, i) => [spec.name, new ort.Tensor(spec.dtype, arrays[i], spec.shape)]),
         ),
@@ -115,11 +142,18 @@ async function liteRt(job) {
   };
   return {
     name: `@litertjs/core ${job.versions["@litertjs/core"]}`,
+    async place(model) {
+      const compiled = await loadAndCompile(new Uint8Array(model), options);
+      const accelerated = compiled.isFullyAccelerated;
+      compiled.delete();
+      return { accelerated };
+    },
     async load(side, model) {
       const compiled = await loadAndCompile(new Uint8Array(model), options);
       const inputs = order(compiled.getInputDetails(), side.inputs, "input");
       const outputs = order(compiled.getOutputDetails(), side.outputs, "output");
       return {
+        release: () => compiled.delete(),
         prepare: (arrays) => arrays,
         async run(arrays) {
           const given = [];
@@ -255,7 +289,13 @@ async function measure(job) {
   await new Promise((resolve) => setTimeout(resolve, 20)); // for an event that is still on its way
   const wasHidden = hidden; // what follows is not timed
   if (job.wants_outputs) for (const one of files) await sendOutputs(one);
+  for (const one of files) { // one file in memory at a time
+    await one.release();
+    const model = await bytes(`./model?side=${one.number}`);
+    one.placement = await placement(() => runtimes[one.side.target].place(model));
+  }
   return files.map((one) => ({
+    placement: one.placement,
     runtime_load_ms: runtimeMs[one.side.target], model_load_ms: one.loadMs, first_inference_ms: one.first,
     warmup_ms: one.warmup, latency_ms: one.latency, peak_memory_bytes: null, converged: one.converged,
     conditions: {
