@@ -59,7 +59,7 @@ def operator_lines(measured: Measurement) -> list[str]:
     block = measured.blocks[0]
     if not block.operators:
         runtime = block.conditions.get("runtime", "this runtime")
-        nodes = block.conditions.get("delegation", "")
+        nodes = block.conditions.get("delegation") or block.conditions.get("delegation_unknown", "")
         return [f"{what}: not run: {runtime} gave no profile" + (f"; nodes by unit: {nodes}" if nodes else "")]
     total = sum(operator.ms for operator in block.operators)
     slowest = sorted(block.operators, key=lambda operator: -operator.ms)
