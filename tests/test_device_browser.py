@@ -176,6 +176,7 @@ def test_an_accelerator_that_the_browser_lacks_is_told_and_not_replaced(
 def test_threads_are_the_plans_in_an_isolated_page(library: Path, onnx_file: File, images: np.ndarray) -> None:
     blocks, outputs = made_device().run(*onnx_file, {"image": images}, replace(QUICK, threads=2))
     assert blocks[0].conditions["threads"] == "2"
+    assert list(delegation_of(blocks[0])) == ["CPUExecutionProvider"], "threads write to the same console"
     np.testing.assert_allclose(outputs["logits"], on_the_host(onnx_file, images), atol=1e-5)
 
 
