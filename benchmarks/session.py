@@ -45,7 +45,7 @@ FLAGS: Mapping[str, str] = {
     "launch_only": "the time ends when the work was handed over, not when the outputs could be read",
     "coarse_timer": "a step of the clock is more than 2 % of a sample, and inferences could not be batched",
     "not_isolated": "the page is not cross-origin isolated: a coarse clock, and one thread whatever was asked",
-    "partial_delegation": "a part of the model did not run on the unit that was asked for",
+    "partial_delegation": "a part of the model did not run on the accelerator that was asked for, or nobody can tell",
     "imported": "taken elsewhere and imported: how it was run could not be checked",
     "void_blocks": "the device throttled, or something else spoiled a block",
     "non_finite_outputs": "some outputs are NaN or infinite; they count as wrong",

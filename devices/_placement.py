@@ -36,18 +36,19 @@ def placement(target: str, accelerator: str, told: Json, operators: int) -> dict
 
     Returns:
         ``delegation``, as :class:`edgekd.measurement.Block` has it, and ``partial_delegation`` where nodes run on
-        another unit than the accelerator that was asked for; ``delegation_unknown``, the reason, where nothing counts.
+        another unit than the accelerator that was asked for, or may; ``delegation_unknown``, the reason, where nothing
+        counts.
     """
     if "error" in told:
-        return {"delegation_unknown": f"the file could not be loaded again to ask: {told['error']}"}
-    if target == "onnx":
+        unknown = f"the file could not be loaded again to ask: {told['error']}"
+    elif target == "onnx":
         units = _onnx(accelerator, told["lines"])
         unknown = "" if any(units.values()) else "ONNX Runtime Web did not say where it placed the nodes"
     else:
         units, unknown = _litert(accelerator, told["lines"], told["accelerated"], operators)
     if unknown:
-        part = accelerator != "wasm" and told.get("accelerated") is False
-        return {"delegation_unknown": unknown} | ({"partial_delegation": "some nodes, by LiteRT.js"} if part else {})
+        barred = {} if accelerator == "wasm" else {"partial_delegation": f"unknown: {unknown}"}
+        return {"delegation_unknown": unknown} | barred
     text = " ".join(f"{unit}={nodes}" for unit, nodes in units.items())
     is_whole = accelerator == "wasm" or not sum(list(units.values())[1:])
     return {"delegation": text} | ({} if is_whole else {"partial_delegation": text})
