@@ -7,7 +7,8 @@ Writes ``benchmarks/results/recovery.json``. For every seed: accuracy on the 10,
 training from labels alone. Compressions: static ``w4a8`` (also without the corrections that help), pruning 2:4, a
 quarter of the channels removed. ``float_longer`` is the float student after the same training, uncompressed: what a
 longer schedule alone is worth. The learning rates are those of ``edgekd compress``; no run chooses anything on the test
-split. The net was chosen, among eight narrow ones, by what ``w4a8`` loses and before anything was trained again.
+split. The net was chosen among seven narrow ones by what ``w4a8`` loses; the schedule is the second, since the first
+(12 epochs of 12,000 images, also mirrored) left the float student at 74.5 %.
 """
 
 from __future__ import annotations
