@@ -104,17 +104,7 @@ def one_seed(data: tuple[Split, Split], views: Views, cache: TeacherCache, seed:
 
     def fit(module: nn.Module, objective: Objective, plan: Json, name: str) -> None:
         checkpoint = work / f"{name}-{seed}.pt"
-        train(
-            module,
-            learned,
-            cache,
-            views,
-            objective,
-            TrainingPlan(**plan, seed=seed),
-            checkpoint,
-            progress,
-            name,
-        )
+        train(module, learned, cache, views, objective, TrainingPlan(**plan, seed=seed), checkpoint, progress, name)
         checkpoint.unlink(missing_ok=True)
 
     def score(student: Student) -> float:
