@@ -80,8 +80,9 @@ def require_one(command: str | None) -> None:
         # accelerate launch --cpu --num_processes 2 starts one process, unless it is given hosts for MPI. A MASTER_ADDR
         # that was there before looks the same.
         raise UsageError(
-            "accelerate launch was told of several processes (MASTER_ADDR is set) and has not joined them; with "
-            "--multi_gpu it does, also on CPUs, and so does torchrun --nproc-per-node; for one process, unset MASTER_ADDR"
+            "accelerate launch was told of several processes (MASTER_ADDR is set) and has not joined them; "
+            "with --multi_gpu it does, also on CPUs, and so does torchrun --nproc-per-node; "
+            "for one process, unset MASTER_ADDR"
         )
     if count() > 1 and command != "distill":
         raise UsageError(f"edgekd {command} is for one process, and {count()} were started; only distill takes several")

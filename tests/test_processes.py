@@ -192,7 +192,9 @@ def test_processes_that_accelerate_launch_has_not_joined_are_not_taken_for_one(t
     ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
 
     assert ended.returncode == 2
-    assert ended.stderr.startswith("edgekd: accelerate launch was told of several processes (MASTER_ADDR is set) and has")
+    assert ended.stderr.startswith(
+        "edgekd: accelerate launch was told of several processes (MASTER_ADDR is set) and has"
+    )
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from edgekd.collector import collector_paused
 from edgekd.errors import ModelFileError, first_line
 from edgekd.programs.lift import lifted, with_sizes
 from edgekd.programs.models import OPEN, call_arguments, example_inputs, input_specs, input_values, open_axes
@@ -34,7 +35,7 @@ def export_program(module: nn.Module, inputs: Sequence[Tensor], *, dynamic_batch
     module = module.eval()
     args = tuple(inputs)
     try:
-        with quiet(), _masks_without_vmap():  # torch logs a page before it raises
+        with quiet(), collector_paused(), _masks_without_vmap():  # torch logs a page before it raises
             if dynamic_batch:
                 with contextlib.suppress(Exception):  # of many types; the fixed batch below decides
                     pairs, size = tuple(torch.cat([x, x]) for x in args), Dim("batch")
