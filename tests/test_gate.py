@@ -239,7 +239,7 @@ def test_peak_memory_is_what_came_on_top_of_the_runtime() -> None:
 
 def test_a_margin_below_the_resolution_of_the_device_is_refused(pair: Pair, images: np.ndarray) -> None:
     resolution = Resolution("fake (a test)", "m", {"latency": 0.041}, {"latency": 1.0}, 30, 0, "")
-    with pytest.raises(UsageError, match=r"3.0% in latency was asked; .* 4.1% apart; --margin latency=4.1% works"):
+    with pytest.raises(UsageError, match=r"3.00% in latency was asked; .* 4.10% apart; --margin latency=4.1% works"):
         compared(Told(), pair, images, resolution=resolution)
     assert compared(Told(), pair, images, resolution=resolution, margins=Margins(latency=0.05)).verdict == "pass"
     other = replace(resolution, device="another machine")
