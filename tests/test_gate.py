@@ -241,6 +241,8 @@ def test_a_margin_below_the_resolution_of_the_device_is_refused(pair: Pair, imag
     resolution = Resolution("fake (a test)", "m", {"latency": 0.041}, {"latency": 1.0}, 30, 0, "")
     with pytest.raises(UsageError, match=r"3.00% in latency was asked; .* 4.10% apart; --margin latency=4.1% works"):
         compared(Told(), pair, images, resolution=resolution)
+    with pytest.raises(UsageError, match=r"^a margin of 0.01% in latency was asked"):
+        compared(Told(), pair, images, resolution=resolution, margins=Margins(latency=1e-4, latency_floor_ms=0))
     assert compared(Told(), pair, images, resolution=resolution, margins=Margins(latency=0.05)).verdict == "pass"
     other = replace(resolution, device="another machine")
     assert "the calibration is of another machine: not used" in compared(Told(), pair, images, resolution=other).notes
