@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import math
 import platform
 import statistics
 from collections.abc import Sequence
@@ -47,7 +48,8 @@ WEAK_CLASS_MARGIN = 0.05
 """A teacher is called weak in a class whose share of right answers is this far under its accuracy over all."""
 
 UNREADABLE_VIEWS_MARGIN = 0.05
-"""Views are told of when the teacher's accuracy on them is this far under that on plain samples."""
+"""Views are told of when the teacher's accuracy on them is this far under that on plain samples, and two standard errors
+more."""
 
 
 @dataclass(frozen=True)
@@ -324,9 +326,10 @@ def _view_sentences(work: Workspace) -> list[str]:
         return []  # windows of tokens are not augmented
     if work.recipe.data.mix is not None:
         return []  # a mix of two samples has no one class that the teacher could be right about
-    on_views = _teacher_accuracy(work, "train")
-    plain = _teacher_accuracy(work, "validation")
-    if plain - on_views <= UNREADABLE_VIEWS_MARGIN:
+    if not work.splits.train.labelled.any():
+        return []
+    (on_views, views_error), (plain, plain_error) = (_teacher_accuracy(work, part) for part in ("train", "validation"))
+    if plain - on_views <= UNREADABLE_VIEWS_MARGIN + 2 * math.hypot(views_error, plain_error):
         return []
     return [
         f"The teacher is right on only {on_views:.1%} of the training views, and on {plain:.1%} of plain held-out "
@@ -334,14 +337,15 @@ def _view_sentences(work: Workspace) -> list[str]:
     ]
 
 
-def _teacher_accuracy(work: Workspace, split: str) -> float:
-    """Over all captured views of a split."""
+def _teacher_accuracy(work: Workspace, split: str) -> tuple[float, float]:
+    """Over all captured views of a split, and its standard error: views of one sample count as one."""
     cache, samples = work.cache(split), work.split(split)
     assert samples.labels is not None
     labelled = np.flatnonzero(samples.labelled)
     ids, labels = samples.ids[labelled], samples.labels[labelled]
     right = [cache.top_class(ids, view) == labels for view in range(cache.views)]
-    return statistics.fmean(float(view.mean()) for view in right)
+    mean = statistics.fmean(float(view.mean()) for view in right)
+    return mean, math.sqrt(mean * (1 - mean) / len(ids))
 
 
 def _weakness_sentences(classes: Sequence[ClassRow]) -> list[str]:
