@@ -48,8 +48,7 @@ WEAK_CLASS_MARGIN = 0.05
 """A teacher is called weak in a class whose share of right answers is this far under its accuracy over all."""
 
 UNREADABLE_VIEWS_MARGIN = 0.05
-"""Views are told of when the teacher's accuracy on them is this far under that on plain samples, and two standard errors
-more."""
+"""Views are told of when the teacher's accuracy on them is this much and two standard errors under that on samples."""
 
 
 @dataclass(frozen=True)
