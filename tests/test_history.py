@@ -52,11 +52,8 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     process = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL, **user)  # type: ignore[call-overload]
     try:
         end = time.monotonic() + 60
-        ready = [
-            str(places[-1].with_name("pg_isready")),
-            "--quiet",
-            f"--host={folder}",
-        ]  # the socket is there before that
+        # The socket is there before the server answers.
+        ready = [str(places[-1].with_name("pg_isready")), "--quiet", f"--host={folder}"]
         while subprocess.run(ready, check=False).returncode:
             assert time.monotonic() < end, "the server did not start"
             time.sleep(0.05)
