@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import random
 import secrets
 import subprocess
@@ -31,6 +32,7 @@ from ._chromium import Chromium, find_chromium
 from ._folders import made, remove
 from ._placement import operators_in, placement
 from .agent.machine import describe_machine, read_state, throttled
+from .agent.operators import operator_times
 
 __all__ = ["DEVICE", "BrowserDevice"]
 
@@ -38,6 +40,7 @@ TARGETS = ("onnx", "tflite")
 NOT_RUN = {**APPLE_ONLY, "executorch": "no runtime of ExecuTorch for browsers is published"}
 HELLO_S = 60.0  # for a browser that we start
 PATIENCE_S = 300.0  # for a person who opens a link
+EXACT_GPU_CLOCK = ("--enable-webgpu-developer-features",)  # else its timestamps are rounded to 0.1 ms
 ORDERS = 64  # of the rounds of turns, which a page goes through again and again
 ANY_ADDRESS = ("0.0.0.0", "::")
 
@@ -217,7 +220,8 @@ class BrowserDevice:
         server = _page.PageServer(isolated=self.isolated)
         before = read_state()
         try:
-            chromium = self.chromium = Chromium(program, settings.flags)
+            flags = (*settings.flags, *(EXACT_GPU_CLOCK if plan.profile else ()))
+            chromium = self.chromium = Chromium(program, flags)
             try:
                 tab = chromium.open_tab()
                 if settings.cpu_slowdown > 1:
@@ -272,7 +276,7 @@ class BrowserDevice:
         for side, model, block in zip(job.told["sides"], job.models, result["blocks"], strict=True):
             target, operators = side["target"], operators_in(model) if side["target"] == "tflite" else 0
             placed = placement(target, job.told["accelerator"], block.pop("placement"), operators)
-            whole = Block.from_json(block)
+            whole = Block.from_json(block | {"operators": _operators(block.pop("profile"))})
             found.append(replace(whole, conditions=told | whole.conditions | placed))
         return found
 
@@ -368,6 +372,17 @@ def _side(side: Side, wants_outputs: bool) -> tuple[Json, bytes]:
         "bytes_per_batch": sum(len(part) for part in parts[: len(arrays)]),
     }
     return told, b"".join(parts)
+
+
+def _operators(told: Json) -> list[Json]:
+    """What the page heard of ONNX Runtime Web's profile, an event a line; a GPU's times are those of its timestamps.
+
+    Raises:
+        DeviceError: The file could not be loaded with a profile.
+    """
+    if "error" in told:
+        raise DeviceError(f"the operators could not be timed: {told['error']}")
+    return operator_times([json.loads(line.rstrip().removesuffix(",")) for line in told["lines"]])
 
 
 def _invitation(link: str) -> str:

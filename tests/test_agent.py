@@ -24,6 +24,7 @@ from edgekd.devices.agent.cores import draw_cores
 from edgekd.devices.agent.errors import AgentError
 from edgekd.devices.agent.job import read_job
 from edgekd.devices.agent.machine import describe_machine
+from edgekd.devices.agent.operators import operator_times
 from edgekd.devices.agent.runtimes import RUNTIMES, OnnxRuntime, session_config
 from edgekd.measurement import Block
 from edgekd.types import Artifact
@@ -371,3 +372,36 @@ def test_a_coarse_clock_times_several_inferences_at_once() -> None:
     assert block.inferences_per_sample(100_000, 1.0) == 5
     assert block.inferences_per_sample(1_000_000, 0.1) == 500
     assert 0 < block.timer_step_ns() < 1_000_000
+
+
+def node_event(name: str, operator: str, unit: str, microseconds: int, index: int) -> dict[str, Any]:
+    facts = {"op_name": operator, "provider": unit, "node_index": str(index)}
+    return {"cat": "Node", "name": f"{name}_kernel_time", "dur": microseconds, "args": facts}
+
+
+GPU = "WebGpuExecutionProvider"
+ONE_INFERENCE = [  # as ONNX Runtime Web 1.30 told it; the pooling has two programs, the reshape none
+    node_event("pool", "ReduceMean", GPU, 59, 2),
+    node_event("view", "Reshape", GPU, 14, 3),
+    node_event("det", "Det", "CPUExecutionProvider", 700, 4),
+    {"cat": "Session", "name": "model_run", "dur": 3875, "args": {}},
+]
+
+
+def on_gpu(*microseconds: int) -> list[dict[str, Any]]:
+    names = ("pool&ReduceMean&Transpose", "pool&ReduceMean&ReduceMean")
+    return [{"cat": "Api", "name": n, "dur": t, "args": {}} for n, t in zip(names, microseconds, strict=True)]
+
+
+def test_what_a_node_takes_on_the_gpu_is_told_by_the_gpu_and_summed_over_its_programs() -> None:
+    events = ONE_INFERENCE * 3 + on_gpu(40, 400) + on_gpu(50, 450) + on_gpu(90, 3000)
+    pool, view, det = operator_times(events)
+    assert pool == {"name": "pool", "type": "ReduceMean", "unit": GPU, "ms": 0.5}
+    assert (view["name"], view["ms"]) == ("view", 0.0)
+    assert (det["unit"], det["ms"]) == ("CPUExecutionProvider", 0.7)
+
+
+@pytest.mark.parametrize("told", [[], on_gpu(40, 400)[:1]], ids=["without timestamps", "with some lost"])
+def test_the_handing_over_is_never_taken_for_the_time_on_a_gpu(told: list[dict[str, Any]]) -> None:
+    (only,) = operator_times(ONE_INFERENCE * 2 + told)
+    assert only["name"] == "det"

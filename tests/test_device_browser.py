@@ -26,6 +26,7 @@ from edgekd.errors import DeviceError, UsageError
 from edgekd.measurement import Plan, Profile
 from edgekd.profiles import device_of, load_device
 from edgekd.protocols import Side, TakingTurns
+from edgekd.stages.watching import operator_lines
 from edgekd.types import Artifact, TensorSpec
 
 from elsewhere import ENDLESS, check_turns, meanwhile, measuring_elsewhere, running_below, still_runs, wait_for
@@ -101,6 +102,38 @@ def test_a_software_gpu_computes_the_same_and_is_told_as_emulated(
     assert next(iter(units)) == unit
     assert units[unit] == sum(units.values()) > 2
     assert not {"partial_delegation", "delegation_unknown"} & set(blocks[0].conditions)
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    ("settings", "unit"),
+    [
+        ({}, "CPUExecutionProvider"),
+        ({"accelerator": "webgpu", "flags": SWIFTSHADER}, "WebGpuExecutionProvider"),
+    ],
+    ids=["wasm", "webgpu"],
+)
+def test_a_profile_times_every_operator_that_onnx_runtime_web_runs(
+    library: Path, onnx_file: File, images: np.ndarray, settings: dict[str, Any], unit: str
+) -> None:
+    plan = replace(QUICK, profile=True)
+    found = measure(*onnx_file, "browser", made_device(**settings), {"image": images}, None, None, plan)
+    operators = found.blocks[0].operators
+    assert sum("Conv" in operator.type for operator in operators) >= 1
+    assert {operator.unit for operator in operators} == {unit}
+    assert len({operator.name for operator in operators}) == len(operators) > 2
+    # Of an inference, these are its parts: they take as long as it does, not a tenth (what handing over would take).
+    total, whole = sum(operator.ms for operator in operators), float(np.median(found.blocks[0].latency_ms))
+    assert total > 0.2 * whole
+    assert f"{unit}={len(operators)}" in operator_lines(found)[0]
+
+
+@needs_chromium
+def test_litert_js_gives_no_profile_and_the_line_says_so(library: Path, tflite_file: File, images: np.ndarray) -> None:
+    found = measure(*tflite_file, "browser", made_device(), {"x": images}, None, None, replace(QUICK, profile=True))
+    (line,) = operator_lines(found)
+    assert "@litertjs/core 2." in line
+    assert "gave no profile; nodes by unit: XNNPACK=" in line
 
 
 def onnx_with_det(folder: Path) -> Path:

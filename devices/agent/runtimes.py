@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import statistics
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 from .errors import AgentError
 from .litert_decoder import LiteRtDecoder
 from .machine import integer_products_saturate
+from .operators import operator_times
 
 # x86 without VNNI adds pairs of uint8 × int8 products in 16 bits, which saturates (EfficientNet-Lite0: cosine 0.93 with
 # its program in place of 0.999); this has ONNX Runtime multiply uint8 × uint8. With VNNI it would be three times slower
@@ -78,20 +78,11 @@ class OnnxRuntime:
         return " ".join(f"{unit}={count}" for unit, count in nodes.items()) if any(nodes.values()) else ""
 
     def end_profile(self) -> list[dict[str, Any]]:
-        """Operators since the session was made, each with its times, in the order they first ran."""
+        """Operators since the session was made; see ``operator_times``."""
         path = Path(self._session.end_profiling())
-        times: dict[str, dict[str, Any]] = {}
-        for event in json.loads(path.read_text()):
-            name, _, what = event["name"].rpartition("_")
-            if event.get("cat") == "Node" and what == "time" and name.endswith("_kernel"):
-                facts = event["args"]
-                key = f"{facts.get('node_index', '')} {name}"
-                node = {"name": name.removesuffix("_kernel"), "type": facts["op_name"], "unit": facts["provider"]}
-                times.setdefault(key, node | {"times": []})["times"].append(event["dur"] / 1e3)
+        found = operator_times(json.loads(path.read_text()))
         path.unlink()
-        return [
-            {k: v for k, v in n.items() if k != "times"} | {"ms": statistics.median(n["times"])} for n in times.values()
-        ]
+        return found
 
 
 def session_config() -> dict[str, str]:

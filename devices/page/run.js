@@ -8,6 +8,7 @@ const SETTLING_RUNS = 200; // caps of the settling, counted after the minimum wa
 const SETTLING_MS = 5000;
 const TURN_MS = 10; // a turn lasts at least this long …
 const TURN_RUNS = 5; // … and this many samples: the first of a turn finds the caches full of the other file
+const PROFILED_RUNS = 30;
 const TIMER_SHARE = 0.02; // largest share of one sample that a step of the clock may be
 
 // An ONNX file with one Identity.
@@ -65,14 +66,15 @@ for (const name of ["debug", "info", "log", "warn", "error"]) {
   const tell = console[name].bind(console);
   console[name] = (...words) => { if (heard) heard.push(words.join(" ")); else tell(...words); };
 }
-const TELLS = /placed on \[|Memcpy|operations will run on the|WebGPU-based API|supported by WebNN/; // what is sent of it
+const PLACEMENT = /placed on \[|Memcpy|operations will run on the|WebGPU-based API|supported by WebNN/;
+const PROFILE = /^\{"cat" ?:/;
 
-// What a runtime says while it loads a file once more, and what the loaded file says of itself; nothing of it is timed.
-async function placement(load) {
+// What a runtime says on the console meanwhile, of what is wanted, and what the work returns; nothing of it is timed.
+async function listening(wanted, work) {
   heard = [];
   try {
-    const facts = await load();
-    return { lines: heard.filter((line) => TELLS.test(line)), ...facts };
+    const facts = await work();
+    return { lines: heard.filter((line) => wanted.test(line)), ...facts };
   } catch (error) {
     return { error: String(error?.message ?? error) };
   } finally {
@@ -80,8 +82,9 @@ async function placement(load) {
   }
 }
 
-// A runtime is {name, load(side, model), place(model)}; a loaded file is {prepare(arrays), run(prepared) -> outputs read
-// back, in the order of the side's, release()}; place loads it once more, with whatever says where its nodes run.
+// A runtime is {name, load(side, model), place(model), profile(model, prepared)}; a loaded file is {prepare(arrays),
+// run(prepared) -> outputs read back, in the order of the side's, release()}. place and profile load it once more, and
+// have the runtime say where its nodes run and how long each takes; a runtime that has no profile has no such function.
 
 async function onnxRuntime(job) {
   const isWasm = job.accelerator === "wasm";
@@ -97,6 +100,13 @@ async function onnxRuntime(job) {
     name: `onnxruntime-web ${job.versions["onnxruntime-web"]}`,
     async place(model) {
       const session = await ort.InferenceSession.create(new Uint8Array(model), { ...options, logSeverityLevel: 0 });
+      await session.release();
+      return {};
+    },
+    async profile(model, prepared) {
+      const session = await ort.InferenceSession.create(new Uint8Array(model), { ...options, enableProfiling: true });
+      for (let i = 0; i < PROFILED_RUNS; i++) await session.run(prepared);
+      session.endProfiling();
       await session.release();
       return {};
     },
@@ -292,10 +302,13 @@ async function measure(job) {
   for (const one of files) { // one file in memory at a time
     await one.release();
     const model = await bytes(`./model?side=${one.number}`);
-    one.placement = await placement(() => runtimes[one.side.target].place(model));
+    const runtime = runtimes[one.side.target];
+    one.placement = await listening(PLACEMENT, () => runtime.place(model));
+    if (job.plan.profile && runtime.profile)
+      one.profile = await listening(PROFILE, () => runtime.profile(model, one.sample));
   }
   return files.map((one) => ({
-    placement: one.placement,
+    placement: one.placement, profile: one.profile ?? { lines: [] },
     runtime_load_ms: runtimeMs[one.side.target], model_load_ms: one.loadMs, first_inference_ms: one.first,
     warmup_ms: one.warmup, latency_ms: one.latency, peak_memory_bytes: null, converged: one.converged,
     conditions: {
