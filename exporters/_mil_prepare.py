@@ -15,7 +15,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from edgekd.errors import ExportError
-from edgekd.programs.fold import attribute, clean, set_constant
+from edgekd.programs.fold import attribute, clean, fold_batch_norm, has_batch_norm, set_constant
+from edgekd.programs.models import input_specs
 from edgekd.programs.tracing import retrace
 
 from ._mil_lstm import LSTM, decomposed_lstm, register_translation
@@ -225,9 +226,14 @@ def _without_ambiguous_names(program: ExportedProgram) -> ExportedProgram:
 
 
 def _rewritten(program: ExportedProgram) -> ExportedProgram:
-    """A quantized program with biases and paddings as Core ML has them; any other as it is."""
+    """A quantized program with biases and paddings as Core ML has them; any other with its batch norms folded.
+
+    The converter folds these too, but every step before, from the decomposition on, is then twice as long. Where a size
+    is open, or a state is written, that is left to it: here it would take a trace.
+    """
     if not any(is_quantized(node) for node in program.graph.nodes):
-        return program
+        needs_trace = program.graph_signature.buffers_to_mutate or any(-1 in s.shape for s in input_specs(program))
+        return program if needs_trace or not has_batch_norm(program) else fold_batch_norm(program, keeps_lone=True)
     module = program.module(check_guards=False)
     _make_biases_float(module)
     hoist_above_padding(module)  # what then reads a padding is a convolution, which takes it in: see _mil_fold

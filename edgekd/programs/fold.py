@@ -21,6 +21,7 @@ __all__ = [
     "fold_batch_norm",
     "folded_module",
     "free_name",
+    "has_batch_norm",
     "pads_with_zero",
     "set_constant",
 ]
@@ -34,20 +35,28 @@ _BATCH_NORMS = {
 }
 
 
-def fold_batch_norm(program: ExportedProgram) -> ExportedProgram:
+def fold_batch_norm(program: ExportedProgram, *, keeps_lone: bool = False) -> ExportedProgram:
     """The same function without batch norms, but for those in training mode.
 
     One that follows a convolution or a linear layer is folded into its weights; one that precedes them too, where no
     padding stands between; the others become a product and a sum. Computed in double precision, so outputs agree within
     1e-5 of their size. The batch stays dynamic where it is.
 
+    Args:
+        keeps_lone: Those that no layer takes in stay as they are.
+
     Raises:
         ModelFileError: The program cannot be traced again.
     """
-    return retrace(folded_module(program), program)
+    return retrace(folded_module(program, keeps_lone=keeps_lone), program)
 
 
-def folded_module(program: ExportedProgram) -> GraphModule:
+def has_batch_norm(program: ExportedProgram) -> bool:
+    """Whether a batch norm is among the program's operators."""
+    return any(node.target in _BATCH_NORMS for node in program.graph.nodes)
+
+
+def folded_module(program: ExportedProgram, *, keeps_lone: bool = False) -> GraphModule:
     """The module of a program, ready to be rewritten: no operator in place, no dropout, batch norm folded.
 
     Paddings with a constant are all ``constant_pad_nd``.
@@ -71,7 +80,8 @@ def folded_module(program: ExportedProgram) -> GraphModule:
             module.graph.erase_node(node)
     for node in list(module.graph.nodes):
         affine = _affine(module, node) if node.op == "call_function" and node.target in _BATCH_NORMS else None
-        if affine is not None and not _fold_back(module, affine) and not _fold_forward(module, affine):
+        is_taken_in = affine is None or _fold_back(module, affine) or _fold_forward(module, affine)
+        if affine is not None and not is_taken_in and not keeps_lone:
             _multiply_and_add(module, affine)
     return clean(module)
 
