@@ -14,11 +14,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import nn
 
 from edgekd import plugins
 from edgekd.console import progress_for
-from edgekd.data.samples import load_splits
+from edgekd.data.samples import Split, load_splits
 from edgekd.distillation.arms import plan_of
 from edgekd.distillation.train import learning_rate_at
 from edgekd.metrics import accuracy
@@ -26,11 +28,11 @@ from edgekd.protocols import Progress
 from edgekd.recipes.reading import load_recipe
 from edgekd.recipes.recipe import Recipe
 from edgekd.store import read_json, write_json
-from edgekd.teachers.sources import fresh_module
+from edgekd.teachers.sources import fresh_module, trainable_module
 from edgekd.types import Json
 
 from .distill import RESULTS, ROOT, TASKS
-from .distill_steps import Samples, torchdistill_box
+from .distill_steps import Samples, Unstacked, stacked, torchdistill_box
 
 ARM = "kd"
 
@@ -39,11 +41,14 @@ def trained(recipe: Recipe, seed: int, epochs: int, progress: Progress) -> Json:
     """One student of a live teacher; its test accuracy and what it took."""
     splits, mix = load_splits(recipe), recipe.distill.mix(ARM)
     plan = replace(plan_of(recipe, ARM, seed), epochs=epochs)
-    assert recipe.data.augment is not None
     assert recipe.teacher.model is not None
-    teacher = plugins.load_function(recipe.teacher.model, recipe.folder)()
+    teacher = trainable_module(recipe.teacher.model, recipe.folder, labels=recipe.labels).eval()
     student = fresh_module(recipe, seed)
-    samples = Samples(splits.train, plugins.load_function(recipe.data.augment, recipe.folder))
+    if len(splits.train.inputs) > 1:
+        teacher, student = Unstacked(teacher), Unstacked(student)
+    augment = plugins.load_function(recipe.data.augment, recipe.folder) if recipe.data.augment else None
+    samples = Samples(splits.train, augment)
+    label_all(samples, splits.train, teacher)
     torch.manual_seed(seed)  # of the loader's order
     samples.generator.manual_seed(seed)
     box = torchdistill_box(teacher, student, samples, plan, mix.temperature, mix.label_weight)
@@ -62,11 +67,24 @@ def trained(recipe: Recipe, seed: int, epochs: int, progress: Progress) -> Json:
     progress.finish()
     spent = {"cpu_hours": (time.process_time() - processor) / 3600, "hours": (time.monotonic() - clock) / 3600}
     assert splits.test.labels is not None
-    (inputs,) = (torch.from_numpy(array) for array in splits.test.arrays().values())
-    with torch.no_grad():
-        logits = torch.cat([student.eval()(part) for part in inputs.split(500)])
-    found = {"test": accuracy(logits.numpy(), splits.test.labels), "epochs": epochs}
+    logits = logits_of(student, splits.test)
+    found = {"test": accuracy(logits, splits.test.labels), "epochs": epochs}
     return found | {name: round(value, 4) for name, value in spent.items()}
+
+
+def label_all(samples: Samples, split: Split, teacher: nn.Module) -> None:
+    """Give samples without a label the teacher's own, in place: torchdistill's loss wants one of each."""
+    unlabelled = [index for index, label in enumerate(samples.labels) if label < 0]
+    if unlabelled:
+        for index, label in zip(unlabelled, logits_of(teacher, split)[unlabelled].argmax(1), strict=True):
+            samples.labels[index] = int(label)
+
+
+@torch.no_grad()
+def logits_of(module: nn.Module, split: Split) -> np.ndarray:
+    """Of every sample as it is, (samples, classes)."""
+    inputs = stacked([torch.from_numpy(array) for array in split.arrays().values()], axis=1)
+    return torch.cat([module.eval()(part) for part in inputs.split(500)]).numpy()
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,11 @@ __all__ = [
     "Network",
     "Samples",
     "Side",
+    "Unstacked",
     "augment",
     "cached_step",
     "plain_step",
+    "stacked",
     "torchdistill_box",
     "torchdistill_step",
 ]
@@ -152,19 +154,42 @@ def plain_step(case: Case, layout: torch.memory_format = torch.channels_last) ->
 
 
 class Samples(torch.utils.data.Dataset[Any]):
-    """Samples and augmentation of one input, as torch's loader takes them."""
+    """Samples and augmentation, as torch's loader takes them; several inputs are one tensor, see :class:`Unstacked`.
 
-    def __init__(self, split: Split, augment: Augmentation) -> None:
+    Attributes:
+        labels: Classes; each sample has one here.
+    """
+
+    def __init__(self, split: Split, augment: Augmentation | None) -> None:
         assert split.labels is not None
-        (self.name, inputs), *_ = split.arrays().items()
-        self.inputs, self.labels, self.augment = torch.from_numpy(inputs), split.labels.tolist(), augment
-        self.generator = Generator()
+        self.inputs = {name: torch.from_numpy(array) for name, array in split.arrays().items()}
+        self.labels: list[int] = split.labels.tolist()
+        self.augment, self.generator = augment, Generator()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.augment({self.name: self.inputs[index]}, self.generator)[self.name], self.labels[index]
+        sample: Mapping[str, Tensor] = {name: tensor[index] for name, tensor in self.inputs.items()}
+        if self.augment is not None:
+            sample = self.augment(sample, self.generator)
+        return stacked([sample[name] for name in self.inputs]), self.labels[index]
+
+
+def stacked(inputs: Sequence[Tensor], axis: int = 0) -> Tensor:
+    """The only input as it is; several, of one shape and type, as one."""
+    return inputs[0] if len(inputs) == 1 else torch.stack(list(inputs), axis)
+
+
+class Unstacked(nn.Module):
+    """A model of several inputs that takes them as one tensor, (batch, inputs, …): torchdistill hands over no more."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.module(*inputs.unbind(1))
 
 
 def torchdistill_box(
