@@ -62,6 +62,7 @@ TASKS = {
     "digits": Task("examples/digits/edgekd.toml", "scikit-learn's digits: three convolutions to three narrow ones"),
     "fashion-15": Task("examples/fashion/share-15.toml", "Fashion-MNIST: a ResNet to five convolutions"),
     "fashion-2": Task("examples/fashion/share-2.toml", "Fashion-MNIST: a ResNet to three convolutions"),
+    "spam": Task("examples/spam/edgekd.toml", "SpamAssassin: MiniLM to two convolutions"),
     "spam-5": Task("examples/spam/share-5.toml", "SpamAssassin: MiniLM to two convolutions on a narrow table of words"),
     "vad-15": Task("examples/vad/edgekd.toml", "voices in noise: Silero VAD to four convolutions"),
 }
