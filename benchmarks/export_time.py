@@ -4,9 +4,9 @@
 sides start from the same module in a fresh process, turn about on one core, and end with an fp32 file on disk; edgekd's
 proof comes after that and is not part of either. Toolchains are imported before the clock starts.
 
-Two ratios: of the conversion, from a traced program to the file, which the bar is about; and of the whole, with the
+Two ratios, and the bar holds for both: of the conversion, from a traced program to the file, and of the whole, with the
 trace. edgekd traces once, with an open batch, for all targets and keeps that program; a bare converter traces for one
-file, with a fixed batch, which is faster (MobileNetV2: 1.5 s instead of 2.6). litert-torch traces inside; that is timed
+file, with a fixed batch, which is faster (MiniLM: 0.5 s instead of 0.75). litert-torch traces inside; that is timed
 there.
 """
 
@@ -204,7 +204,7 @@ def line(row: Mapping[str, Any]) -> str:
     ours, theirs = statistics.median(row["edgekd_s"]), statistics.median(row["bare_s"])
     peaks = f"{row['edgekd_peak_bytes'] / 1e6:.0f} MB against {row['bare_peak_bytes'] / 1e6:.0f} MB"
     times = f"{row['conversion_ratio']:.2f}×, with the trace {row['ratio']:.2f}× ({ours:.2f} s against {theirs:.2f} s)"
-    verdict = "" if row["conversion_ratio"] <= BAR else f"  above {BAR}"
+    verdict = "" if max(row["conversion_ratio"], row["ratio"]) <= BAR else f"  above {BAR}"
     return f"{row['model']:<14} {row['target']:<7} {times}  {peaks}{verdict}"
 
 

@@ -84,7 +84,7 @@ def _calls(program: ExportedProgram) -> list[tuple[Any, ...]]:
 
 def test_dropout_in_place_writes_nothing_in_inference(monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5, inplace=True), nn.Linear(108, 2)).eval()
-    program = export_program(net, [torch.zeros(1, 3, 6, 6)])
+    program = torch.export.export(net, (torch.zeros(2, 3, 6, 6),))
     assert torch.ops.aten.dropout_.default in {node.target for node in program.graph.nodes}
     monkeypatch.delattr(type(program), "run_decompositions")
     folded = folded_module(program)
@@ -92,6 +92,17 @@ def test_dropout_in_place_writes_nothing_in_inference(monkeypatch: pytest.Monkey
 
     assert not [node for node in folded.graph.nodes if "dropout" in node.name]
     torch.testing.assert_close(folded(x), net(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("returned", [False, True])
+def test_a_traced_program_holds_no_dropout_but_one_whose_name_is_an_outputs(returned: bool) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(108, 2), *([nn.Dropout(0.5)] if returned else []))
+    program = export_program(net, [torch.zeros(1, 3, 6, 6)])
+    x = torch.randn(2, 3, 6, 6)
+
+    assert [str(node.target) for node in program.graph.nodes].count("aten.dropout.default") == returned
+    torch.testing.assert_close(program.module()(x), net(x), rtol=0, atol=0)
+    torch.testing.assert_close(at_batch(program, 2).module()(x), net(x), rtol=0, atol=0)
 
 
 class Named(nn.Module):

@@ -15,6 +15,7 @@ from edgekd.collector import collector_paused
 from edgekd.errors import ModelFileError, first_line
 from edgekd.programs.lift import lifted, with_sizes
 from edgekd.programs.models import OPEN, call_arguments, example_inputs, input_specs, input_values, open_axes
+from edgekd.programs.pure import drops_nothing
 from edgekd.quiet import quiet
 
 __all__ = ["at_batch", "export_program", "rename_outputs", "retrace", "without_origin"]
@@ -42,8 +43,8 @@ def export_program(module: nn.Module, inputs: Sequence[Tensor], *, dynamic_batch
                     shapes = torch.export.ShapesCollection()  # by tensor, for a module may take them as *inputs
                     for pair in pairs:
                         shapes[pair] = {0: size}
-                    return without_origin(torch.export.export(module, pairs, dynamic_shapes=shapes, strict=False))
-            return without_origin(torch.export.export(module, tuple(x[:1] for x in args), strict=False))
+                    return _cleaned(torch.export.export(module, pairs, dynamic_shapes=shapes, strict=False))
+            return _cleaned(torch.export.export(module, tuple(x[:1] for x in args), strict=False))
     except Exception as error:
         raise ModelFileError(f"torch.export cannot trace {type(module).__name__}: {first_line(error)}") from error
 
@@ -77,6 +78,16 @@ def _masks_without_vmap() -> Iterator[None]:
     finally:
         for name, function in present.items():
             setattr(masks, name, function)
+
+
+def _cleaned(program: ExportedProgram) -> ExportedProgram:
+    """Without origins, and without dropout, which does nothing in inference, in place: converters walk through each."""
+    for node in list(program.graph.nodes):
+        if drops_nothing(node) and all(user.op != "output" for user in node.users):  # outputs keep their names
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
+    program.graph_module.recompile()
+    return without_origin(program)
 
 
 def without_origin(program: ExportedProgram) -> ExportedProgram:
