@@ -10,14 +10,9 @@ from edgekd.distillation.arms import CONTROL
 from edgekd.store import read_json
 from edgekd.types import Json
 
-from .distill import NOT_RUN, judged
+from .distill import NOT_RUN
 
 __all__ = ["results_tables"]
-
-REPORTS = {
-    "spam": "SpamAssassin: MiniLM to two convolutions",
-}
-"""Reports of whole runs (``edgekd report``), made before hours were kept."""
 
 
 def results_tables(folder: Path) -> str:
@@ -27,8 +22,6 @@ def results_tables(folder: Path) -> str:
         folder: Of the results.
     """
     tasks: dict[str, Json] = read_json(folder / "distill.json")["tasks"]
-    reports = {name: _of_report(said, read_json(folder / f"{name}.json")) for name, said in REPORTS.items()}
-    tasks = {**reports, **tasks}
     lines = [
         "| task | teacher | student | arm | test accuracy | of the teacher's | over the control | processor |",
         "|---|---|---|---|---|---|---|---|",
@@ -37,6 +30,10 @@ def results_tables(folder: Path) -> str:
         "| task | parameters | keeps | the control keeps | bar |",
         "|---|---|---|---|---|",
         *(_bar(name, task) for name, task in tasks.items() if "bar" in task),
+        "",
+        "| language model | arm | perplexity | next tokens right | the teacher's own |",
+        "|---|---|---|---|---|",
+        *_language("**brown**: SmolLM2 to a Llama of four layers", read_json(folder / "brown.json")),
         "",
     ]
     return "\n".join([*lines, *_not_run(tasks)])
@@ -85,9 +82,9 @@ def _bar(name: str, task: Json) -> str:
 def _not_run(tasks: Mapping[str, Json]) -> Iterator[str]:
     missing = {name: reason for name, reason in NOT_RUN.items() if name not in tasks}
     for name, task in tasks.items():
-        if name not in REPORTS and "bar" not in task:
+        if "bar" not in task:
             missing[name] = "no other arm than the control is trained yet"
-    if beside := [name for name in tasks if name not in REPORTS and "torchdistill" not in tasks[name]]:
+    if beside := [name for name in tasks if "torchdistill" not in tasks[name]]:
         missing["torchdistill"] = f"not beside {', '.join(beside)}"
     if missing:
         yield "Not run:"
@@ -95,25 +92,22 @@ def _not_run(tasks: Mapping[str, Json]) -> Iterator[str]:
         yield from (f"- **{name}**: {reason}." for name, reason in missing.items())
 
 
-def _of_report(said: str, report: Json) -> Json:
-    """A report of a whole run as a task."""
+def _language(said: str, report: Json) -> Iterator[str]:
+    """A report of ``edgekd report`` on a language model, by arm."""
     rows = report["ledger"]["rows"]
     teacher = next(row for row in rows if row["stage"] == "teacher")
-    student = next(row for row in rows if row["is_shipped"])
-    arms: dict[str, Json] = {}
+    size = next(row for row in rows if row["is_shipped"])["parameters"]
+    share = f"{size / teacher['parameters']:.1%} of {teacher['parameters']:,} parameters"
+    yield f"| {said}, {share} | teacher | {teacher['perplexity']:.1f} | {teacher['accuracy']:.2%} | |"
+    arms: dict[str, list[Json]] = {}
     for one in report["arms"]:
-        arms.setdefault(one["arm"], {})[str(one["seed"])] = {"test": one["test"]["accuracy"]}
-    share, gain = student["parameters"] / teacher["parameters"], report["ledger"]["gain"]
-    values = {arm: [seed["test"] for seed in seeds.values()] for arm, seeds in arms.items()}
-    return {
-        "said": said,
-        "teacher": {"accuracy": teacher["accuracy"]},
-        "student": {"parameters": student["parameters"], "share": share},
-        "arms": arms,
-        "best": student["name"],
-        "gains": {student["name"]: gain},
-        "bar": judged(teacher["accuracy"], share, values, student["name"], gain),
-    }
+        arms.setdefault(one["arm"], []).append(one["test"])
+    for arm, tests in arms.items():
+        perplexities = [test["perplexity"] for test in tests]
+        spread = f" ± {statistics.stdev(perplexities):.1f}, {len(tests)} seeds" if len(tests) > 1 else ", one seed"
+        right, alike = ([test[key] for test in tests] for key in ("accuracy", "teacher_agreement"))
+        told = f"{statistics.fmean(perplexities):.1f}{spread}"
+        yield f"| | {arm} | {told} | {statistics.fmean(right):.2%} | {statistics.fmean(alike):.2%} |"
 
 
 def _spread(values: list[float]) -> str:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekd import processes
+from edgekd.buffers import buffers_kept
 from edgekd.data.order import Order
 from edgekd.data.samples import Split
 from edgekd.data.truth import NO_LABEL, Truth
@@ -89,6 +90,7 @@ class TrainingPlan:
     shard: bool = False
 
 
+@buffers_kept()
 def train(
     student: nn.Module,
     split: Split,

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from edgekd.buffers import buffers_kept
 from edgekd.data.samples import Split
 from edgekd.data.views import Views, view_batch, view_partners, view_seeds
 from edgekd.data.windows import positions_of
@@ -65,6 +66,7 @@ Maker: TypeAlias = Callable[[Sequence[Part]], Iterator[Shard]]
 """Who makes some shards: all of them, in any order."""
 
 
+@buffers_kept()
 def make_shard(
     part: Part, split: Split, teacher: Teacher, key: CaptureKey, views: Views, advance: Callable[[int], None]
 ) -> Shard:
