@@ -22,6 +22,8 @@ from torch import Generator, Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
+from edgekd.buffers import buffers_kept
+
 CHECKPOINT = HERE / "teacher.checkpoint.pt"
 BATCH = 128
 
@@ -85,6 +87,7 @@ def make_optimizer(model: nn.Module, phase: Phase, steps: int) -> tuple[SGD, One
     return optimizer, OneCycleLR(optimizer, phase.learning_rate, phase.epochs * steps, pct_start=0.2)
 
 
+@buffers_kept()
 def main() -> None:
     """Train, print an accuracy for each epoch, write teacher.safetensors."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor, nn
 
+from edgekd.buffers import buffers_kept
+
 HERE = Path(__file__).parent
 TEACHER = HERE / "teacher"
 CHECKPOINT = HERE / "teacher.checkpoint.pt"
@@ -62,6 +64,7 @@ def scores(model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor) -> str:
     return f"accuracy {accuracy:.2%}, spam precision {precision:.2%}, recall {recall:.2%}, F1 {f1:.2%}"
 
 
+@buffers_kept()
 def main() -> None:
     """Train, print the scores of each epoch, write teacher/."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
