@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
+from edgekd.buffers import buffers_kept
 from edgekd.console import SilentProgress
 from edgekd.data.order import Order
 from edgekd.data.samples import Split
@@ -132,8 +133,9 @@ def cached_step(case: Case) -> float:
     return clock.seconds()
 
 
+@buffers_kept()
 def plain_step(case: Case, layout: torch.memory_format = torch.channels_last) -> float:
-    """A loop as one writes it, on the same views; by default with the channels last, as edgekd trains."""
+    """A loop as one writes it, on the same views; with the buffers kept and by default the channels last, as in edgekd."""
     split, student, clock = case.split, case.student().train().to(memory_format=layout), _Clock()
     optimizer = torch.optim.AdamW(student.parameters(), lr=PLAN.learning_rate, weight_decay=PLAN.weight_decay)
     assert split.labels is not None
