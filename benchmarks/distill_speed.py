@@ -3,7 +3,7 @@
 ``python -m edgekd.benchmarks.distill_speed`` prints the table and writes ``benchmarks/results/distill_speed.json``. All
 sides train the same student on the same samples with the same augmentation, batch size and optimizer, on one thread:
 
-- ``plain``: a loop of its own, labels only, the views made as edgekd makes them, and no cache; with buffers kept and the
+- ``plain``: a loop of its own, labels only, the views made as edgekd makes them, and no cache; buffers are kept and the
   channels last, as in edgekd, and once more with the channels first, as in torch;
 - ``cache``: :func:`edgekd.distillation.train.train`, as ``edgekd distill`` runs it, with KD from the teacher cache;
 - ``torchdistill``: its ``DistillationBox`` with KD from a teacher that runs at every step, and torch's own loader; the
