@@ -135,7 +135,7 @@ def cached_step(case: Case) -> float:
 
 @buffers_kept()
 def plain_step(case: Case, layout: torch.memory_format = torch.channels_last) -> float:
-    """A loop as one writes it, on the same views; with buffers kept and, by default, the channels last, as in edgekd."""
+    """A loop as one writes it, on the same views; buffers kept and, by default, the channels last, as in edgekd."""
     split, student, clock = case.split, case.student().train().to(memory_format=layout), _Clock()
     optimizer = torch.optim.AdamW(student.parameters(), lr=PLAN.learning_rate, weight_decay=PLAN.weight_decay)
     assert split.labels is not None
