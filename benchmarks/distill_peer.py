@@ -32,7 +32,7 @@ from edgekd.teachers.sources import fresh_module, trainable_module
 from edgekd.types import Json
 
 from .distill import RESULTS, ROOT, TASKS
-from .distill_steps import Samples, Unstacked, stacked, torchdistill_box
+from .distill_steps import Samples, Unstacked, import_torchdistill, stacked, torchdistill_box
 
 ARM = "kd"
 
@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    import_torchdistill()
     recipe = load_recipe(ROOT / TASKS[options.task].recipe)
     torch.set_num_threads(recipe.distill.threads or 1)
     for seed in options.seeds:

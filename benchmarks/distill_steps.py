@@ -38,6 +38,7 @@ __all__ = [
     "Unstacked",
     "augment",
     "cached_step",
+    "import_torchdistill",
     "plain_step",
     "stacked",
     "torchdistill_box",
@@ -214,7 +215,7 @@ def torchdistill_box(
         "temperature": temperature,
         "alpha": label_weight,
     }
-    return _torchdistill()(
+    return import_torchdistill()(
         teacher,
         student,
         {"train": samples},
@@ -255,8 +256,8 @@ def torchdistill_step(case: Case, teacher: str) -> float:
     return clock.seconds()
 
 
-def _torchdistill() -> Any:
-    """Its box. It imports torchvision for models that are not used here; the one for CUDA does not load beside a torch
+def import_torchdistill() -> Any:
+    """What makes its box; called before anything else looks for torchvision. It imports torchvision for models that are not used here; the one for CUDA does not load beside a torch
     for CPUs unless its registrations are kept out."""
     import logging
 
