@@ -257,8 +257,11 @@ def torchdistill_step(case: Case, teacher: str) -> float:
 
 
 def import_torchdistill() -> Any:
-    """What makes its box; called before anything else looks for torchvision. It imports torchvision for models that are not used here; the one for CUDA does not load beside a torch
-    for CPUs unless its registrations are kept out."""
+    """What makes its box; to be called before anything else looks for torchvision.
+
+    It imports torchvision for models that are not used here; the one for CUDA does not load beside a torch for CPUs
+    unless its registrations are kept out.
+    """
     import logging
 
     sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
