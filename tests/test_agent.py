@@ -108,7 +108,7 @@ def test_without_wanted_outputs_none_are_written(file: File, images: np.ndarray,
 def test_it_stands_alone() -> None:
     with zipfile.ZipFile(io.BytesIO(packed_agent())) as archive:
         sources = {name: archive.read(name) for name in archive.namelist()}
-    assert len(sources) == 13
+    assert len(sources) == 14
     foreign, siblings = set(), {}
     for path, source in sources.items():
         nodes = list(ast.walk(ast.parse(source)))
