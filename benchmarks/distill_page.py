@@ -59,9 +59,10 @@ def _rows(name: str, task: Json) -> Iterator[str]:
     if peer:
         runs = list(peer["seeds"].values())
         epochs = "/".join(dict.fromkeys(str(run["epochs"]) for run in runs))
+        told = f"{epochs} epoch" if epochs == "1" else f"{epochs} epochs"
         values = [run["test"] for run in runs]
         yield (
-            f"|  | | | torchdistill {peer['version']} KD, {epochs} epochs | {_spread(values)} | "
+            f"|  | | | torchdistill {peer['version']} KD, {told} | {_spread(values)} | "
             f"{statistics.fmean(values) / teacher:.1%} | | {_minutes([run['cpu_hours'] for run in runs])} |"
         )
 
