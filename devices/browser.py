@@ -6,10 +6,7 @@ Three ways to open it: headless here, in a phone's Chrome over ``adb reverse``, 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import random
-import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -30,6 +27,7 @@ from . import _adb, _page
 from ._agents import APPLE_ONLY, both, checked_inputs, limit_s, told_of
 from ._chromium import Chromium, find_chromium
 from ._folders import made, remove
+from ._page_job import made_job
 from ._placement import operators_in, placement
 from .agent.machine import describe_machine, read_state, throttled
 from .agent.operators import operator_times
@@ -41,7 +39,6 @@ NOT_RUN = {**APPLE_ONLY, "executorch": "no runtime of ExecuTorch for browsers is
 HELLO_S = 60.0  # for a browser that we start
 PATIENCE_S = 300.0  # for a person who opens a link
 EXACT_GPU_CLOCK = ("--enable-webgpu-developer-features",)  # else its timestamps are rounded to 0.1 ms
-ORDERS = 64  # of the rounds of turns, which a page goes through again and again
 ANY_ADDRESS = ("0.0.0.0", "::")
 
 
@@ -200,7 +197,7 @@ class BrowserDevice:
         """A block of each side, in one load of the page, and the outputs where they are wanted."""
         if not _page.installed():
             raise DeviceError(f"nothing is installed; edgekd devices prepare {self._profile.name}")
-        job = _job(sides, plan, self._settings.accelerator, wants_outputs, seed)
+        job = made_job(sides, plan, self._settings.accelerator, wants_outputs, seed)
         blocks = self._here(job, plan) if self._is_headless else self._there(job, plan)
         found = []
         for number, (side, block) in enumerate(zip(sides, blocks, strict=True)):
@@ -331,47 +328,6 @@ class BrowserDevice:
 
 def _without_empty(conditions: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in conditions.items() if value}
-
-
-def _job(sides: Sequence[Side], plan: Plan, accelerator: str, wants_outputs: bool, seed: int) -> _page.Job:
-    """The job as the page reads it. It goes through the orders of the rounds again and again."""
-    drawn, each, given = random.Random(seed), range(len(sides)), [_side(side, wants_outputs) for side in sides]
-    told: Json = {
-        "id": secrets.token_hex(8),
-        "accelerator": accelerator,
-        "sides": [told for told, _ in given],
-        "orders": [drawn.sample(each, len(each)) for _ in range(ORDERS)],
-        "wants_outputs": wants_outputs,
-        "plan": dataclasses.asdict(plan),
-        "versions": _page.versions(),
-    }
-    models = tuple((side.folder / side.artifact.path).read_bytes() for side in sides)
-    return _page.Job(told, models, tuple(samples for _, samples in given))
-
-
-def _side(side: Side, wants_outputs: bool) -> tuple[Json, bytes]:
-    """One side as the page reads it, and its samples: one batch after the other, each with all inputs."""
-    artifact = side.artifact
-    batch = max(1, artifact.inputs[0].shape[0])
-    arrays, specs = [], []
-    for spec in artifact.inputs:
-        array = side.inputs[spec.name]
-        if np.issubdtype(array.dtype, np.floating) != np.issubdtype(np.dtype(spec.dtype), np.floating):
-            raise DataError(f"input {spec.name!r} takes {spec.dtype}; it got {array.dtype}")
-        arrays.append(np.ascontiguousarray(array, dtype=spec.dtype))
-        specs.append({"name": spec.name, "dtype": spec.dtype, "shape": [batch, *array.shape[1:]]})
-    count = len(arrays[0]) if wants_outputs else batch
-    if count == 0 or count % batch:
-        raise DataError(f"{artifact.path} takes {batch} samples at a time; there are {count}")
-    parts = [array[begin : begin + batch].tobytes() for begin in range(0, count, batch) for array in arrays]
-    told: Json = {
-        "target": artifact.target,
-        "inputs": specs,
-        "outputs": [{"name": spec.name} for spec in artifact.outputs],
-        "batches": count // batch,
-        "bytes_per_batch": sum(len(part) for part in parts[: len(arrays)]),
-    }
-    return told, b"".join(parts)
 
 
 def _operators(told: Json) -> list[Json]:

@@ -405,3 +405,8 @@ def test_what_a_node_takes_on_the_gpu_is_told_by_the_gpu_and_summed_over_its_pro
 def test_the_handing_over_is_never_taken_for_the_time_on_a_gpu(told: list[dict[str, Any]]) -> None:
     (only,) = operator_times(ONE_INFERENCE * 2 + told)
     assert only["name"] == "det"
+
+
+def test_a_profile_that_broke_off_before_an_inference_ended_tells_nothing_of_the_gpu() -> None:
+    (only,) = operator_times(ONE_INFERENCE[:3] + on_gpu(40, 400))
+    assert only["name"] == "det"

@@ -45,7 +45,7 @@ def gpu_times(events: Sequence[dict[str, Any]]) -> dict[str, list[float]] | None
     """
     programs = [event for event in events if event.get("cat") == "Api" and event["name"].count("&") >= 2]
     inferences = sum(event["name"] == "model_run" for event in events)
-    if not programs or len(programs) % inferences:
+    if not programs or not inferences or len(programs) % inferences:
         return None
     found: dict[str, list[float]] = {}
     for index, program in enumerate(programs):

@@ -80,9 +80,9 @@ def folded_module(program: ExportedProgram, *, keeps_lone: bool = False) -> Grap
             module.graph.erase_node(node)
     for node in list(module.graph.nodes):
         affine = _affine(module, node) if node.op == "call_function" and node.target in _BATCH_NORMS else None
-        is_taken_in = affine is None or _fold_back(module, affine) or _fold_forward(module, affine)
-        if affine is not None and not is_taken_in and not keeps_lone:
-            _multiply_and_add(module, affine)
+        if affine is None or _fold_back(module, affine) or _fold_forward(module, affine) or keeps_lone:
+            continue
+        _multiply_and_add(module, affine)
     return clean(module)
 
 
