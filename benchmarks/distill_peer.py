@@ -20,7 +20,8 @@ from torch import nn
 
 from edgekd import plugins
 from edgekd.console import progress_for
-from edgekd.data.samples import Split, load_splits
+from edgekd.data.samples import load_splits
+from edgekd.data.split import Split
 from edgekd.distillation.arms import plan_of
 from edgekd.distillation.train import learning_rate_at
 from edgekd.metrics import accuracy

@@ -37,7 +37,8 @@ from edgekd.console import progress_for
 from edgekd.data.files import ImageFiles
 from edgekd.data.mixing import mixup
 from edgekd.data.order import Order
-from edgekd.data.samples import Split, split_from_arrays
+from edgekd.data.samples import split_from_arrays
+from edgekd.data.split import Split
 from edgekd.data.views import Views, view_batch, view_seeds
 from edgekd.programs.models import count_macs, count_parameters
 from edgekd.programs.tracing import export_program
@@ -46,9 +47,9 @@ from edgekd.recipes.recipe import ImageData
 from edgekd.store import write_json
 from edgekd.teachers.capture import capture
 from edgekd.teachers.records import record_bytes
-from edgekd.teachers.sources import Answer, Teacher
 from edgekd.teachers.targets import Top, codec_of
 from edgekd.teachers.teacher_cache import CaptureKey
+from edgekd.teaching import Answer, Teacher
 from edgekd.types import Json
 
 from .distill_steps import BATCH, STEPS, Case, Network, Side, augment, cached_step, plain_step, torchdistill_step

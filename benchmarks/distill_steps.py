@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 from edgekd.buffers import buffers_kept
 from edgekd.console import SilentProgress
 from edgekd.data.order import Order
-from edgekd.data.samples import Split
+from edgekd.data.split import Split
 from edgekd.data.truth import Truth
 from edgekd.data.views import Views, view_batch, view_seeds
 from edgekd.distillation.losses import LOSSES, Term, weighted

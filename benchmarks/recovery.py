@@ -32,7 +32,8 @@ from edgekd.compression.compress import quantize_static
 from edgekd.compression.prune import parse_pruning, prune
 from edgekd.compression.qat import train_quantized
 from edgekd.console import progress_for
-from edgekd.data.samples import Split, split_from_arrays
+from edgekd.data.samples import split_from_arrays
+from edgekd.data.split import Split
 from edgekd.data.truth import Truth
 from edgekd.data.views import Views
 from edgekd.distillation.losses import LABELS, LOSSES, Term, weighted

@@ -17,8 +17,7 @@ from edgekd.types import Artifact, Conversion, Precision, Student, TensorSpec
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
-    from edgekd.recipes.recipe_models import Preprocessing
-    from edgekd.teachers.sources import Teacher
+    from edgekd.teaching import Preprocessing, Teacher
 
 __all__ = [
     "Arrays",

@@ -30,11 +30,11 @@ from . import (  # noqa: F401 - they fill the table of operators
     _mil_shape,
 )
 from ._mil_allowed import Allowed, allowed_shapes
-from ._mil_block import Block, Scope, Step, read_block, refuse_unknown
+from ._mil_block import Scope, read_block, refuse_unknown
 from ._mil_flow import StateCell
 from ._mil_package import Package, Type, Value, read_package
 from ._mil_registry import OPSETS
-from ._mil_run import run_block, to_half
+from ._mil_run import Block, Step, run_block, to_half
 
 __all__ = ["MilProgram", "State", "load_package"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import ChainMap
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
@@ -14,49 +13,9 @@ from edgekd.errors import ExportError, ModelFileError
 
 from ._mil_package import Package, Type, Value
 from ._mil_registry import OPERATORS, OPSETS, REFUSED, Operator, Tensors, to_python
-from ._mil_run import check_result, compute
+from ._mil_run import Block, Step, check_result, compute
 
-__all__ = ["Block", "Scope", "Step", "read_block", "refuse_unknown"]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One operator of a program, bound to its constants.
-
-    Attributes:
-        operator: From the table.
-        constants: Arguments that are known, in the operator's form.
-        reads: Parameter to the name (or names) of the values it reads when run.
-        outputs: Name and declared type of each result.
-        blocks: Of ``cond`` and ``while_loop``: what they run.
-    """
-
-    operator: Operator
-    constants: dict[str, Any]
-    reads: tuple[tuple[str, str | tuple[str, ...]], ...]
-    outputs: tuple[tuple[str, Type], ...]
-    blocks: tuple[Block, ...] = ()
-
-    @functools.cached_property
-    def label(self) -> str:
-        output = f" (output {self.outputs[0][0]!r})" if self.outputs else ""
-        return f"operator {self.operator.name!r}{output}"
-
-
-@dataclass(frozen=True)
-class Block:
-    """Steps that run in order: a whole program, or a branch or loop inside one.
-
-    Attributes:
-        inputs: Names of the values that it is given; it also reads what stands around it.
-        constants: Known values by name.
-        outputs: Names of the values that it gives.
-    """
-
-    inputs: tuple[str, ...]
-    constants: dict[str, Value]
-    steps: tuple[Step, ...]
-    outputs: tuple[str, ...]
+__all__ = ["Scope", "read_block", "refuse_unknown"]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Running the steps of a program, and holding each result against what the file declares.
+"""The steps of a program, running them, and holding each result against what the file declares.
 
 Half precision: values are held as float32 and rounded to float16 after every operator whose output is declared so.
 Inside an operator (the sum of a convolution, the mean of a layer_norm) the precision is float32.
@@ -6,8 +6,10 @@ Inside an operator (the sum of a convolution, the mean of a layer_norm) the prec
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,12 +17,50 @@ from torch import Tensor
 from edgekd.errors import DataError, ExportError, ModelFileError, first_line
 
 from ._mil_package import Type, Value, tensor_shape
-from ._mil_registry import to_python
+from ._mil_registry import Operator, to_python
 
-if TYPE_CHECKING:
-    from ._mil_block import Block, Step
+__all__ = ["Block", "Step", "Watch", "check_result", "compute", "run_block", "to_half"]
 
-__all__ = ["Watch", "check_result", "compute", "run_block", "to_half"]
+
+@dataclass(frozen=True)
+class Step:
+    """One operator of a program, bound to its constants.
+
+    Attributes:
+        operator: From the table.
+        constants: Arguments that are known, in the operator's form.
+        reads: Parameter to the name (or names) of the values it reads when run.
+        outputs: Name and declared type of each result.
+        blocks: Of ``cond`` and ``while_loop``: what they run.
+    """
+
+    operator: Operator
+    constants: dict[str, Any]
+    reads: tuple[tuple[str, str | tuple[str, ...]], ...]
+    outputs: tuple[tuple[str, Type], ...]
+    blocks: tuple[Block, ...] = ()
+
+    @functools.cached_property
+    def label(self) -> str:
+        output = f" (output {self.outputs[0][0]!r})" if self.outputs else ""
+        return f"operator {self.operator.name!r}{output}"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Steps that run in order: a whole program, or a branch or loop inside one.
+
+    Attributes:
+        inputs: Names of the values that it is given; it also reads what stands around it.
+        constants: Known values by name.
+        outputs: Names of the values that it gives.
+    """
+
+    inputs: tuple[str, ...]
+    constants: dict[str, Value]
+    steps: tuple[Step, ...]
+    outputs: tuple[str, ...]
+
 
 Watch: TypeAlias = "Callable[[Step, dict[str, Any], tuple[Value, ...]], None]"
 """Told of every step that ran: its arguments, and its results before they are rounded."""

@@ -16,15 +16,16 @@ from torch import Generator, Tensor, nn
 
 import edgekd.teachers.capture
 from edgekd.console import SilentProgress
-from edgekd.data.samples import Split, split_from_arrays
+from edgekd.data.samples import split_from_arrays
+from edgekd.data.split import Split
 from edgekd.data.views import Views, view_batch, view_seeds
 from edgekd.errors import CacheError, NumericalError
 from edgekd.store import hash_path
 from edgekd.teachers.capture import capture, verify_cache
 from edgekd.teachers.shards import Maker, Part, Shard, make_shard
-from edgekd.teachers.sources import Answer, Teacher
 from edgekd.teachers.targets import DenseTargets
 from edgekd.teachers.teacher_cache import FORMAT, CaptureKey, open_cache
+from edgekd.teaching import Answer, Teacher
 
 
 class Quiet(SilentProgress):

@@ -19,11 +19,12 @@ from edgekd.errors import DataError, UsageError
 from edgekd.metrics import softmax
 from edgekd.origins.openai import BOUNDED, UNLISTED, UNNAMED, named_classes
 from edgekd.recipes.reading import load_recipe
+from edgekd.stages.members import teacher_sentences
 from edgekd.stages.pipeline import capture_stage
 from edgekd.stages.workspace import Workspace
-from edgekd.teachers.ensemble import teacher_sentences
-from edgekd.teachers.sources import Teacher, load_teacher
+from edgekd.teachers.sources import load_teacher
 from edgekd.teachers.targets import codec_of
+from edgekd.teaching import Teacher
 
 WORDS = ["<unk>", "spam", "ham", "cheap", "pills", "hello", "friend", "is", "it", "now", "buy", "write", "Answer", ":"]
 KEY = "sk-never-to-be-written"

@@ -12,13 +12,15 @@ from edgekd.metrics import softmax
 from edgekd.programs.student_files import load_student
 from edgekd.recipes.reading import load_recipe
 from edgekd.recipes.recipe import ImageData
-from edgekd.recipes.recipe_models import Member, Preprocessing
+from edgekd.recipes.recipe_models import Member
 from edgekd.stages.check import check_workspace
+from edgekd.stages.members import teacher_sentences
 from edgekd.stages.pipeline import capture_stage, distill_stage
 from edgekd.stages.served import described
 from edgekd.stages.workspace import Workspace
-from edgekd.teachers.ensemble import MEMBERS, as_logits, averaged, teacher_of, teacher_sentences
+from edgekd.teachers.ensemble import MEMBERS, as_logits, averaged, teacher_of
 from edgekd.teachers.teacher_inputs import prepared_images
+from edgekd.teaching import Preprocessing
 
 CODE = """
 import numpy as np, torch

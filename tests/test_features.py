@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import edgekd.distillation.train
 from edgekd.console import progress_for
-from edgekd.data.samples import Split, split_from_arrays
+from edgekd.data.samples import split_from_arrays
+from edgekd.data.split import Split
 from edgekd.data.views import Views
 from edgekd.distillation.arms import arm_inputs, objective_of
 from edgekd.distillation.feature_losses import feature_cosine, feature_mse
@@ -26,9 +27,10 @@ from edgekd.stages.workspace import Workspace
 from edgekd.teachers.capture import capture
 from edgekd.teachers.pooling import pooled
 from edgekd.teachers.records import record_bytes
-from edgekd.teachers.sources import Answer, Teacher, load_teacher, module_fingerprint
+from edgekd.teachers.sources import load_teacher, module_fingerprint
 from edgekd.teachers.targets import codec_of
 from edgekd.teachers.teacher_cache import CaptureKey, TeacherCache
+from edgekd.teaching import Answer, Teacher
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -9,15 +9,16 @@ from torch import Tensor, nn
 
 import edgekd.distillation.train
 from edgekd.console import SilentProgress
-from edgekd.data.samples import Split, split_from_arrays
+from edgekd.data.samples import split_from_arrays
+from edgekd.data.split import Split
 from edgekd.data.truth import Truth
 from edgekd.data.views import Views
 from edgekd.distillation.layout import lay_channels_last
 from edgekd.distillation.train import TrainingPlan, train
 from edgekd.teachers.capture import capture
 from edgekd.teachers.outputs import StudentOutputs, TeacherOutputs
-from edgekd.teachers.sources import Answer, Teacher
 from edgekd.teachers.teacher_cache import CaptureKey, TeacherCache
+from edgekd.teaching import Answer, Teacher
 
 PLAN = TrainingPlan(epochs=2, batch_size=16, learning_rate=1e-2, weight_decay=1e-4, warmup_share=0.1, seed=3)
 

@@ -17,8 +17,8 @@ import pytest
 
 from edgekd.errors import DataError
 from edgekd.exporters._mil import MilProgram
-from edgekd.exporters._mil_block import Step
 from edgekd.exporters._mil_registry import OPERATORS, OPSETS, REFUSED
+from edgekd.exporters._mil_run import Step
 from edgekd.exporters.coreml import load
 
 import mil_cases_ios18  # noqa: F401 - each file adds its cases to the table

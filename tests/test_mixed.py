@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekd.compression.compress import compress, notes_of, quantize_static
+from edgekd.compression.compress import compress, quantize_static
+from edgekd.compression.compressed import notes_of
 from edgekd.compression.mixed import Budget, mixed_precision
 from edgekd.errors import BudgetError, DataError, UsageError
 from edgekd.metrics import accuracy

@@ -11,7 +11,8 @@ from torch import Generator, Tensor, nn
 
 from edgekd.console import SilentProgress
 from edgekd.data.mixing import MIXINGS, cutmix, mixup
-from edgekd.data.samples import Split, split_from_arrays
+from edgekd.data.samples import split_from_arrays
+from edgekd.data.split import Split
 from edgekd.data.truth import Truth
 from edgekd.data.views import Views, view_batch, view_partners, view_seeds
 from edgekd.distillation.train import TrainingPlan, train
@@ -20,9 +21,9 @@ from edgekd.recipes.reading import MIXINGS as KNOWN
 from edgekd.teachers.capture import capture, verify_cache
 from edgekd.teachers.outputs import StudentOutputs, TeacherOutputs
 from edgekd.teachers.records import record_bytes
-from edgekd.teachers.sources import Answer, Teacher
 from edgekd.teachers.targets import Top
 from edgekd.teachers.teacher_cache import CaptureKey, open_cache
+from edgekd.teaching import Answer, Teacher
 
 
 def noise(sample: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from edgekd import plugins
 from edgekd.errors import DataError, ModelFileError, UsageError
 from edgekd.recipes.reading import load_recipe
-from edgekd.recipes.recipe_models import Preprocessing
 from edgekd.stages.workspace import Workspace
 from edgekd.teachers.named_weights import library
 from edgekd.teachers.sources import load_student_module, load_teacher, own_preprocessing
 from edgekd.teachers.teacher_inputs import prepared_images
+from edgekd.teaching import Preprocessing
 
 SMALL = {"timm": "mobilenetv3_small_050", "torchvision": "shufflenet_v2_x0_5"}
 IMAGES = {"image": np.random.default_rng(0).random((3, 3, 32, 32), np.float32)}

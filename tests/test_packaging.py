@@ -91,6 +91,27 @@ def test_rooms_import_in_one_direction() -> None:
             assert uses[room] <= set(order[:place]), f"{room} needs what is listed below it"
 
 
+@in_tree
+def test_files_import_each_other_in_no_circle_not_even_for_their_types() -> None:
+    sources = {ROOT / "edgekd": "edgekd", **{ROOT / name: f"edgekd.{name}" for name in MAPPED}}
+    modules = {
+        ".".join((name, *path.relative_to(folder).with_suffix("").parts)).removesuffix(".__init__"): path
+        for folder, name in sources.items()
+        for path in folder.rglob("*.py")
+        if "templates" not in path.parts
+    }
+    uses: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        froms = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        origins = [(package + "." * bool(node.module) if node.level else "") + (node.module or "") for node in froms]
+        named = {f"{origin}.{alias.name}" for node, origin in zip(froms, origins, strict=True) for alias in node.names}
+        uses[name] = (named | set(origins)) & set(modules) - {name, "edgekd", *(f"edgekd.{m}" for m in MAPPED)}
+    assert sum(map(len, uses.values())) > 500
+
+    graphlib.TopologicalSorter(uses).prepare()  # raises CycleError, which names the circle
+
+
 def _imported_when_run(tree: ast.AST) -> Iterator[str]:
     """Modules of edgekd that a module imports, at its top or in a function, but for its types alone."""
     for node in ast.iter_child_nodes(tree):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import edgekd.distillation.train
 from edgekd.console import SilentProgress
-from edgekd.data.samples import Split, split_from_arrays
+from edgekd.data.samples import split_from_arrays
+from edgekd.data.split import Split
 from edgekd.data.truth import NO_LABEL, Truth
 from edgekd.data.views import Views
 from edgekd.distillation.losses import Term, soft_target_kl, weighted
@@ -21,9 +22,10 @@ from edgekd.distillation.train import TrainingPlan, learning_rate_at, train
 from edgekd.errors import CacheError, NumericalError
 from edgekd.teachers.capture import capture
 from edgekd.teachers.outputs import StudentOutputs, TeacherOutputs
-from edgekd.teachers.sources import Answer, Teacher, module_fingerprint
+from edgekd.teachers.sources import module_fingerprint
 from edgekd.teachers.targets import DenseTargets
 from edgekd.teachers.teacher_cache import CaptureKey, TeacherCache
+from edgekd.teaching import Answer, Teacher
 
 PLAN = TrainingPlan(epochs=3, batch_size=16, learning_rate=1e-2, weight_decay=1e-4, warmup_share=0.1, seed=3)
 

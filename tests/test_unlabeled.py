@@ -20,8 +20,8 @@ from edgekd.stages.pipeline import capture_stage, distill_stage
 from edgekd.stages.workspace import Workspace
 from edgekd.teachers.capture import capture, verify_cache
 from edgekd.teachers.outputs import StudentOutputs, TeacherOutputs
-from edgekd.teachers.sources import Answer, Teacher
 from edgekd.teachers.teacher_cache import CaptureKey
+from edgekd.teaching import Answer, Teacher
 
 
 class Quiet(SilentProgress):

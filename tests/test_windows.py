@@ -10,15 +10,16 @@ from torch import nn
 
 import edgekd.teachers.capture
 from edgekd.console import SilentProgress
-from edgekd.data.samples import Split, split_from_arrays
+from edgekd.data.samples import split_from_arrays
+from edgekd.data.split import Split
 from edgekd.data.views import Views
 from edgekd.data.windows import counted_positions
 from edgekd.errors import CacheError, DataError, NumericalError
 from edgekd.teachers.capture import capture, verify_cache
 from edgekd.teachers.records import record_bytes
-from edgekd.teachers.sources import Answer, Teacher
 from edgekd.teachers.targets import TopTargets, codec_of
 from edgekd.teachers.teacher_cache import CaptureKey, TeacherCache, open_cache
+from edgekd.teaching import Answer, Teacher
 
 WORDS, LENGTH = 90, 6
 

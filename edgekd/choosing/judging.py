@@ -16,7 +16,7 @@ from edgekd.data.views import split_mix
 from edgekd.data.windows import counted_positions, positions_of
 
 if TYPE_CHECKING:
-    from edgekd.data.samples import Split
+    from edgekd.data.split import Split
     from edgekd.stages.workspace import Workspace
 
 __all__ = ["HeldOut", "Judged", "hold_out", "judge"]

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from edgekd.console import SilentProgress
-from edgekd.data.samples import Split
+from edgekd.data.split import Split
 from edgekd.data.windows import positions_of
 from edgekd.distillation.arms import objective_of, plan_of, threads_of
 from edgekd.distillation.distill import fresh_student

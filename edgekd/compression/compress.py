@@ -6,39 +6,30 @@ could hold, so the exporters make them from an ``fp32`` student.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
 
+from edgekd.compression.compressed import calibration_of, check_observer, finished, refuse_compressed
 from edgekd.errors import UsageError
 from edgekd.precisions import PORTABLE, STATIC, WEIGHT_BITS, WIDE
-from edgekd.programs.fold import clean, folded_module
-from edgekd.programs.models import example_inputs, program_bytes
-from edgekd.programs.tracing import retrace
+from edgekd.programs.fold import folded_module
+from edgekd.programs.models import example_inputs
 from edgekd.programs.weights import put_integers
 from edgekd.protocols import Arrays
-from edgekd.types import Calibration, Card, Precision, Student
+from edgekd.types import Precision, Student
 
 if TYPE_CHECKING:
     from edgekd.compression.mixed import Budget
 
 __all__ = [
-    "OBSERVER_NAMES",
     "choose_int8",
     "compress",
-    "finished",
-    "notes_of",
     "quantize_static",
     "quantize_weights",
 ]
-
-OBSERVER_NAMES = ("minmax", "percentile", "mse")
 
 
 def compress(
@@ -55,8 +46,7 @@ def compress(
         student: In ``fp32``.
         precision: ``fp16`` and ``w8d8`` are made by the exporters.
         calibration: Samples by input name, samples on the first axis; static activations need them.
-        observer: How a range is taken from the samples, one of :data:`OBSERVER_NAMES`: see
-            :mod:`edgekd.compression.observers`.
+        observer: How a range is taken from the samples, one of :mod:`edgekd.compression.observers`.
         corrections: See :mod:`edgekd.compression.corrections`.
         budget: Of ``auto``; by default half a point, measured on the calibration samples.
 
@@ -121,7 +111,7 @@ def quantize_static(
     Args:
         student: In ``fp32``.
         calibration: Real samples by input name, samples on the first axis; some hundred are enough.
-        observer: One of :data:`OBSERVER_NAMES`.
+        observer: One of :mod:`edgekd.compression.observers`.
         corrections: See :mod:`edgekd.compression.corrections`.
 
     Raises:
@@ -143,23 +133,6 @@ def quantize_static(
     put_integers(static.module)
     round_biases(static.module)
     return finished(student, static.module, precision, calibration_of(samples, observer, static.applied))
-
-
-def check_observer(name: str) -> None:
-    """Refuse what is not an observer.
-
-    Raises:
-        UsageError: With those that there are.
-    """
-    if name not in OBSERVER_NAMES:
-        raise UsageError(f"no observer called {name!r}; there are {', '.join(OBSERVER_NAMES)}")
-
-
-def calibration_of(samples: Arrays, observer: str, applied: tuple[str, ...]) -> Calibration:
-    """What static scales were taken from, for the card."""
-    from edgekd.compression.static import fingerprint_of
-
-    return Calibration(fingerprint_of(samples), len(next(iter(samples.values()))), observer, applied)
 
 
 def choose_int8(program: ExportedProgram, precisions: Collection[Precision]) -> tuple[Precision, str]:
@@ -203,66 +176,3 @@ def _convolution_share(program: ExportedProgram) -> float:
     total = sum(counts.values())
     convolutions = sum(count for operator, count in counts.items() if "conv" in str(operator))
     return convolutions / total if total else 0.0
-
-
-def notes_of(card: Card) -> tuple[str, ...]:
-    """What compression has to say of a program, for manifests and reports."""
-    lines = []
-    if card.precision == "w4a8":
-        lines.append("The 4-bit weights reach from −7 to 7; where kernels read only int8, they are stored as that.")
-    if card.calibration and card.calibration.corrections:
-        lines.append(f"Corrected with {', '.join(card.calibration.corrections)}.")
-    if card.mixture:
-        mix = card.mixture
-        names = ", ".join(f"{layer.name} ({layer.error:.2%} error alone)" for layer in mix.kept) or "none"
-        lines.append(
-            f"{len(mix.kept)} of {mix.layers} layers stay float: {names}; {mix.metric} on {mix.samples} samples drops "
-            f"by {mix.drop * 100:.2f} pt of the {mix.max_drop * 100:.2f} pt allowed."
-        )
-    for training in card.retraining:
-        control = "" if training.control is None else f"; from labels alone {training.control:.2%}"
-        lines.append(
-            f"{training.method} for {training.epochs} epochs with {training.arm}: test accuracy {training.before:.2%} "
-            f"before, {training.after:.2%} after{control}."
-        )
-    return tuple(lines)
-
-
-def refuse_compressed(student: Student, precision: Precision) -> None:
-    """Refuse a student that is compressed already.
-
-    Raises:
-        UsageError: It is.
-    """
-    if student.card.precision != "fp32":
-        raise UsageError(f"{precision} needs an fp32 program; {student.card.name!r} is {student.card.precision}")
-
-
-def finished(
-    student: Student, module: GraphModule, precision: Precision, calibration: Calibration | None, **card: object
-) -> Student:
-    """A rewritten module as a student again: its card tells what was done, and its lineage grows by one.
-
-    Args:
-        card: More fields of the card to set.
-
-    Raises:
-        UsageError: Nothing in the module is quantized.
-    """
-    if not any(buffer.dtype == torch.int8 for buffer in clean(module).buffers()):
-        raise UsageError(
-            f"{precision} quantizes float32 weights of convolutions, linear layers and embeddings, and "
-            f"{student.card.name!r} has none; keep it in fp32"
-        )
-    program = retrace(module, student.program)
-    told = dataclasses.asdict(calibration) if calibration else None
-    settings = json.dumps([precision, told, card], sort_keys=True, default=dataclasses.asdict)
-    step = hashlib.sha256(settings.encode() + program_bytes(student.program)).hexdigest()
-    changed = dataclasses.replace(
-        student.card,
-        precision=precision,
-        calibration=calibration,
-        lineage=(*student.card.lineage, f"compress: {step}"),
-        **card,  # type: ignore[arg-type]
-    )
-    return Student(program, changed)

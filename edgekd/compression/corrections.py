@@ -43,7 +43,7 @@ class StaticPlan:
     """How a float module becomes static int8.
 
     Attributes:
-        observer: One of ``edgekd.compression.compress.OBSERVER_NAMES``.
+        observer: One of ``edgekd.compression.compressed.OBSERVER_NAMES``.
         weight_bits: 8 or 4.
         corrections: ``("auto",)``, or those of :data:`CORRECTION_NAMES` to apply without a question.
         keep_float: Names of the weights whose layers stay float.

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from edgekd.compression.bias import correct_biases
+from edgekd.compression.compressed import calibration_of, check_observer, finished, refuse_compressed
 from edgekd.compression.corrections import Static, StaticPlan, static_of
 from edgekd.compression.static import checked_samples, interpret, output_error, outputs_of, round_biases, static_module
 from edgekd.errors import BudgetError, UsageError
@@ -74,8 +75,6 @@ def mixed_precision(
         BudgetError: No mix meets the budget.
         UsageError, DataError, NumericalError: As :func:`edgekd.compression.compress.quantize_static`.
     """
-    from edgekd.compression.compress import calibration_of, check_observer, finished, refuse_compressed
-
     check_observer(observer)
     refuse_compressed(student, "auto")
     if not 0 <= budget.max_drop < 1:

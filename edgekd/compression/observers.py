@@ -97,4 +97,4 @@ class WeightMseObserver(PerChannelMinMaxObserver):
 
 
 OBSERVERS = {"minmax": MinMaxObserver, "percentile": PercentileObserver, "mse": MseObserver}
-"""By name, as ``edgekd.compression.compress.OBSERVER_NAMES`` has them."""
+"""By name, as ``edgekd.compression.compressed.OBSERVER_NAMES`` has them."""

@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from edgekd.compression.channels import find_channels, remove_channels
-from edgekd.compression.compress import refuse_compressed
+from edgekd.compression.compressed import refuse_compressed
 from edgekd.compression.static import copied
 from edgekd.errors import UsageError
 from edgekd.programs.fold import attribute, folded_module

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from edgekd.compression.compressed import calibration_of, check_observer, finished, refuse_compressed
 from edgekd.compression.corrections import Static, StaticPlan, static_of
 from edgekd.compression.static import checked_samples, copied, round_biases
+from edgekd.precisions import WEIGHT_BITS
 from edgekd.programs.fold import attribute
 from edgekd.programs.models import call_arguments, flatten_outputs
 from edgekd.programs.weights import float_weight, put_integers
@@ -53,9 +55,6 @@ def train_quantized(
     Raises:
         UsageError, DataError, NumericalError: As :func:`edgekd.compression.compress.quantize_static`.
     """
-    from edgekd.compression.compress import calibration_of, check_observer, finished, refuse_compressed
-    from edgekd.precisions import WEIGHT_BITS
-
     check_observer(observer)
     refuse_compressed(student, precision)
     samples = checked_samples(student.program, calibration)

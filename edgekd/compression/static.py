@@ -54,7 +54,7 @@ def static_module(
         module: Float, batch norm folded.
         program: What it was made from; says how it is called.
         samples: Of :func:`checked_samples`.
-        observer: One of ``edgekd.compression.compress.OBSERVER_NAMES``.
+        observer: One of ``edgekd.compression.compressed.OBSERVER_NAMES``.
         weight_bits: 8 or 4; scales of 4-bit weights have the smallest squared error.
         keep_float: Names of the weights whose layers stay float.
         activation_bits: 8, or 16 for the range that 8 bits would cover, symmetric around zero.

@@ -1,8 +1,4 @@
-"""Samples: from the user's function, an .npz or local files, to arrays with labels and stable ids.
-
-A split's inputs are columns: NumPy arrays, or images that are decoded when they are indexed. A sample is known by its
-id, which depends on its content (or file name) and never on its position, so a teacher cache survives a reordering.
-"""
+"""All data of a recipe: from the user's function, an .npz or local files, to splits."""
 
 from __future__ import annotations
 
@@ -18,61 +14,19 @@ import torch
 from torch import Tensor
 
 from edgekd import plugins
-from edgekd.data.files import Column, ImageFiles, read_files, unique_ids
+from edgekd.data.files import Column, read_files, unique_ids
+from edgekd.data.split import Split
 from edgekd.data.tokens import read_tokens
 from edgekd.data.truth import NO_LABEL
+from edgekd.data.unlabeled import Joined, join_unlabeled
 from edgekd.data.windows import counted_positions
 from edgekd.errors import DataError, NumericalError
 from edgekd.types import Json
 
 if TYPE_CHECKING:
-    from edgekd.data.unlabeled import Joined
     from edgekd.recipes.recipe import Data, Recipe
 
-__all__ = ["Split", "Splits", "load_arrays", "load_splits", "load_unlabeled", "split_from_arrays"]
-
-
-@dataclass(frozen=True)
-class Split:
-    """Samples of one purpose.
-
-    Attributes:
-        inputs: Columns by input name, in the order of the model's ``forward``; samples on the first axis.
-        labels: Class of each sample, -1 for none, int64 (samples,); of windows (:mod:`edgekd.data.windows`) that of
-            each position, (samples, positions), -1 where a position does not count. None when unlabeled.
-        ids: One per sample, uint64, unique.
-        fingerprint: Of contents, labels and order.
-    """
-
-    inputs: Mapping[str, Column]
-    labels: np.ndarray | None
-    ids: np.ndarray
-    fingerprint: str
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def take(self, indices: np.ndarray) -> Split:
-        """Some of the samples, in that order."""
-        inputs: dict[str, Column] = {
-            name: column.take(indices) if isinstance(column, ImageFiles) else np.asarray(column[indices])
-            for name, column in self.inputs.items()
-        }
-        labels = None if self.labels is None else self.labels[indices]
-        digest = hashlib.sha256(self.fingerprint.encode() + np.asarray(indices, np.int64).tobytes()).hexdigest()[:16]
-        return Split(inputs, labels, self.ids[indices], digest)
-
-    @property
-    def labelled(self) -> np.ndarray:
-        """Which samples have a label, or a window one that counts: bool (samples,)."""
-        if self.labels is None:
-            return np.zeros(len(self), bool)
-        found: np.ndarray = (self.labels != NO_LABEL).reshape(len(self), -1).any(axis=1)
-        return found
-
-    def arrays(self, indices: np.ndarray | slice = slice(None)) -> dict[str, np.ndarray]:
-        """Inputs of some samples as arrays, decoded if need be."""
-        return {name: np.asarray(column[indices]) for name, column in self.inputs.items()}
+__all__ = ["Splits", "load_arrays", "load_splits", "load_unlabeled", "split_from_arrays"]
 
 
 @dataclass(frozen=True)
@@ -144,8 +98,6 @@ def load_splits(recipe: Recipe) -> Splits:
     splits = Splits(train, validation, names, _preprocessing(data), _assets(data, folder), load_test)
     if data.unlabeled is None:
         return splits
-    from edgekd.data.unlabeled import join_unlabeled
-
     extra = load_unlabeled(recipe, data.unlabeled, "unlabeled")
     together, joined = join_unlabeled(train, extra, {"test": splits.test, "validation": validation})
     return replace(splits, train=together, load_test=lambda: splits.test, joined=joined)

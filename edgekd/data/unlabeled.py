@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgekd.data.files import Column, ImageFiles
-from edgekd.data.samples import Split
+from edgekd.data.split import Split
 from edgekd.data.truth import NO_LABEL
 from edgekd.errors import DataError
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from edgekd.data.samples import Split
+from edgekd.data.split import Split
 from edgekd.errors import DataError
 from edgekd.protocols import Augmentation, Mixing
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from edgekd import processes
-from edgekd.data.samples import Split, Splits
+from edgekd.data.samples import Splits
+from edgekd.data.split import Split
 from edgekd.data.views import Views
 from edgekd.data.windows import positions_of
 from edgekd.distillation.arms import CONTROL, objective_of, plan_of, threads_of

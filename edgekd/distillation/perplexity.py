@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from edgekd.data.samples import Split
+from edgekd.data.split import Split
 from edgekd.data.windows import counted_positions
 from edgekd.errors import CacheError
 from edgekd.metrics import Quality, calibration_gap

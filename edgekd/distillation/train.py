@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from edgekd import processes
 from edgekd.buffers import buffers_kept
 from edgekd.data.order import Order
-from edgekd.data.samples import Split
+from edgekd.data.split import Split
 from edgekd.data.truth import NO_LABEL, Truth
 from edgekd.data.views import Views, view_batch
 from edgekd.data.windows import counted_positions

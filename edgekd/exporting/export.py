@@ -17,7 +17,8 @@ import numpy as np
 import edgekd
 from edgekd import plugins
 from edgekd.collector import collector_paused
-from edgekd.compression.compress import choose_int8, notes_of
+from edgekd.compression.compress import choose_int8
+from edgekd.compression.compressed import notes_of
 from edgekd.distillation.perplexity import JudgedWindows, judge_decoder
 from edgekd.errors import ExportError, ParityError, UsageError
 from edgekd.exporting.lint import lint

@@ -21,7 +21,7 @@ from edgekd.recipes.places import file_fault
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from edgekd.teachers.sources import Answer, Teacher
+    from edgekd.teaching import Answer, Teacher
 
 __all__ = ["ORIGIN"]
 
@@ -36,7 +36,8 @@ class _Keras:
         """Features are what its layers return, by name; images with channels first, as PyTorch has them."""
         from edgekd.data.channels_last import bind_images
         from edgekd.store import hash_path
-        from edgekd.teachers.sources import Teacher, answer_by_name
+        from edgekd.teachers.sources import answer_by_name
+        from edgekd.teaching import Teacher
         from edgekd.types import TensorSpec
 
         path = asked.folder / asked.place

@@ -14,7 +14,7 @@ from edgekd.protocols import Arrays, ModelRequest, OriginOptions
 from edgekd.recipes.places import file_fault
 
 if TYPE_CHECKING:
-    from edgekd.teachers.sources import Answer, Teacher
+    from edgekd.teaching import Answer, Teacher
 
 __all__ = ["ORIGIN"]
 
@@ -28,7 +28,8 @@ class _Onnx:
     def teacher(self, asked: ModelRequest, example: Arrays) -> Teacher:
         from edgekd.programs.models import bind_inputs
         from edgekd.store import hash_path
-        from edgekd.teachers.sources import Teacher, answer_by_name
+        from edgekd.teachers.sources import answer_by_name
+        from edgekd.teaching import Teacher
 
         path = asked.folder / asked.place
         exporter = plugins.load_exporter("onnx")

@@ -24,7 +24,7 @@ from edgekd.protocols import Arrays, ModelRequest, OriginOptions
 
 if TYPE_CHECKING:
     from edgekd.teachers.endpoint import Endpoint
-    from edgekd.teachers.sources import Answer, Teacher
+    from edgekd.teaching import Answer, Teacher
 
 __all__ = ["BOUNDED", "ORIGIN", "UNLISTED", "UNNAMED", "Named", "named_classes"]
 
@@ -74,7 +74,7 @@ class _OpenAi:
     def teacher(self, asked: ModelRequest, example: Arrays) -> Teacher:
         """It takes an input ``text`` (an array of str, from a preprocessing), or ``input_ids`` and a tokenizer."""
         from edgekd.store import fingerprint
-        from edgekd.teachers.sources import Answer, Teacher
+        from edgekd.teaching import Answer, Teacher
 
         options: OpenAiOptions = asked.options
         if asked.taps:
@@ -120,7 +120,7 @@ class _OpenAi:
         """A language model's next tokens at each position of ``input_ids``."""
         from edgekd.store import fingerprint
         from edgekd.teachers.listed import window_logits
-        from edgekd.teachers.sources import Answer, Teacher
+        from edgekd.teaching import Answer, Teacher
 
         tokenizer, endpoint = _tokenizer(asked, options), _endpoint(asked)
         vocabulary = options.vocabulary or (None if tokenizer is None else tokenizer.get_vocab_size())

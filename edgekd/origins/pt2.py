@@ -10,7 +10,7 @@ from edgekd.recipes.places import file_fault
 if TYPE_CHECKING:
     from torch import nn
 
-    from edgekd.teachers.sources import Answer, Teacher
+    from edgekd.teaching import Answer, Teacher
 
 __all__ = ["ORIGIN"]
 
@@ -37,7 +37,8 @@ class _Program:
             run_program,
         )
         from edgekd.store import hash_path
-        from edgekd.teachers.sources import Teacher, answer_by_name
+        from edgekd.teachers.sources import answer_by_name
+        from edgekd.teaching import Teacher
 
         path = asked.folder / asked.place
         program = load_program(path)

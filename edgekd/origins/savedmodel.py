@@ -18,7 +18,7 @@ from edgekd.quiet import quiet
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from edgekd.teachers.sources import Answer, Teacher
+    from edgekd.teaching import Answer, Teacher
 
 __all__ = ["ORIGIN"]
 
@@ -43,7 +43,8 @@ class _SavedModel:
         """Features are further outputs of the signature, by name; images with channels first, as PyTorch has them."""
         from edgekd.data.channels_last import bind_images
         from edgekd.store import hash_path, size_of
-        from edgekd.teachers.sources import Teacher, answer_by_name
+        from edgekd.teachers.sources import answer_by_name
+        from edgekd.teaching import Teacher
         from edgekd.types import TensorSpec
 
         path = asked.folder / asked.place

@@ -10,7 +10,6 @@ from pydantic import Field
 
 from edgekd.errors import UsageError
 from edgekd.protocols import Arrays, ModelRequest
-from edgekd.recipes.recipe_models import Preprocessing
 from edgekd.teachers.named_weights import (
     RANDOM,
     NamedOptions,
@@ -21,11 +20,12 @@ from edgekd.teachers.named_weights import (
     near_names,
     read_state,
 )
+from edgekd.teaching import Preprocessing
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from edgekd.teachers.sources import Teacher
+    from edgekd.teaching import Teacher
 
 __all__ = ["ORIGIN"]
 

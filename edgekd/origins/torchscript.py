@@ -19,7 +19,7 @@ from edgekd.recipes.places import file_fault
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from edgekd.teachers.sources import Answer, Teacher
+    from edgekd.teaching import Answer, Teacher
 
 __all__ = ["ORIGIN"]
 
@@ -39,7 +39,8 @@ class _TorchScript:
 
         from edgekd.programs.models import count_parameters, flatten_outputs
         from edgekd.store import hash_path
-        from edgekd.teachers.sources import Teacher, answer_by_name
+        from edgekd.teachers.sources import answer_by_name
+        from edgekd.teaching import Teacher
 
         path = asked.folder / asked.place
         module = _loaded(path)

@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from edgekd.teaching import Preprocessing
 from edgekd.types import Json
 
-__all__ = ["AS_DATA", "Feature", "Member", "Model", "Preprocessing", "Table", "Teacher"]
+__all__ = ["AS_DATA", "Feature", "Member", "Model", "Table", "Teacher"]
 
 AS_DATA = "none"
 """In place of a preprocessing: the teacher takes what the student takes."""
@@ -43,30 +44,6 @@ class Model(Table):
     def told(self) -> Json:
         """What its origin alone is told."""
         return dict(self.__pydantic_extra__ or {})
-
-
-class Preprocessing(Table):
-    """How images of the data become what a teacher takes, where that is another than what the student takes.
-
-    The normalisation of ``[data.image]`` is undone first, so all starts from 0…1. Then in this order: channels, size,
-    times ``scale``, less ``mean``, by ``std``, layout. With ``resize`` the shorter side becomes that, and a square of
-    ``size`` is cut from the centre; without it, both sides become ``size``.
-    """
-
-    size: Annotated[int, Field(ge=1)] | None = None
-    resize: Annotated[int, Field(ge=1)] | None = None
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    channels: Literal[1, 3] | None = None
-    scale: Above = 1.0
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[Above, ...] = (1.0,)
-    layout: Literal["NCHW", "NHWC"] = "NCHW"
-
-    @model_validator(mode="after")
-    def _cut_from_the_larger(self) -> Preprocessing:
-        if self.resize is not None and self.resize < (self.size or self.resize + 1):
-            raise ValueError("resize must be at least size, which is cut from the centre of it")
-        return self
 
 
 class Member(Model):

@@ -16,7 +16,7 @@ import numpy as np
 
 import edgekd
 from edgekd import plugins
-from edgekd.compression.compress import notes_of
+from edgekd.compression.compressed import notes_of
 from edgekd.distillation.arms import CONTROL
 from edgekd.distillation.distill import ArmResult, Trained
 from edgekd.distillation.embeddings import Likeness, own_likeness
@@ -36,10 +36,10 @@ from edgekd.reporting.verdict import (
     start_sentences,
 )
 from edgekd.stages.keeping import measurements_of
+from edgekd.stages.members import teacher_sentences
 from edgekd.stages.results import results_of, shipped, trained_of
 from edgekd.stages.workspace import Workspace
 from edgekd.store import atomic_write, load_artifact, load_card, read_json, size_of, write_json
-from edgekd.teachers.ensemble import teacher_sentences
 from edgekd.types import Artifact, Card, Json
 
 __all__ = ["collect", "write_report"]

@@ -14,9 +14,9 @@ from edgekd.exporting.export import requests_of
 from edgekd.plugins import load_exporter, require
 from edgekd.programs.models import count_parameters
 from edgekd.programs.tracing import export_program
+from edgekd.stages.members import teacher_accuracy
 from edgekd.stages.workspace import Workspace
 from edgekd.teachers.blocks import started_from
-from edgekd.teachers.ensemble import teacher_accuracy
 from edgekd.teachers.feature_records import layout_of
 from edgekd.teachers.language_student import NoCachesError, untrained_decoder
 from edgekd.teachers.records import record_bytes

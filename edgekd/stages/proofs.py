@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgekd.data.samples import Split
+from edgekd.data.split import Split
 from edgekd.data.windows import counted_positions
 from edgekd.distillation.perplexity import JudgedWindows
 from edgekd.exporting.export import Proof

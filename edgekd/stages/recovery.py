@@ -26,7 +26,7 @@ from edgekd.types import Json, Precision, Retraining, Student
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from edgekd.data.samples import Split
+    from edgekd.data.split import Split
     from edgekd.distillation.distill import Trained
     from edgekd.stages.workspace import Workspace
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgekd.data.samples import Split, load_unlabeled
+from edgekd.data.samples import load_unlabeled
+from edgekd.data.split import Split
 from edgekd.distillation.shift import AT_MOST, Described, Shift, compare, describe
 from edgekd.errors import DataError, UsageError
 from edgekd.stages.workspace import Workspace

@@ -11,10 +11,11 @@ from edgekd.recipes.recipe import VECTOR_CODEC, Recipe
 from edgekd.store import RunFolder
 
 if TYPE_CHECKING:
-    from edgekd.data.samples import Split, Splits
+    from edgekd.data.samples import Splits
+    from edgekd.data.split import Split
     from edgekd.data.views import Views
-    from edgekd.teachers.sources import Teacher
     from edgekd.teachers.teacher_cache import CaptureKey, TeacherCache
+    from edgekd.teaching import Teacher
 
 __all__ = ["SPLITS", "Workspace"]
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgekd.data.samples import Split
+from edgekd.data.split import Split
 from edgekd.data.views import Views, view_batch
 from edgekd.data.windows import counted_positions, positions_of
 from edgekd.errors import CacheError, DataError, ModelFileError
@@ -25,9 +25,9 @@ from edgekd.protocols import Progress
 from edgekd.store import atomic_write, hash_path, read_json, write_json
 from edgekd.teachers.records import make_records
 from edgekd.teachers.shards import BATCH, Maker, Part, Shard, at_once, make_shard
-from edgekd.teachers.sources import Teacher
 from edgekd.teachers.targets import shown
 from edgekd.teachers.teacher_cache import FORMAT, CaptureKey, TeacherCache, open_cache
+from edgekd.teaching import Teacher
 from edgekd.types import Json
 
 __all__ = ["Verification", "capture", "verify_cache"]

@@ -13,14 +13,14 @@ from typing import TypeAlias
 import numpy as np
 
 from edgekd.buffers import buffers_kept
-from edgekd.data.samples import Split
+from edgekd.data.split import Split
 from edgekd.data.views import Views, view_batch, view_partners, view_seeds
 from edgekd.data.windows import positions_of
 from edgekd.teachers.feature_records import Layout, describe_features, layout_of, put_features
 from edgekd.teachers.records import make_records
-from edgekd.teachers.sources import Teacher
 from edgekd.teachers.targets import codec_of
 from edgekd.teachers.teacher_cache import CaptureKey
+from edgekd.teaching import Teacher
 
 __all__ = ["Maker", "Part", "Shard", "at_once", "make_shard"]
 

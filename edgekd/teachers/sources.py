@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +21,16 @@ from edgekd.programs.models import count_macs, count_parameters, flatten_outputs
 from edgekd.programs.tracing import export_program
 from edgekd.protocols import Arrays, ModelRequest, Preprocessed, Teaching, Trainable
 from edgekd.teachers.taps import tapped
+from edgekd.teaching import Answer, Teacher
 from edgekd.types import Json
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from edgekd.recipes.recipe import Recipe
-    from edgekd.recipes.recipe_models import Preprocessing
+    from edgekd.teaching import Preprocessing
 
 __all__ = [
-    "Answer",
-    "Teacher",
     "answer_by_name",
     "checked_logits",
     "fresh_module",
@@ -43,50 +41,6 @@ __all__ = [
     "own_preprocessing",
     "trainable_module",
 ]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a teacher says of a batch.
-
-    Attributes:
-        logits: float32 (batch, classes); of a causal language model (batch, positions, vocabulary).
-        features: By name, batch first; none but those that were asked for, and those of :attr:`Teacher.beside`.
-    """
-
-    logits: np.ndarray
-    features: Mapping[str, np.ndarray] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A model that gives outputs.
-
-    Attributes:
-        outputs: From inputs by name, in the order of the data.
-        fingerprint: Of its weights.
-        parameters: None when they cannot be counted.
-        macs: For one sample; None when they cannot be counted.
-        size_bytes: Of its weights, as stored; 0 when they cannot be seen.
-        lineage: Lines about what it is made of, for the card; none where the fingerprint says it all.
-        beside: Features of one number for each sample that are kept whatever is asked for: how sure it is of itself.
-        per_shard: Samples after which what it said is safe on the disk; None where asking again costs little.
-        listed: So many of its largest outputs are known, at T = 1, and the others' mass as a whole; None where all are.
-    """
-
-    outputs: Callable[[Arrays], Answer]
-    fingerprint: str
-    parameters: int | None
-    macs: int | None
-    size_bytes: int
-    lineage: tuple[str, ...] = ()
-    beside: tuple[str, ...] = ()
-    per_shard: int | None = None
-    listed: int | None = None
-
-    def logits(self, arrays: Arrays) -> np.ndarray:
-        """See :attr:`Answer.logits`."""
-        return self.outputs(arrays).logits
 
 
 def load_teacher(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgekd.data.samples import Split
+from edgekd.data.split import Split
 from edgekd.errors import CacheError, ModelFileError
 from edgekd.store import hash_path, read_json
 from edgekd.teachers.feature_records import Layout, read_features

@@ -11,7 +11,8 @@ import numpy as np
 from edgekd import plugins
 from edgekd.errors import DataError
 from edgekd.protocols import Arrays
-from edgekd.recipes.recipe_models import AS_DATA, Preprocessing
+from edgekd.recipes.recipe_models import AS_DATA
+from edgekd.teaching import Preprocessing
 
 if TYPE_CHECKING:
     from edgekd.recipes.recipe import ImageData

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import edgekd.distillation.train
 from edgekd import processes
 from edgekd.data.mixing import mixup
-from edgekd.data.samples import Split, split_from_arrays
+from edgekd.data.samples import split_from_arrays
+from edgekd.data.split import Split
 from edgekd.data.truth import NO_LABEL, Truth
 from edgekd.data.views import Views
 from edgekd.distillation.feature_losses import feature_mse
@@ -30,8 +31,8 @@ from edgekd.protocols import Arrays
 from edgekd.recipes.recipe_models import Feature
 from edgekd.teachers.capture import capture
 from edgekd.teachers.outputs import StudentOutputs, TeacherOutputs
-from edgekd.teachers.sources import Answer, Teacher
 from edgekd.teachers.teacher_cache import CaptureKey, TeacherCache, open_cache
+from edgekd.teaching import Answer, Teacher
 
 WORDS = 11
 HINT = Feature(teacher="0", student="4")

@@ -1,0 +1,61 @@
+"""Samples of one purpose: columns by input name, labels, and ids that depend on content and never on position.
+
+A column is a NumPy array, or images that are decoded when they are indexed. A sample is known by its id, so a teacher
+cache survives a reordering.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgekd.data.files import Column, ImageFiles
+from edgekd.data.truth import NO_LABEL
+
+__all__ = ["Split"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Samples of one purpose.
+
+    Attributes:
+        inputs: Columns by input name, in the order of the model's ``forward``; samples on the first axis.
+        labels: Class of each sample, -1 for none, int64 (samples,); of windows (:mod:`edgekd.data.windows`) that of
+            each position, (samples, positions), -1 where a position does not count. None when unlabeled.
+        ids: One per sample, uint64, unique.
+        fingerprint: Of contents, labels and order.
+    """
+
+    inputs: Mapping[str, Column]
+    labels: np.ndarray | None
+    ids: np.ndarray
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, indices: np.ndarray) -> Split:
+        """Some of the samples, in that order."""
+        inputs: dict[str, Column] = {
+            name: column.take(indices) if isinstance(column, ImageFiles) else np.asarray(column[indices])
+            for name, column in self.inputs.items()
+        }
+        labels = None if self.labels is None else self.labels[indices]
+        digest = hashlib.sha256(self.fingerprint.encode() + np.asarray(indices, np.int64).tobytes()).hexdigest()[:16]
+        return Split(inputs, labels, self.ids[indices], digest)
+
+    @property
+    def labelled(self) -> np.ndarray:
+        """Which samples have a label, or a window one that counts: bool (samples,)."""
+        if self.labels is None:
+            return np.zeros(len(self), bool)
+        found: np.ndarray = (self.labels != NO_LABEL).reshape(len(self), -1).any(axis=1)
+        return found
+
+    def arrays(self, indices: np.ndarray | slice = slice(None)) -> dict[str, np.ndarray]:
+        """Inputs of some samples as arrays, decoded if need be."""
+        return {name: np.asarray(column[indices]) for name, column in self.inputs.items()}
