@@ -22,18 +22,19 @@ from pathlib import Path
 from edgekd.console import progress_for
 from edgekd.distillation.arms import CONTROL, arm_inputs, arms_of
 from edgekd.distillation.distill import ArmResult, choose_arm, load_result
-from edgekd.metrics import Quality, quality
+from edgekd.metrics import Quality
 from edgekd.protocols import Progress
 from edgekd.recipes.reading import load_recipe
 from edgekd.recipes.seeds import first_seeds
 from edgekd.reporting.answers import answers_of
-from edgekd.reporting.verdict import arm_rows
+from edgekd.reporting.verdict import Ratio, arm_rows, perplexity_ratio
+from edgekd.stages.members import teacher_quality
 from edgekd.stages.pipeline import capture_stage, distill_stage
 from edgekd.stages.workspace import SPLITS, Workspace
 from edgekd.store import load_card, read_json, write_json
 from edgekd.types import Json
 
-__all__ = ["BAND", "KEPT", "NOT_RUN", "RESULTS", "ROOT", "TASKS", "Task", "judged"]
+__all__ = ["BAND", "KEPT", "RESULTS", "ROOT", "TASKS", "Task", "judged", "judged_language"]
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "distill.json"
@@ -65,13 +66,8 @@ TASKS = {
     "spam": Task("examples/spam/edgekd.toml", "SpamAssassin: MiniLM to two convolutions"),
     "spam-5": Task("examples/spam/share-5.toml", "SpamAssassin: MiniLM to two convolutions on a narrow table of words"),
     "vad-15": Task("examples/vad/edgekd.toml", "voices in noise: Silero VAD to four convolutions"),
+    "brown": Task("examples/brown/dist.toml", "the Brown corpus: SmolLM2 to a Llama of four layers"),
 }
-
-
-NOT_RUN = {
-    "brown": "DIST compares every class over the batch, which of 49,152 words would want 15 GB of logits in the cache",
-}
-"""What was asked for and has no result, and why; a task that has results is not looked up here."""
 
 
 @dataclass
@@ -138,6 +134,20 @@ def judged(teacher: float, share: float, arms: dict[str, list[float]], best: str
     return {**found, "met": errors > ERRORS, "reason": f"{errors:.1f} standard errors above the control"}
 
 
+def judged_language(teacher: float, arms: dict[str, list[float]], best: str, ratio: Ratio) -> Json:
+    """The same of a language model, which the bar says nothing of: next tokens are not classes that a student of these
+    sizes could know as well as its teacher; it is held against its control by perplexity.
+
+    Args:
+        teacher, arms, best: Shares of next tokens that are right; as of :func:`judged`.
+        ratio: Its perplexity over the control's.
+    """
+    kept = {arm: sum(values) / len(values) / teacher for arm, values in arms.items()}
+    interval = "" if ratio.low is None else f" ({ratio.low:.3f}× to {ratio.high:.3f}×)"
+    reason = f"of language models, by perplexity: {ratio.ratio:.3f}× the control's{interval}"
+    return {"kept": kept[best], "control_kept": kept[CONTROL], "met": None, "reason": reason}
+
+
 def run(name: str, seeds: int, arms: Sequence[str], path: Path) -> None:
     """Capture what is not captured, train what is not trained, and write the results after each student.
 
@@ -168,9 +178,7 @@ def found(name: str, work: Workspace, spent: Mapping[str, Json], before: Json) -
     """
     recipe, folder, test = work.recipe, work.folder, work.splits.test
     results = _finished(work)
-    logits = work.cache("test").logits(test.ids)
-    assert test.labels is not None
-    teacher = quality(logits, test.labels, logits)
+    teacher = teacher_quality(work)
     card = load_card(folder.arm(CONTROL, recipe.distill.seeds[0]))
     hours = {**before.get("hours", {}), **spent}
     share = card.parameters / (work.teacher.parameters or card.parameters)
@@ -181,29 +189,42 @@ def found(name: str, work: Workspace, spent: Mapping[str, Json], before: Json) -
         "recipe": TASKS[name].recipe,
         "test_samples": len(test),
         "train_samples": len(work.splits.train),
-        "teacher": {"accuracy": teacher.accuracy, "parameters": work.teacher.parameters, "macs": work.teacher.macs},
+        "teacher": {**_right(teacher), "parameters": work.teacher.parameters, "macs": work.teacher.macs},
         "student": {"parameters": card.parameters, "macs": card.macs, "share": share},
         "distill": {key: value for key, value in recipe.distill.model_dump(mode="json").items() if key in _TOLD},
         "arms": {
-            arm: {
-                str(seed): {"validation": result.validation.accuracy, "test": result.test.accuracy}
-                | {"teacher_agreement": result.test.teacher_agreement}
-                for (other, seed), result in sorted(results.items())
-                if other == arm
-            }
+            arm: {str(seed): _judgement(result) for (other, seed), result in sorted(results.items()) if other == arm}
             for arm in arms_of(recipe)
         },
         "hours": hours,
         **{key: before[key] for key in ("torchdistill",) if key in before},
     }
-    if whole:
-        best = choose_arm(whole).arm
+    if not whole:
+        return report
+    best = choose_arm(whole).arm
+    tests = {arm: [result.test for result in whole if result.arm == arm] for arm in arms}
+    accuracies = {arm: [test.accuracy for test in own] for arm, own in tests.items()}
+    if work.is_language_model:
+        ratios = {arm: perplexity_ratio(own, tests[CONTROL]) for arm, own in tests.items() if arm != CONTROL}
+        gains = {CONTROL: None, **{arm: ratio.to_json() for arm, ratio in ratios.items()}}
+        bar = judged_language(teacher.accuracy, accuracies, best, ratios[best])
+    else:
         rows = arm_rows(whole, best, answers_of(work, arms, seeds))
         gains = {row.arm: None if row.gain is None else row.gain.to_json() for row in rows}
-        accuracies = {row.arm: [r.test.accuracy for r in whole if r.arm == row.arm] for row in rows}
-        report |= {"best": best, "gains": gains}
-        report["bar"] = judged(teacher.accuracy, share, accuracies, best, gains[best])
-    return report
+        bar = judged(teacher.accuracy, share, accuracies, best, gains[best])
+    return {**report, "best": best, "gains": gains, "bar": bar}
+
+
+def _right(quality: Quality) -> Json:
+    """How often it is right, and of a language model how likely it finds the text."""
+    return {"accuracy": quality.accuracy} | ({} if quality.perplexity is None else {"perplexity": quality.perplexity})
+
+
+def _judgement(result: ArmResult[Quality]) -> Json:
+    """Of one student, for the file."""
+    test, perplexity = result.test, {} if result.test.perplexity is None else {"perplexity": result.test.perplexity}
+    found = {"validation": result.validation.accuracy, "test": test.accuracy}
+    return {**found, "teacher_agreement": test.teacher_agreement, **perplexity}
 
 
 _TOLD = ("epochs", "batch_size", "learning_rate", "weight_decay", "temperature", "label_weight", "overrides", "threads")

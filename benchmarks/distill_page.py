@@ -10,8 +10,6 @@ from edgekd.distillation.arms import CONTROL
 from edgekd.store import read_json
 from edgekd.types import Json
 
-from .distill import NOT_RUN
-
 __all__ = ["results_tables"]
 
 
@@ -25,15 +23,15 @@ def results_tables(folder: Path) -> str:
     lines = [
         "| task | teacher | student | arm | test accuracy | of the teacher's | over the control | processor |",
         "|---|---|---|---|---|---|---|---|",
-        *(line for name, task in tasks.items() for line in _rows(name, task)),
+        *(line for name, task in tasks.items() if not _is_language_model(task) for line in _rows(name, task)),
         "",
         "| task | parameters | keeps | the control keeps | bar |",
         "|---|---|---|---|---|",
         *(_bar(name, task) for name, task in tasks.items() if "bar" in task),
         "",
-        "| language model | arm | perplexity | next tokens right | the teacher's own |",
-        "|---|---|---|---|---|",
-        *_language("**brown**: SmolLM2 to a Llama of four layers", read_json(folder / "brown.json")),
+        "| language model | arm | perplexity | of the control's | next tokens right | the teacher's own | processor |",
+        "|---|---|---|---|---|---|---|",
+        *(line for name, task in tasks.items() if _is_language_model(task) for line in _language(name, task)),
         "",
     ]
     return "\n".join([*lines, *_not_run(tasks)])
@@ -49,26 +47,29 @@ def _rows(name: str, task: Json) -> Iterator[str]:
         values = [seed["test"] for seed in seeds.values()]
         gain = (task.get("gains") or {}).get(arm)
         best = " (best)" if arm == task.get("best") and arm != CONTROL else ""
-        hours = [spent["cpu_hours"] for what, spent in _trained(task, arm).items() if "seen" not in spent]
         yield (
             f"| {first} | {arm}{best} | {_spread(values)} | {statistics.fmean(values) / teacher:.1%} | "
-            f"{_gain(gain)} | {_minutes(hours)} |"
+            f"{_gain(gain)} | {_minutes(_kept_hours(task, arm))} |"
         )
         first = " | | "
-    peer = task.get("torchdistill")
-    if peer:
+    if peer := task.get("torchdistill"):
         runs = list(peer["seeds"].values())
-        epochs = "/".join(dict.fromkeys(str(run["epochs"]) for run in runs))
-        told = f"{epochs} epoch" if epochs == "1" else f"{epochs} epochs"
         values = [run["test"] for run in runs]
         yield (
-            f"|  | | | torchdistill {peer['version']} KD, {told} | {_spread(values)} | "
+            f"|  | | | {_peer(peer)} | {_spread(values)} | "
             f"{statistics.fmean(values) / teacher:.1%} | | {_minutes([run['cpu_hours'] for run in runs])} |"
         )
 
 
-def _trained(task: Json, arm: str) -> Mapping[str, Json]:
-    return {what: spent for what, spent in task.get("hours", {}).items() if what.startswith(f"{arm}, seed ")}
+def _kept_hours(task: Json, arm: str) -> list[float]:
+    """Of the processor, for each student whose whole training was timed."""
+    trained = [spent for what, spent in task.get("hours", {}).items() if what.startswith(f"{arm}, seed ")]
+    return [spent["cpu_hours"] for spent in trained if "seen" not in spent]
+
+
+def _peer(peer: Json) -> str:
+    epochs = "/".join(dict.fromkeys(str(run["epochs"]) for run in peer["seeds"].values()))
+    return f"torchdistill {peer['version']} KD, {epochs} {'epoch' if epochs == '1' else 'epochs'}"
 
 
 def _bar(name: str, task: Json) -> str:
@@ -81,10 +82,8 @@ def _bar(name: str, task: Json) -> str:
 
 
 def _not_run(tasks: Mapping[str, Json]) -> Iterator[str]:
-    missing = {name: reason for name, reason in NOT_RUN.items() if name not in tasks}
-    for name, task in tasks.items():
-        if "bar" not in task:
-            missing[name] = "no other arm than the control is trained yet"
+    alone = "no other arm than the control is trained yet"
+    missing = {name: alone for name, task in tasks.items() if "bar" not in task}
     if beside := [name for name in tasks if "torchdistill" not in tasks[name]]:
         missing["torchdistill"] = f"not beside {', '.join(beside)}"
     if missing:
@@ -93,22 +92,37 @@ def _not_run(tasks: Mapping[str, Json]) -> Iterator[str]:
         yield from (f"- **{name}**: {reason}." for name, reason in missing.items())
 
 
-def _language(said: str, report: Json) -> Iterator[str]:
-    """A report of ``edgekd report`` on a language model, by arm."""
-    rows = report["ledger"]["rows"]
-    teacher = next(row for row in rows if row["stage"] == "teacher")
-    size = next(row for row in rows if row["is_shipped"])["parameters"]
-    share = f"{size / teacher['parameters']:.1%} of {teacher['parameters']:,} parameters"
-    yield f"| {said}, {share} | teacher | {teacher['perplexity']:.1f} | {teacher['accuracy']:.2%} | |"
-    arms: dict[str, list[Json]] = {}
-    for one in report["arms"]:
-        arms.setdefault(one["arm"], []).append(one["test"])
-    for arm, tests in arms.items():
-        perplexities = [test["perplexity"] for test in tests]
-        spread = f" ± {statistics.stdev(perplexities):.1f}, {len(tests)} seeds" if len(tests) > 1 else ", one seed"
-        right, alike = ([test[key] for test in tests] for key in ("accuracy", "teacher_agreement"))
-        told = f"{statistics.fmean(perplexities):.1f}{spread}"
-        yield f"| | {arm} | {told} | {statistics.fmean(right):.2%} | {statistics.fmean(alike):.2%} |"
+def _is_language_model(task: Json) -> bool:
+    return "perplexity" in task["teacher"]
+
+
+def _language(name: str, task: Json) -> Iterator[str]:
+    teacher, student = task["teacher"], task["student"]
+    first = f"**{name}**: {task['said']}, {student['share']:.1%} of {teacher['parameters']:,} parameters"
+    yield f"| {first} | teacher | {teacher['perplexity']:.1f} | | {teacher['accuracy']:.2%} | | |"
+    for arm, seeds in task["arms"].items():
+        if seeds:
+            best = " (best)" if arm == task.get("best") and arm != CONTROL else ""
+            hours = _kept_hours(task, arm)
+            yield _language_row(f"{arm}{best}", list(seeds.values()), (task.get("gains") or {}).get(arm), hours)
+    if peer := task.get("torchdistill"):
+        runs = list(peer["seeds"].values())
+        yield _language_row(_peer(peer), runs, None, [run["cpu_hours"] for run in runs])
+
+
+def _language_row(arm: str, tests: list[Json], gain: Json | None, hours: list[float]) -> str:
+    perplexities = [test["perplexity"] for test in tests]
+    spread = f" ± {statistics.stdev(perplexities):.1f}, {len(tests)} seeds" if len(tests) > 1 else ", one seed"
+    right, alike = (statistics.fmean(test[key] for test in tests) for key in ("test", "teacher_agreement"))
+    told = f"{statistics.fmean(perplexities):.1f}{spread}"
+    return f"| | {arm} | {told} | {_ratio(gain)} | {right:.2%} | {alike:.2%} | {_minutes(hours)} |"
+
+
+def _ratio(gain: Json | None) -> str:
+    if gain is None:
+        return ""
+    interval = "" if gain["low"] is None else f" ({gain['low']:.3f} to {gain['high']:.3f})"
+    return f"{gain['ratio']:.3f}×{interval}"
 
 
 def _spread(values: list[float]) -> str:

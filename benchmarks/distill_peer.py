@@ -14,20 +14,21 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edgekd import plugins
 from edgekd.console import progress_for
 from edgekd.data.samples import load_splits
 from edgekd.data.split import Split
+from edgekd.data.windows import positions_of
 from edgekd.distillation.arms import plan_of
+from edgekd.distillation.distill import evaluate, student_of
 from edgekd.distillation.train import learning_rate_at
-from edgekd.metrics import accuracy
 from edgekd.protocols import Progress
 from edgekd.recipes.reading import load_recipe
 from edgekd.recipes.recipe import Recipe
+from edgekd.stages.workspace import Workspace
 from edgekd.store import read_json, write_json
 from edgekd.teachers.sources import fresh_module, trainable_module
 from edgekd.types import Json
@@ -45,11 +46,15 @@ def trained(recipe: Recipe, seed: int, epochs: int, progress: Progress) -> Json:
     assert recipe.teacher.model is not None
     teacher = trainable_module(recipe.teacher.model, recipe.folder, labels=recipe.labels).eval()
     student = fresh_module(recipe, seed)
-    if len(splits.train.inputs) > 1:
+    module = student
+    if positions_of(splits.train.labels):
+        teacher, student = ReadTokens(teacher), ReadTokens(student)
+    elif len(splits.train.inputs) > 1:
         teacher, student = Unstacked(teacher), Unstacked(student)
     augment = plugins.load_function(recipe.data.augment, recipe.folder) if recipe.data.augment else None
     samples = Samples(splits.train, augment)
-    label_all(samples, splits.train, teacher)
+    if positions_of(splits.train.labels) == 0:
+        label_all(samples, splits.train, teacher)
     torch.manual_seed(seed)  # of the loader's order
     samples.generator.manual_seed(seed)
     box = torchdistill_box(teacher, student, samples, plan, mix.temperature, mix.label_weight)
@@ -61,31 +66,46 @@ def trained(recipe: Recipe, seed: int, epochs: int, progress: Progress) -> Json:
         for inputs, targets, supplements in box.train_data_loader:
             for group in box.optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, steps, plan)
+            if targets.ndim > 1:
+                targets = next_tokens(inputs, targets)
             loss = box.forward_process(inputs, targets, supplements)
             box.post_forward_process(loss)
             step += 1
             progress.advance(1, f"loss {loss.item():.3f}")
     progress.finish()
     spent = {"cpu_hours": (time.process_time() - processor) / 3600, "hours": (time.monotonic() - clock) / 3600}
-    assert splits.test.labels is not None
-    logits = logits_of(student, splits.test)
-    found = {"test": accuracy(logits, splits.test.labels), "epochs": epochs}
+    test = evaluate(student_of(recipe, splits, module.eval(), ()), splits.test, Workspace(recipe).cache("test"))
+    found = {"test": test.accuracy, "teacher_agreement": test.teacher_agreement, "epochs": epochs}
+    if test.perplexity is not None:
+        found["perplexity"] = test.perplexity
     return found | {name: round(value, 4) for name, value in spent.items()}
+
+
+class ReadTokens(nn.Module):
+    """A language model with tokens as samples: ids and mask (batch, 2, positions) to (tokens read, classes)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        ids, mask = inputs.unbind(1)
+        return self.module(ids, mask)[mask.bool()]
+
+
+def next_tokens(inputs: Tensor, labels: Tensor) -> Tensor:
+    """The labels of :class:`ReadTokens`, (tokens that are read,); the last of a document has none."""
+    read = labels[inputs[:, 1].bool()]
+    return read.masked_fill(read < 0, -100)  # what torch's cross-entropy leaves out
 
 
 def label_all(samples: Samples, split: Split, teacher: nn.Module) -> None:
     """Give samples without a label the teacher's own, in place: torchdistill's loss wants one of each."""
-    unlabelled = [index for index, label in enumerate(samples.labels) if label < 0]
-    if unlabelled:
-        for index, label in zip(unlabelled, logits_of(teacher, split)[unlabelled].argmax(1), strict=True):
-            samples.labels[index] = int(label)
-
-
-@torch.no_grad()
-def logits_of(module: nn.Module, split: Split) -> np.ndarray:
-    """Of every sample as it is, (samples, classes)."""
-    inputs = stacked([torch.from_numpy(array) for array in split.arrays().values()], axis=1)
-    return torch.cat([module.eval()(part) for part in inputs.split(500)]).numpy()
+    without = (samples.labels < 0).nonzero().flatten()
+    inputs = stacked([torch.from_numpy(array) for array in split.arrays(without.numpy()).values()], axis=1)
+    with torch.no_grad():
+        for rows, part in zip(without.split(500), inputs.split(500), strict=True):
+            samples.labels[rows] = teacher.eval()(part).argmax(1)
 
 
 def main() -> None:

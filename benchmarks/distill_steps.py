@@ -160,19 +160,19 @@ class Samples(torch.utils.data.Dataset[Any]):
     """Samples and augmentation, as torch's loader takes them; several inputs are one tensor, see :class:`Unstacked`.
 
     Attributes:
-        labels: Classes; each sample has one here.
+        labels: Classes, (samples,); each sample has one here. Of windows the next tokens, (samples, positions).
     """
 
     def __init__(self, split: Split, augment: Augmentation | None) -> None:
         assert split.labels is not None
         self.inputs = {name: torch.from_numpy(array) for name, array in split.arrays().items()}
-        self.labels: list[int] = split.labels.tolist()
+        self.labels = torch.from_numpy(split.labels.copy())
         self.augment, self.generator = augment, Generator()
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         sample: Mapping[str, Tensor] = {name: tensor[index] for name, tensor in self.inputs.items()}
         if self.augment is not None:
             sample = self.augment(sample, self.generator)

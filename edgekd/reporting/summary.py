@@ -20,9 +20,8 @@ from edgekd.compression.compressed import notes_of
 from edgekd.distillation.arms import CONTROL
 from edgekd.distillation.distill import ArmResult, Trained
 from edgekd.distillation.embeddings import Likeness, own_likeness
-from edgekd.distillation.perplexity import judge_teacher
 from edgekd.measurement import Measurement
-from edgekd.metrics import ClassCount, Quality, quality
+from edgekd.metrics import ClassCount, Quality
 from edgekd.precisions import PORTABLE
 from edgekd.reporting.answers import Answers, answers_of
 from edgekd.reporting.embedding_verdict import embedding_sentences
@@ -36,7 +35,7 @@ from edgekd.reporting.verdict import (
     start_sentences,
 )
 from edgekd.stages.keeping import measurements_of
-from edgekd.stages.members import teacher_sentences
+from edgekd.stages.members import teacher_quality, teacher_sentences
 from edgekd.stages.results import results_of, shipped, trained_of
 from edgekd.stages.workspace import Workspace
 from edgekd.store import atomic_write, load_artifact, load_card, read_json, size_of, write_json
@@ -104,7 +103,7 @@ def _tell_classes(work: Workspace, arm: str, seed: int, card: Card) -> _Told:
     Args:
         arm, seed, card: Of the shipped student.
     """
-    results, teacher, answers = results_of(work, Quality), _teacher_quality(work), _answers(work)
+    results, teacher, answers = results_of(work, Quality), teacher_quality(work), _answers(work)
     arms = arm_rows(results, arm, answers)
     control, student = (next(r.test for r in results if (r.arm, r.seed) == (name, seed)) for name in (CONTROL, arm))
     classes = _class_rows(work.splits.labels, teacher, control, student)
@@ -157,16 +156,6 @@ def _measurement_summary(measurement: Measurement) -> Json:
 
 
 # ── rows ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _teacher_quality(work: Workspace) -> Quality:
-    """The teacher's captured outputs are enough: it is not run again."""
-    test, cache = work.splits.test, work.cache("test")
-    if cache.positions:
-        return judge_teacher(test, cache)
-    logits = cache.logits(test.ids)
-    assert test.labels is not None
-    return quality(logits, test.labels, logits)
 
 
 def _answers(work: Workspace) -> Answers | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,12 +15,15 @@ from edgekd.metrics import Quality
 from edgekd.reporting.answers import Answers
 from edgekd.reporting.ledger import ArmRow, Gain
 from edgekd.reporting.pairing import FEWEST_SEEDS, Paired, paired, paired_means
+from edgekd.types import JsonMixin
 
 __all__ = [
+    "Ratio",
     "arm_rows",
     "gain_sentence",
     "inheritance_sentence",
     "kept_sentence",
+    "perplexity_ratio",
     "perplexity_sentence",
     "start_sentences",
     "told",
@@ -132,30 +136,53 @@ def gain_sentence(rows: Sequence[ArmRow]) -> str:
     return told(gain.low, gain.high, f"{over}, 95 % interval {gain.low:+.2f} to {gain.high:+.2f}", gain.seeds)
 
 
-def perplexity_sentence(own: Sequence[Quality], control: Sequence[Quality], teacher: Quality) -> str:
-    """What distillation did to a language model's perplexity, and whether that can be told; paired by seed and window.
+@dataclass(frozen=True)
+class Ratio(JsonMixin):
+    """A perplexity over another.
 
-    Windows count as independent of each other, and those of one document are not quite: the sentence says so.
+    Attributes:
+        ratio: Below 1 where the first is better.
+        low, high: Ends of the 95 % interval for new seeds and new windows; None with too few seeds.
+    """
+
+    ratio: float
+    low: float | None
+    high: float | None
+    seeds: int
+
+
+def perplexity_ratio(own: Sequence[Quality], control: Sequence[Quality]) -> Ratio:
+    """Of two arms on the test split, paired by seed and window; windows count as independent of each other."""
+    found = paired(_window_scores(own), _window_scores(control))
+    if found.low is None or found.high is None:
+        return Ratio(math.exp(-found.difference), None, None, found.seeds)
+    return Ratio(math.exp(-found.difference), math.exp(-found.high), math.exp(min(-found.low, 700)), found.seeds)
+
+
+def perplexity_sentence(own: Sequence[Quality], control: Sequence[Quality], teacher: Quality) -> str:
+    """What distillation did to a language model's perplexity, and whether that can be told.
+
+    Windows of one document are not quite independent: the sentence says so.
 
     Args:
         own, control: Of the shipped arm and of the control on the test split, seed by seed.
     """
-    found = paired(_window_scores(own), _window_scores(control))
+    found = perplexity_ratio(own, control)
     means = [math.exp(-statistics.fmean(quality.score for quality in some)) for some in (own, control)]
     agree = [statistics.fmean(quality.teacher_agreement for quality in some) for some in (own, control)]
     over = (
         f"perplexity {means[0]:.1f} against {means[1]:.1f} of the same student without a teacher "
         f"({teacher.perplexity:.1f} of the teacher) on {teacher.samples} test tokens, "
-        f"{math.exp(-found.difference):.3f}×"
+        f"{found.ratio:.3f}×"
     )
     if found.low is None or found.high is None:
         sentence = untold(over, found.seeds)
     else:
-        low, high = math.exp(-found.high), math.exp(min(-found.low, 700))
         interval = (
-            f"95 % interval {low:.3f}× to {high:.3f}× for new seeds and new windows, as if these were independent"
+            f"95 % interval {found.low:.3f}× to {found.high:.3f}× for new seeds and new windows, as if these were "
+            "independent"
         )
-        sentence = told(found.low, found.high, f"{over}, {interval}", found.seeds)
+        sentence = told(1 - found.high, 1 - found.low, f"{over}, {interval}", found.seeds)
     alike = f"{agree[0]:.1%} of these tokens, without a teacher at {agree[1]:.1%}"
     return f"{sentence} Its next token is the teacher's at {alike}."
 

@@ -1,15 +1,27 @@
-"""What a recipe's teachers are worth, together and each alone, in words for people."""
+"""What a recipe's teachers are worth, together and each alone, in numbers and in words for people."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from edgekd.data.windows import counted_positions, positions_of
+from edgekd.distillation.perplexity import judge_teacher
+from edgekd.metrics import Quality, quality
 from edgekd.recipes.recipe import Recipe
 from edgekd.stages.workspace import Workspace
 from edgekd.teachers.ensemble import MEMBERS
 
-__all__ = ["teacher_accuracy", "teacher_sentences"]
+__all__ = ["teacher_accuracy", "teacher_quality", "teacher_sentences"]
+
+
+def teacher_quality(work: Workspace) -> Quality:
+    """The teacher's captured outputs are enough: it is not run again."""
+    test, cache = work.splits.test, work.cache("test")
+    if cache.positions:
+        return judge_teacher(test, cache)
+    logits = cache.logits(test.ids)
+    assert test.labels is not None
+    return quality(logits, test.labels, logits)
 
 
 def teacher_accuracy(work: Workspace, samples: int = 256) -> str:
