@@ -75,20 +75,20 @@ class LineProgress:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._what, self._total, self._done = "", 0, 0
+        self._what, self._total, self._before, self._done = "", 0, 0, 0
         self._began = self._spoke = 0.0
 
     def start(self, what: str, total: int, done: int = 0) -> None:
-        self._what, self._total, self._done = what, total, done
+        self._what, self._total, self._before, self._done = what, total, done, done
         self._began = self._spoke = time.monotonic()
         self.say(f"{what}: {done} of {total} done before" if done else f"{what}: started")
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         self._done += steps
         now = time.monotonic()
-        if now - self._spoke >= self.EVERY_S and 0 < self._done < self._total:
+        if now - self._spoke >= self.EVERY_S and self._before < self._done < self._total:
             self._spoke = now
-            left = (now - self._began) / self._done * (self._total - self._done)
+            left = (now - self._began) / (self._done - self._before) * (self._total - self._done)
             self.say(f"{self._what}: {self._done}/{self._total}, about {left:.0f} s left{', ' + note if note else ''}")
 
     def finish(self) -> None:

@@ -29,11 +29,15 @@ def test_lines_say_when_work_starts_ends_and_how_long_is_left(monkeypatch: pytes
     ]
 
 
-def test_work_that_was_begun_before_says_so() -> None:
+def test_work_that_was_begun_before_says_so_and_is_not_taken_for_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 10.0])
+    monkeypatch.setattr("edgekd.console.time.monotonic", lambda: next(clock))
     stream = io.StringIO()
-    LineProgress(stream).start("capture", 10, 4)
+    progress = LineProgress(stream)
+    progress.start("capture", 100, 60)
+    progress.advance(20)
 
-    assert stream.getvalue() == "capture: 4 of 10 done before\n"
+    assert stream.getvalue().splitlines() == ["capture: 60 of 100 done before", "capture: 80/100, about 10 s left"]
 
 
 def test_a_log_gets_lines() -> None:

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from edgekd import plugins
+from edgekd.benchmarks.distill import found
+from edgekd.benchmarks.distill_page import results_tables
 from edgekd.distillation.perplexity import judge_student
 from edgekd.errors import UsageError
 from edgekd.exporting.generation import ProgramDecoder, generate
@@ -24,7 +26,7 @@ from edgekd.stages.pipeline import capture_stage, compress_stage, distill_stage,
 from edgekd.stages.proofs import proof_of
 from edgekd.stages.verify import verify_artifacts
 from edgekd.stages.workspace import Workspace
-from edgekd.store import load_artifact, read_json
+from edgekd.store import load_artifact, read_json, write_json
 from edgekd.teachers.language_student import trained_decoder
 from edgekd.types import Artifact, Json
 
@@ -259,6 +261,22 @@ def test_the_report_tells_perplexity_first_token_and_tokens_a_second(
         lines = plugins.load_module("edgekd.benchmarks.history_page").lines(store.entries("counting"))
         store.close()
         assert any("first token" in line and "tokens/s" in line for line in lines)
+
+
+def test_the_benchmark_of_distillation_tells_perplexities_beside_the_control(work: Workspace, tmp_path: Path) -> None:
+    task = found("brown", work, {"kd, seed 0": {"cpu_hours": 0.01}}, {})
+    write_json(tmp_path / "distill.json", {"tasks": {"tiny": task}})
+    told = results_tables(tmp_path)
+
+    kd, control = task["arms"]["kd"]["0"], task["arms"]["control"]["0"]
+    assert task["best"] == "kd"
+    assert task["gains"]["kd"]["ratio"] == pytest.approx(kd["perplexity"] / control["perplexity"], rel=1e-3)
+    assert task["gains"]["kd"]["low"] is None, "one seed"
+    assert task["bar"]["met"] is None
+    assert f"| kd (best) | {kd['perplexity']:.1f}, one seed | {task['gains']['kd']['ratio']:.3f}× |" in told
+    assert "36 s a seed |" in told
+    assert f"by perplexity: {task['gains']['kd']['ratio']:.3f}× the control's |" in told
+    assert "- **torchdistill**: not beside tiny." in told
 
 
 def test_two_files_take_turns_and_answer_alike(work: Workspace, artifacts: dict[str, Artifact]) -> None:
