@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from edgekd.choosing.sweep_space import Knob, Settings, own_settings, parse_knob
 from edgekd.choosing.sweep_words import is_worse, recipe_lines, sentences, write_settings
 from edgekd.console import SilentProgress
 from edgekd.data.samples import split_from_arrays
+from edgekd.data.truth import NO_LABEL
 from edgekd.data.views import Views
 from edgekd.errors import UsageError
 from edgekd.protocols import Progress
@@ -155,6 +157,19 @@ def test_where_samples_are_mixed_validation_is_shared_out(tmp_path: Path) -> Non
     assert len(held.learned_from) == len(work.splits.train)
     assert sorted([*held.chosen_on.ids, *held.judged_on.ids]) == sorted(validation.ids)
     assert min(len(held.chosen_on), len(held.judged_on)) > 0.3 * len(validation)
+
+
+def test_where_few_training_samples_have_a_label_validation_is_shared_out(tmp_path: Path) -> None:
+    work = workspace(tmp_path)
+    train, validation = work.splits.train, work.splits.validation
+    labels = np.array(train.labels)
+    labels[len(validation) :] = NO_LABEL
+    work.__dict__["splits"] = replace(work.splits, train=replace(train, labels=labels))
+    held = hold_out(work)
+
+    assert len(held.learned_from) == len(train)
+    assert sorted([*held.chosen_on.ids, *held.judged_on.ids]) == sorted(validation.ids)
+    assert held.words == "one half of validation, the other judges"
 
 
 def test_scores_are_right_or_wrong_and_the_loss_only_breaks_ties() -> None:
