@@ -15,8 +15,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -125,22 +126,21 @@ def train(
         NumericalError: The loss is NaN or infinite; the last checkpoint stays.
         UsageError: The student cannot be kept in shards.
     """
-    device = processes.device()
     if plan.shard and bare_student(student) is not student:
         raise UsageError("distill.shard = true does not go with features or embeddings; leave out one of them")
     assert split.labels is not None
-    rows, places, labels = cache.rows(split.ids), cache.places(split), torch.from_numpy(split.labels)
+    lessons = _Lessons(split, cache, views, objective, plan, torch.from_numpy(split.labels))
     everyone = np.arange(len(split)) if learned_from is None else learned_from
     pool = everyone[split.labelled[everyone]] if plan.labelled_only else everyone
     order = Order(pool, split.ids[pool], cache.views, plan.views_per_decode, plan.seed)
     student.train()
-    if device.type == "cpu" and not plan.shard and not plan.compile:  # a compiler lays out by itself
+    if processes.device().type == "cpu" and not plan.shard and not plan.compile:  # a compiler lays out by itself
         lay_channels_last(student, view_batch(split, pool[:2], np.zeros(2, np.int64), replace(views, mix=None)).inputs)
     trained, called = spread(student, plan.shard, plan.compile)
     optimizer = torch.optim.AdamW(
         trained.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True
     )
-    scaler = torch.amp.GradScaler(device.type, FIRST_SCALE, enabled=plan.precision == "fp16")
+    scaler = torch.amp.GradScaler(processes.device().type, FIRST_SCALE, enabled=plan.precision == "fp16")
     samples = len(everyone)
     steps = math.ceil(samples / plan.batch_size)
     seed_all(plan.seed)
@@ -159,30 +159,9 @@ def train(
             for piece, last in _pieces(len(batch), plan.accumulate):
                 own, sizes = processes.share_of(piece.stop - piece.start)
                 norms.counts = sizes[processes.rank()] > 0
-                compared = batch[piece][own] if cache.positions else batch[piece]  # what the loss is taken over
-                wanted = labels[compared]
-                counted = counted_positions(wanted.numpy()) if cache.positions else None
-                seen = turns[piece][own] if cache.positions else turns[piece]
-                stored = cache.read(rows[compared], seen, counted)
-                mine = slice(None) if cache.positions else own
-                partners = None if stored.partners is None else places[stored.partners]
-                partner = None if partners is None else partners[mine]
-                shown = view_batch(split, batch[piece][own], stored.seeds[mine], views, partner)
-                inputs = [x.to(device) for x in shown.inputs]
                 with accumulating(called, last):
-                    with torch.autocast(device.type, _DTYPES[plan.precision], enabled=plan.precision != "fp32"):
-                        outputs = student_outputs(called(*inputs))
-                    mixed_in = None if partners is None else labels[partners]
-                    if counted is None:
-                        outputs = _of_all(outputs, sizes)
-                        shares = None if shown.shares is None else processes.gathered(shown.shares, sizes)
-                    else:  # the positions that count, as if each were a sample: (tokens, vocabulary)
-                        chosen, shares = torch.from_numpy(counted), shown.shares
-                        outputs = replace(outputs, logits=outputs.logits[chosen.to(device)].float())
-                        wanted = wanted[chosen]
-                    truth = Truth(wanted, mixed_in, shares)
-                    parts = objective(outputs, stored.outputs.to(device), truth.to(device))
-                    parts = _weighted(parts, labels[compared], labels[batch], norms.counts)
+                    outputs, parts, wanted = lessons.learned(called, batch[piece], turns[piece], own, sizes)
+                    parts = _weighted(parts, wanted, lessons.labels[batch], norms.counts)
                     if len(parts) > 1 and last and step % SHARES_EVERY == 0:
                         state.see_shares(gradient_shares(parts, _pulled(trained, outputs)))
                     # Gradients are averaged over the processes, each of which has those of its own samples only.
@@ -211,6 +190,62 @@ def train(
     settle(student, trained)
     progress.finish()
     return state.history
+
+
+@dataclass(frozen=True)
+class _Lessons:
+    """What a student learns from, a piece of a batch at a time: samples, their views, the teacher's word on these."""
+
+    split: Split
+    cache: TeacherCache
+    views: Views
+    objective: Objective
+    plan: TrainingPlan
+    labels: Tensor
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """Where the cache has each sample."""
+        return self.cache.rows(self.split.ids)
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """Where the split has each sample of the cache."""
+        return self.cache.places(self.split)
+
+    def learned(
+        self, student: Callable[..., Any], samples: np.ndarray, turns: np.ndarray, own: slice, sizes: list[int]
+    ) -> tuple[StudentOutputs, dict[str, Tensor], Tensor]:
+        """One piece, of which this process shows the student its own slice.
+
+        Args:
+            samples, turns: Positions in the split and views of the whole piece.
+            own, sizes: This process's slice, and how many samples each process has.
+
+        Returns:
+            The student's outputs, the parts of the loss, and the labels of what the loss is taken over: of the whole
+            piece, or of this slice where samples are windows of tokens.
+        """
+        windows, device, precision = self.cache.positions > 0, processes.device(), self.plan.precision
+        compared, seen = (samples[own], turns[own]) if windows else (samples, turns)
+        labels = wanted = self.labels[compared]
+        counted = counted_positions(labels.numpy()) if windows else None
+        stored = self.cache.read(self.rows[compared], seen, counted)
+        mine = slice(None) if windows else own
+        partners = None if stored.partners is None else self.places[stored.partners]
+        partner = None if partners is None else partners[mine]
+        shown = view_batch(self.split, samples[own], stored.seeds[mine], self.views, partner)
+        with torch.autocast(device.type, _DTYPES[precision], enabled=precision != "fp32"):
+            outputs = student_outputs(student(*(x.to(device) for x in shown.inputs)))
+        if counted is None:
+            outputs = _of_all(outputs, sizes)
+            shares = None if shown.shares is None else processes.gathered(shown.shares, sizes)
+        else:  # the positions that count, as if each were a sample: (tokens, vocabulary)
+            chosen, shares = torch.from_numpy(counted), shown.shares
+            outputs = replace(outputs, logits=outputs.logits[chosen.to(device)].float())
+            wanted = labels[chosen]
+        truth = Truth(wanted, None if partners is None else self.labels[partners], shares)
+        return outputs, self.objective(outputs, stored.outputs.to(device), truth.to(device)), labels
 
 
 def _pieces(samples: int, pieces: int) -> Iterator[tuple[slice, bool]]:
