@@ -28,6 +28,7 @@ from edgekd.teachers.capture import capture
 from edgekd.teachers.pooling import pooled
 from edgekd.teachers.records import record_bytes
 from edgekd.teachers.sources import load_teacher, module_fingerprint
+from edgekd.teachers.taps import tapped
 from edgekd.teachers.targets import codec_of
 from edgekd.teachers.teacher_cache import CaptureKey, TeacherCache
 from edgekd.teaching import Answer, Teacher
@@ -149,6 +150,17 @@ def test_a_module_is_a_teacher_with_features(tmp_path: Path) -> None:
     np.testing.assert_allclose(teacher.outputs({"x": x}).features["0"], expected, atol=1e-6)
     with pytest.raises(UsageError, match=r"mine:teacher has no module 'hidden' for a feature; there are 0, 1, 2"):
         load_teacher("mine:teacher", tmp_path, {"x": x}, taps=["hidden"]).logits({"x": x})
+
+
+def test_a_feature_is_what_its_module_returned_also_where_the_next_one_writes_over_it() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 2))
+    with tapped(net, ["0"], "net") as seen:
+        net(random(5, 4))
+        found = seen("0").detach()
+
+    torch.testing.assert_close(found, net[0](random(5, 4)))
+    assert float(found.min()) < 0
 
 
 STORED = spec("mean").stored

@@ -189,6 +189,18 @@ def test_standardized_logits_forgive_scale_and_shift_and_the_labels_do_not() -> 
     assert float(moved["labels"]) != pytest.approx(float(plain["labels"]), rel=0.1)
 
 
+@pytest.mark.parametrize("standardize", [False, True])
+def test_a_student_that_says_nothing_yet_is_not_thrown_off_by_its_first_step(standardize: bool) -> None:
+    """As with a head of zeros, which vision transformers begin with: all logits are the same."""
+    student, name = torch.zeros(6, 4, requires_grad=True), "kd" if standardize else "dist"
+    terms = [Term(name, 1.0, LOSSES[name])]
+    parts = weighted(student, DenseTargets(_logits(1)), Truth(LABELS), terms, 1.0, 0.5, standardize)
+    parts[name].backward()
+
+    assert student.grad is not None
+    assert 1e-3 < float(student.grad.abs().max()) < 100
+
+
 def test_gradient_shares_tell_who_pulls() -> None:
     logits = _logits(0).requires_grad_()
     parts = {"one": logits.sum(), "three": 3 * logits.sum(), "none": torch.tensor(7.0, requires_grad=True) * 1}

@@ -159,6 +159,30 @@ def test_an_inner_tensor_of_an_onnx_file_is_a_feature(tmp_path: Path) -> None:
         load_teacher("onnx:t.onnx", tmp_path, {"x": x}, taps=["hid"])
 
 
+def test_weights_beside_an_onnx_file_belong_to_its_fingerprint_and_its_size(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from onnx import TensorProto, helper, numpy_helper
+
+    value, x, teachers = helper.make_tensor_value_info, np.ones((5, 400), np.float32), []
+    for seed in (0, 1):
+        weight = np.random.default_rng(seed).normal(size=(400, 3)).astype(np.float32)
+        graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["logits"])], "g",
+                                  [value("x", TensorProto.FLOAT, ["n", 400])],
+                                  [value("logits", TensorProto.FLOAT, ["n", 3])],
+                                  [numpy_helper.from_array(weight, "w")])  # fmt: skip
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+        (tmp_path / str(seed)).mkdir()
+        path = tmp_path / str(seed) / "t.onnx"
+        onnx.save_model(model, path, save_as_external_data=True, location="t.onnx.data", size_threshold=0)
+        teachers.append(load_teacher("onnx:t.onnx", path.parent, {"x": x}))
+
+    assert (tmp_path / "0" / "t.onnx").read_bytes() == (tmp_path / "1" / "t.onnx").read_bytes()
+    assert teachers[0].fingerprint != teachers[1].fingerprint
+    assert teachers[0].size_bytes > 4800
+    assert teachers[0].parameters == 1200
+
+
 # ── Keras and TensorFlow: in a process of their own, since Keras has one backend for life ─────────────────────────────
 
 

@@ -210,6 +210,36 @@ def test_verify_runs_the_teacher_again(copied: Workspace) -> None:
     assert "top class differs in 0.00%" in progress.lines[0]
 
 
+def test_a_cache_that_was_whole_when_the_run_was_killed_is_not_captured_again(copied: Workspace) -> None:
+    (record,) = copied.folder.path.rglob("capture-train.json")
+    record.unlink()
+    done = edgekd("capture", cwd=copied.recipe.folder)
+
+    assert done.returncode == 0, done.stderr
+    assert "capture train: " not in done.stderr
+    assert record.is_file()
+    assert "capture train: " in edgekd("capture", "--force", cwd=copied.recipe.folder).stderr
+
+
+def test_a_teacher_that_answers_otherwise_than_its_cache_is_found_though_its_weights_are_the_same(
+    copied: Workspace,
+) -> None:
+    model = copied.recipe.folder / "model.py"
+    changed = "return model.eval().register_forward_hook(lambda module, inputs, output: 3 * output) and model"
+    model.write_text(model.read_text().replace("return model.eval()", changed))
+    folder = moved(copied.recipe.folder)
+    told = edgekd("capture", cwd=folder)
+
+    assert told.returncode == 1
+    assert "this is another teacher, augmentation or data set; run: edgekd capture --force" in told.stderr
+    assert edgekd("capture", "--force", cwd=folder).returncode == 0
+    assert edgekd("capture", cwd=folder).returncode == 0
+
+
+def test_what_was_judged_on_other_test_samples_is_compressed_again(copied: Workspace) -> None:
+    assert copied.folder.done_with("compress-w8a8")["test"] == copied.capture_key("test").to_json()
+
+
 def test_a_damaged_cache_shard_stops_distill_and_is_captured_again_by_run(copied: Workspace) -> None:
     from edgekd.stages.pipeline import distill_stage
 

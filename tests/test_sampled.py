@@ -1,5 +1,7 @@
 """Draws that stand for a distribution: unbiased whatever room a record has, and seen by the loss as in the paper."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch.nn import functional as F
 
 from edgekd.distillation.losses import soft_target_kl
 from edgekd.errors import UsageError
+from edgekd.teachers.records import make_records
 from edgekd.teachers.sampled import Sampled, SampledTargets
 from edgekd.teachers.targets import codec_of
 
@@ -71,6 +74,24 @@ def test_the_same_seed_draws_the_same() -> None:
 
     assert a.tobytes() == b.tobytes()
     assert a[0].tobytes() == a[2].tobytes() != a[1].tobytes()
+
+
+def test_places_of_a_record_that_hold_no_draw_say_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stood in the memory before: shares that are not drawn must not come from there."""
+    empty = np.empty
+
+    def used(*asked: Any, **told: Any) -> np.ndarray:
+        made = empty(*asked, **told)
+        made.view(np.uint8)[...] = 255
+        return made
+
+    monkeypatch.setattr(np, "empty", used)
+    codec, seeds = Sampled(50), np.arange(20, dtype=np.uint64)
+    logits = np.log(np.array([[0.6, 0.3, 0.1, *[1e-9] * (CLASSES - 3)]] * 20, np.float32))
+    records = make_records(seeds, None, logits, None, seeds, codec, {})
+    targets = codec.decode(records)
+
+    np.testing.assert_allclose(targets.shares.sum(1), 1, atol=1e-5)
 
 
 def test_the_gradient_is_that_of_the_cross_entropy_with_the_drawn_shares() -> None:

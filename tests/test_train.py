@@ -18,7 +18,7 @@ from edgekd.data.split import Split
 from edgekd.data.truth import NO_LABEL, Truth
 from edgekd.data.views import Views
 from edgekd.distillation.losses import Term, soft_target_kl, weighted
-from edgekd.distillation.train import TrainingPlan, learning_rate_at, train
+from edgekd.distillation.train import TrainingPlan, learning_rate_at, steps_of, train
 from edgekd.errors import CacheError, NumericalError
 from edgekd.teachers.capture import capture
 from edgekd.teachers.outputs import StudentOutputs, TeacherOutputs
@@ -119,6 +119,20 @@ def test_a_batch_in_pieces_is_the_same_batch(tmp_path: Path, material: tuple[Spl
         found.append(nn.utils.parameters_to_vector(net.parameters()).detach())
 
     torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("batch", "pieces"), [(199, 1), (195, 4)], ids=["batch", "piece"])
+def test_no_batch_and_no_piece_has_a_lone_sample_which_a_batch_norm_cannot_take(
+    tmp_path: Path, material: tuple[Split, TeacherCache], batch: int, pieces: int
+) -> None:
+    split, cache = material
+    progress = Interrupting()
+    plan = dataclasses.replace(PLAN, batch_size=batch, accumulate=pieces, epochs=2)
+    history = train(network(), split, cache, Views(), objective, plan, tmp_path / "c.pt", progress, "x")
+
+    assert len(history) == 2
+    assert progress.steps == 2 * steps_of(200, batch)
+    assert [steps_of(200, batch) for batch in (199, 49, 195, 50, 1)] == [1, 5, 2, 4, 200]
 
 
 def distilled(student: StudentOutputs, teacher: TeacherOutputs, truth: Truth) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from edgekd.data.split import Split
 from edgekd.data.windows import positions_of
 from edgekd.distillation.arms import objective_of, plan_of, threads_of
 from edgekd.distillation.distill import fresh_student
-from edgekd.distillation.train import train
+from edgekd.distillation.train import steps_of, train
 from edgekd.programs.tracing import export_program
 from edgekd.stages.workspace import Workspace
 from edgekd.teachers.capture import capture
@@ -170,7 +170,7 @@ def _arm_cost(work: Workspace, arm: str, part: Split, cache: TeacherCache, plain
     module, learner = fresh_student(recipe, work.splits, cache, arm, seed)
     plan = plan_of(recipe, arm, seed)
     wanted = BATCHES + WARM_UP
-    steps = math.ceil(len(part) / plan.batch_size)
+    steps = steps_of(len(part), plan.batch_size)
     short = replace(plan, epochs=math.ceil(wanted / steps), shard=False)
     clock = _Clock(wanted)
     objective, checkpoint = objective_of(recipe, arm, labelled=bool(work.splits.labels)), folder / f"{arm}.pt"
@@ -182,7 +182,7 @@ def _arm_cost(work: Workspace, arm: str, part: Split, cache: TeacherCache, plain
     module.to("cpu").eval().requires_grad_(False)
     return ArmCost(
         arm,
-        plan.epochs * math.ceil(len(work.splits.train) / plan.batch_size),
+        plan.epochs * steps_of(len(work.splits.train), plan.batch_size),
         step_s,
         max(0.0, sum(clock.seconds[:warm]) - warm * step_s),
         _finish_s(work, module, plain),

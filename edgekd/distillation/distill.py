@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,9 +44,12 @@ __all__ = [
     "fresh_student",
     "judged",
     "load_result",
+    "outputs_on",
     "student_of",
     "train_arm",
 ]
+
+JUDGED_AT_ONCE = 512
 
 STARTED_FROM = "student starts from: "
 """Begins the line of a card's lineage that says whose weights a student started from."""
@@ -178,7 +182,7 @@ def judged(student: Student, split: Split, cache: TeacherCache) -> Quality | Lik
     if cache.codec.name != VECTOR_CODEC:
         return evaluate(student, split, cache)
     assert split.labels is not None
-    vectors = next(iter(run_program(student.program, split.arrays()).values()))
+    vectors = outputs_on(student, split)
     return likeness(vectors, cache.vectors(split.ids), split.labels)
 
 
@@ -187,8 +191,14 @@ def evaluate(student: Student, split: Split, cache: TeacherCache) -> Quality:
     if cache.positions:
         return judge_student(student, split, cache)
     assert split.labels is not None
-    outputs = run_program(student.program, split.arrays())
-    return quality(next(iter(outputs.values())), split.labels, cache.logits(split.ids))
+    return quality(outputs_on(student, split), split.labels, cache.logits(split.ids))
+
+
+def outputs_on(student: Student, split: Split) -> np.ndarray:
+    """The first output on all samples, of which some hundred are in memory at a time."""
+    starts = range(0, len(split), JUDGED_AT_ONCE)
+    parts = (split.arrays(slice(start, start + JUDGED_AT_ONCE)) for start in starts)
+    return np.concatenate([next(iter(run_program(student.program, part).values())) for part in parts])
 
 
 def load_result(recipe: Recipe, arm: str, seed: int, kind: type[_Kind]) -> ArmResult[_Kind]:

@@ -207,9 +207,13 @@ def weighted(
     return parts
 
 
-def standardized(logits: Tensor, epsilon: float = 1e-7) -> Tensor:
-    """Logits less their mean, by their standard deviation, sample by sample (Sun et al. 2024, arXiv:2403.01427)."""
-    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + epsilon)
+def standardized(logits: Tensor, floor: float = 0.01) -> Tensor:
+    """Logits less their mean, by their standard deviation, sample by sample (Sun et al. 2024, arXiv:2403.01427).
+
+    A deviation below ``floor`` counts as that: where all logits are the same, as of a student with a head of zeros, the
+    gradient would be without bound, and an optimizer's moments remember one such step for thousands.
+    """
+    return (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True).clamp_min(floor)
 
 
 def gradient_shares(parts: Mapping[str, Tensor], pulled: Sequence[Tensor]) -> dict[str, float]:
@@ -254,9 +258,16 @@ def _target_or_not(log_probabilities: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([target, torch.logsumexp(log_probabilities.masked_fill(labelled, -torch.inf), dim=1)], dim=1)
 
 
-def _pearson(a: Tensor, b: Tensor, epsilon: float = 1e-8) -> Tensor:
-    """Correlation row by row; rows without variance correlate with nothing."""
-    return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1, eps=epsilon)
+def _pearson(student: Tensor, teacher: Tensor, floor: float = 0.01) -> Tensor:
+    """Correlation row by row; rows without variance correlate with nothing.
+
+    A row that varies less than ``floor`` times as much as the teacher's counts as if it varied so much; see
+    :func:`standardized`.
+    """
+    a, b = student - student.mean(1, keepdim=True), teacher - teacher.mean(1, keepdim=True)
+    varies, least = b.square().sum(1), torch.finfo(b.dtype).tiny
+    spread = torch.maximum(a.square().sum(1), floor**2 * varies).clamp_min(least).sqrt()
+    return (a * b).sum(1) / (spread * varies.clamp_min(least).sqrt())
 
 
 def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:

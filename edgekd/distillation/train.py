@@ -40,7 +40,7 @@ from edgekd.protocols import Progress
 from edgekd.teachers.outputs import StudentOutputs, TeacherOutputs, student_outputs
 from edgekd.teachers.teacher_cache import TeacherCache
 
-__all__ = ["Objective", "OnEpoch", "TrainingPlan", "learning_rate_at", "train"]
+__all__ = ["Objective", "OnEpoch", "TrainingPlan", "learning_rate_at", "steps_of", "train"]
 
 CHECKPOINT_EVERY_S = 20.0
 
@@ -142,7 +142,7 @@ def train(
     )
     scaler = torch.amp.GradScaler(processes.device().type, FIRST_SCALE, enabled=plan.precision == "fp16")
     samples = len(everyone)
-    steps = math.ceil(samples / plan.batch_size)
+    steps = steps_of(samples, plan.batch_size)
     seed_all(plan.seed)
     state = load_checkpoint(checkpoint, trained, optimizer, scaler)
     progress.start(name, plan.epochs * steps, state.step)
@@ -151,7 +151,8 @@ def train(
         while state.step < plan.epochs * steps:
             epoch, step = divmod(state.step, steps)
             begin = epoch * samples + step * plan.batch_size
-            batch, turns = order.draws(begin, min(begin + plan.batch_size, (epoch + 1) * samples))
+            end = begin + plan.batch_size if step + 1 < steps else (epoch + 1) * samples
+            batch, turns = order.draws(begin, end)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(state.step, plan.epochs * steps, plan)
             optimizer.zero_grad()
@@ -248,9 +249,15 @@ class _Lessons:
         return outputs, self.objective(outputs, stored.outputs.to(device), truth.to(device)), labels
 
 
+def steps_of(samples: int, batch_size: int) -> int:
+    """Of an epoch; a last sample that would be alone, which batch norms cannot take, goes with the batch before it."""
+    whole, left = divmod(samples, batch_size)
+    return max(1, whole + (left > 1))
+
+
 def _pieces(samples: int, pieces: int) -> Iterator[tuple[slice, bool]]:
-    """A batch in pieces that differ by at most one sample, and whether a piece is the last."""
-    count = min(pieces, samples)
+    """A batch in pieces that differ by at most one sample, and whether a piece is the last; none has a lone sample."""
+    count = max(1, min(pieces, samples // 2))
     edges = [samples * number // count for number in range(count + 1)]
     for number in range(count):
         yield slice(edges[number], edges[number + 1]), number + 1 == count

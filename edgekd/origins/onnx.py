@@ -27,7 +27,7 @@ class _Onnx:
 
     def teacher(self, asked: ModelRequest, example: Arrays) -> Teacher:
         from edgekd.programs.models import bind_inputs
-        from edgekd.store import hash_path
+        from edgekd.store import fingerprint, hash_path
         from edgekd.teachers.sources import answer_by_name
         from edgekd.teaching import Teacher
 
@@ -44,13 +44,19 @@ class _Onnx:
             steps = [runner({key: a[i : i + batch] for key, a in bound.items()}) for i in range(0, count, batch)]
             return answer_by_name(asked, {name: np.concatenate([step[name] for step in steps]) for name in steps[0]})
 
-        return Teacher(outputs, hash_path(path)[:16], _parameters(path), None, path.stat().st_size)
+        beside, parameters = _weights(path)
+        size = sum(part.stat().st_size for part in (path, *beside))
+        whole = hash_path(path)[:16] if not beside else fingerprint([hash_path(part) for part in (path, *beside)])
+        return Teacher(outputs, whole, parameters, None, size)
 
 
-def _parameters(path: Path) -> int:
+def _weights(path: Path) -> tuple[list[Path], int]:
+    """The files beside the model that hold weights (large ones lie there), and how many weights there are."""
     import onnx
 
-    return sum(int(np.prod(tensor.dims)) for tensor in onnx.load(path).graph.initializer)
+    tensors = onnx.load(path, load_external_data=False).graph.initializer
+    places = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
+    return [path.parent / place for place in sorted(places)], sum(int(np.prod(tensor.dims)) for tensor in tensors)
 
 
 def _with_outputs(exporter: Any, path: Path, asked: ModelRequest) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgekd.programs.models import run_program
+from edgekd.distillation.distill import outputs_on
 from edgekd.programs.student_files import load_student
 from edgekd.stages.workspace import Workspace
 from edgekd.store import atomic_write, hash_path
@@ -59,8 +59,7 @@ def _of_student(work: Workspace, arm: str, seed: int) -> np.ndarray:
             if str(kept["source"]) == source:
                 return np.asarray(kept["classes"], np.int64)
     student, _ = load_student(folder)
-    logits = next(iter(run_program(student.program, test.arrays()).values()))
-    classes = logits.argmax(axis=1).astype(np.int64)
+    classes = outputs_on(student, test).argmax(axis=1).astype(np.int64)
     buffer = io.BytesIO()
     np.savez(buffer, classes=classes.astype(np.int32), source=np.array(source))
     atomic_write(path, buffer.getvalue())

@@ -25,10 +25,11 @@ from edgekd.stages.once import once
 from edgekd.stages.proofs import proof_of
 from edgekd.stages.recovery import Settings, calibration_split, compressed, pruned, settings_of, training_inputs
 from edgekd.stages.results import base_folder, shipped, source_folder, trained_of
+from edgekd.stages.verify import confirm_teacher
 from edgekd.stages.workers import Crew
 from edgekd.stages.workspace import SPLITS, Workspace
 from edgekd.store import MANIFEST, hash_path, load_artifact
-from edgekd.teachers.capture import capture
+from edgekd.teachers.capture import capture, is_whole
 from edgekd.teachers.language_student import trained_decoder
 from edgekd.types import Json, Precision, Student
 
@@ -51,12 +52,17 @@ def capture_stage(work: Workspace, progress: Progress, force: bool = False, crew
     Raises:
         NumericalError: The teacher gives NaN or infinity.
         DataError: Data that does not fit.
+        CacheError: What is captured already is not what the teacher says now.
     """
     keys = {name: work.capture_key(name) for name in SPLITS}  # loads all data: a fault of it comes before the hours
+    if not force and processes.is_main() and is_whole(work.folder.cache("validation"), keys["validation"]):
+        confirm_teacher(work)
     for name in SPLITS:
         key, folder = keys[name], work.folder.cache(name)
 
         def make(name: str = name, folder: Path = folder) -> list[Path]:
+            if not force and is_whole(folder, keys[name]):
+                return [folder]
             maker = None if crew is None else crew.maker(work.recipe, name, keys[name])
             capture(folder, work.split(name), work.teacher, keys[name], work.views_of(name), progress, maker)
             return [folder]
@@ -101,6 +107,7 @@ def prune_stage(work: Workspace, progress: Progress, force: bool = False) -> Non
         "prune": word,
         "epochs": epochs,
         "training": training_inputs(work, result.arm, result.seed) if epochs else None,
+        "test": work.capture_key("test").to_json(),
         "edgekd": edgekd.__version__,
     }
 
@@ -182,6 +189,7 @@ def compress_stage(
             "validation": work.splits.validation.fingerprint if precision == "auto" else None,
             "training": training_inputs(work, result.arm, result.seed) if settings.qat_epochs else None,
             "settings": vars(settings),
+            "test": work.capture_key("test").to_json(),
             "edgekd": edgekd.__version__,
         }
 

@@ -9,10 +9,10 @@ from edgekd.protocols import Progress
 from edgekd.stages.proofs import proof_of
 from edgekd.stages.results import finished, source_folder
 from edgekd.stages.workspace import SPLITS, Workspace
-from edgekd.teachers.capture import verify_cache
+from edgekd.teachers.capture import Verification, verify_cache
 from edgekd.types import Artifact
 
-__all__ = ["verify_artifacts", "verify_caches"]
+__all__ = ["confirm_teacher", "verify_artifacts", "verify_caches"]
 
 
 def verify_caches(work: Workspace, progress: Progress) -> None:
@@ -23,13 +23,30 @@ def verify_caches(work: Workspace, progress: Progress) -> None:
     """
     for name in SPLITS:
         found = verify_cache(work.cache(name), work.split(name), work.teacher, work.views_of(name))
-        line = (
-            f"cache {name}: {found.records} records run again, top class differs in {found.top1_differs:.2%}, "
-            f"largest relative error {found.max_relative:.2g}"
-        )
-        if found.top1_differs > 0.01 or found.max_relative > 0.01:
-            raise CacheError(f"{line}; this is another teacher, augmentation or data set; run: edgekd capture --force")
-        progress.say(line)
+        progress.say(_confirmed(name, found))
+
+
+def confirm_teacher(work: Workspace) -> None:
+    """Ask the teacher four validation samples again: a changed ``forward`` is not in the fingerprint of its weights.
+
+    A teacher that is paid for each answer is not asked.
+
+    Raises:
+        CacheError: It says something else than when it was captured.
+    """
+    if work.teacher.per_shard is None:
+        cache, split = work.cache("validation"), work.splits.validation
+        _confirmed("validation", verify_cache(cache, split, work.teacher, work.views_of("validation"), 0.0, fewest=4))
+
+
+def _confirmed(name: str, found: Verification) -> str:
+    line = (
+        f"cache {name}: {found.records} records run again, top class differs in {found.top1_differs:.2%}, "
+        f"largest relative error {found.max_relative:.2g}"
+    )
+    if found.top1_differs > 0.01 or found.max_relative > 0.01:
+        raise CacheError(f"{line}; this is another teacher, augmentation or data set; run: edgekd capture --force")
+    return line
 
 
 def verify_artifacts(work: Workspace, progress: Progress) -> list[Artifact]:

@@ -30,7 +30,7 @@ from edgekd.teachers.teacher_cache import FORMAT, CaptureKey, TeacherCache, open
 from edgekd.teaching import Teacher
 from edgekd.types import Json
 
-__all__ = ["Verification", "capture", "verify_cache"]
+__all__ = ["Verification", "capture", "is_whole", "verify_cache"]
 
 RECORDS_PER_SHARD = 16_384
 
@@ -113,15 +113,23 @@ def capture(
     return open_cache(folder)
 
 
+def is_whole(folder: Path, key: CaptureKey) -> bool:
+    """Whether all of a capture is there, undamaged."""
+    try:
+        return bool(open_cache(folder, key).manifest["complete"])
+    except CacheError:
+        return False
+
+
 def verify_cache(
-    cache: TeacherCache, split: Split, teacher: Teacher, views: Views, share: float = 0.001
+    cache: TeacherCache, split: Split, teacher: Teacher, views: Views, share: float = 0.001, fewest: int = 64
 ) -> Verification:
-    """Run the teacher again on a random share of the records (at least 64) and compare.
+    """Run the teacher again on a random share of the records (``fewest`` at least) and compare.
 
     The same kernels on the same machine differ by no more than the rounding to f16.
     """
     total = len(cache) * cache.views
-    count = min(total, max(at_once(64, cache.positions), int(total * share)))
+    count = min(total, max(at_once(fewest, cache.positions), int(total * share)))
     numbers = np.sort(np.random.default_rng(0).choice(total, count, replace=False))
     rows, turns = np.divmod(numbers, cache.views)
     places = cache.places(split)

@@ -66,7 +66,7 @@ def make_records(
     if len(bad):
         raise NumericalError(f"the teacher gives NaN or infinity for {len(bad)} samples, first id {ids[bad[0]]}")
     positions = 0 if labels is None else labels.shape[1]
-    records = np.empty(len(seeds), record_type(codec, logits.shape[-1], positions, partners is not None, features))
+    records = np.zeros(len(seeds), record_type(codec, logits.shape[-1], positions, partners is not None, features))
     records["seed"] = seeds
     if partners is not None:
         records["partner"] = partners
