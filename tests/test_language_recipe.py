@@ -251,6 +251,9 @@ def test_the_report_tells_perplexity_first_token_and_tokens_a_second(
     rows = [row for row in ledger.rows if row.stage == "artifact"]
     entries = plugins.load_module("edgekd.benchmarks.history")
 
+    student = next(row for row in ledger.rows if row.stage == "student")
+    assert {row.parameters for row in rows} == {student.parameters}, "tied weights count once"
+    assert all(row.macs and student.macs and 0.5 < row.macs / student.macs < 2 for row in rows), "of a token"
     assert [row.perplexity for row in rows] == [artifacts[row.name].perplexity for row in rows]
     assert all(row.tokens_per_second and row.first_token_ms and row.prompt_tokens == 5 for row in rows)
     assert all(m["summary"]["tokens_per_second"] for m in content["measurements"])

@@ -251,8 +251,9 @@ def flatten_outputs(output: Any) -> list[Tensor]:
 
 
 def count_parameters(module: nn.Module | ExportedProgram) -> int:
-    """Numbers that training set; shared ones count once."""
-    return sum(parameter.numel() for parameter in module.parameters())
+    """Numbers that training set; shared ones count once, which a program holds under each of their names."""
+    own = {(parameter.data_ptr() or id(parameter), parameter.numel()) for parameter in module.parameters()}
+    return sum(count for _, count in own)
 
 
 def count_macs(program: ExportedProgram) -> int:

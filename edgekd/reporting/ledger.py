@@ -55,7 +55,7 @@ class Row(JsonMixin):
         ece: Expected calibration error, 0 to 1.
         size_bytes: Of the file; of a program: of its saved form.
         parameters: Count of trained numbers.
-        macs: Multiply-accumulates for one sample.
+        macs: Multiply-accumulates for one sample; of a language model, for one token.
         latency_ms: Median of the block medians.
         latency_device: Where that was measured.
         parity: ``passed``, ``failed``, ``not_run``; empty for a program.
