@@ -1,6 +1,7 @@
 """The teacher's completions as training data: seeded, the same after a kill, and read as prompts that do not count."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from edgekd.data.tokens import read_tokens
 from edgekd.errors import DataError, UsageError
 from edgekd.programs.hugging_face import hugging_face_module
 from edgekd.recipes.recipe import TokenData
-from edgekd.teachers.completions import CompletionSettings, complete_file, teacher_writer
+from edgekd.teachers.completions import CompletionSettings, Writer, complete_file, teacher_writer
 
 WORDS = 30
 
@@ -43,6 +44,16 @@ def generate(folder: Path, out: Path, *words: str) -> None:
     arguments = ["generate", f"hf:{folder}", str(folder / "prompts.jsonl"), str(out), "--max-tokens", "7", *words]
     result = CliRunner().invoke(app, [*arguments, "--end", "stop"], catch_exceptions=False)
     assert result.exit_code == 0
+
+
+def test_how_the_teacher_samples_by_default_does_not_bend_what_was_asked(folder: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(folder, tmp_path / "own")
+    habit = json.loads((own / "generation_config.json").read_text()) | {"do_sample": True, "top_p": 0.01}
+    (own / "generation_config.json").write_text(json.dumps(habit))
+    for teacher in (folder, own):
+        generate(teacher, tmp_path / f"{teacher.name}.jsonl", "--temperature", "2.5")
+
+    assert (tmp_path / "own.jsonl").read_text() == (tmp_path / f"{folder.name}.jsonl").read_text()
 
 
 def test_the_likeliest_completion_is_that_of_the_logits_token_by_token(folder: Path, tmp_path: Path) -> None:
@@ -89,11 +100,10 @@ def test_a_separator_that_json_may_hold_as_it_is_ends_no_row(folder: Path, tmp_p
     rows = [{"prompt": f"w1{separator}w2"} for separator in "\u2028\x85"]
     prompts.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
 
-    def write(prompt: str, seed: int) -> tuple[str, bool]:
-        return "w3\u2029w4", True
+    writer = Writer(lambda prompts: None, lambda prompt, seed: ("w3\u2029w4", True))
 
-    assert complete_file(prompts, out, write, "me", 0, SilentProgress()) == 2
-    assert complete_file(prompts, out, write, "me", 0, SilentProgress()) == 0  # its own rows are read again
+    assert complete_file(prompts, out, writer, "me", 0, SilentProgress()) == 2
+    assert complete_file(prompts, out, writer, "me", 0, SilentProgress()) == 0  # its own rows are read again
     spec = TokenData(tokenizer="tokenizer.json", length=6, end="stop")
     _, _, labels = read_tokens("jsonl", out, spec, folder)
     assert labels.tolist() == [[-1, 3, 4, WORDS - 2, -1, -1]] * 2
@@ -111,6 +121,26 @@ def test_what_cannot_be_completed_is_said(folder: Path, tmp_path: Path) -> None:
         teacher_writer(module, folder / "tokenizer.json", CompletionSettings(beams=2, temperature=1.0))
     with pytest.raises(UsageError, match="does not generate text"):
         teacher_writer(torch.nn.Linear(2, 2), folder / "tokenizer.json", CompletionSettings())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("w1 " * 2042, r"long.jsonl line 3 has 2042 tokens of prompt; with 7 of completion, 1 to 2041 fit"),
+        (" ", r"long.jsonl line 3 has 0 tokens of prompt"),
+    ],
+)
+def test_a_prompt_that_does_not_fit_is_told_before_any_is_completed(
+    folder: Path, tmp_path: Path, prompt: str, message: str
+) -> None:
+    prompts, out = tmp_path / "long.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "w1"}\n\n' + json.dumps({"prompt": prompt}) + "\n")
+    words = folder / "tokenizer.json"
+    writer, made_by = teacher_writer(hugging_face_module(folder), words, CompletionSettings(7))
+    with pytest.raises(DataError, match=message):
+        complete_file(prompts, out, writer, made_by, 0, SilentProgress())
+
+    assert not out.exists()
 
 
 def test_completions_are_windows_whose_prompt_does_not_count_and_end_only_where_they_ended(

@@ -47,6 +47,7 @@ class Service(ThreadingHTTPServer):
 
     Attributes:
         faults: Status codes with which the next requests are answered, and what they say to wait.
+        faults_of: The same of requests that hold a text, each time.
         seen: Requests, with their key.
         dies_after: Requests after which every answer is 500.
     """
@@ -63,6 +64,7 @@ class Service(ThreadingHTTPServer):
         self.model = Language(len(WORDS)).eval()
         self.lock = threading.Lock()
         self.faults: list[tuple[int, dict[str, str]]] = []
+        self.faults_of: dict[str, tuple[int, dict[str, str]]] = {}
         self.seen: list[tuple[str, dict[str, Any]]] = []
         self.dies_after = 10**9
 
@@ -86,6 +88,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.seen.append((self.headers.get("Authorization", ""), asked))
             fault = self.server.faults.pop(0) if self.server.faults else None
+            fault = next((one for text, one in self.server.faults_of.items() if text in json.dumps(asked)), fault)
             if len(self.server.seen) > self.server.dies_after:
                 fault = 500, {}
         if fault is not None:
@@ -149,6 +152,7 @@ def running() -> Iterator[Service]:
 @pytest.fixture
 def service(running: Service, monkeypatch: pytest.MonkeyPatch) -> Service:
     running.faults, running.seen, running.dies_after = [], [], 10**9
+    running.faults_of = {}
     monkeypatch.setattr("edgekd.teachers.endpoint.FIRST_WAIT_S", 0.001)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     return running
@@ -224,6 +228,13 @@ def test_what_asking_again_does_not_mend_is_told_at_once(
         teacher(service, tmp_path, parallel=1).logits(TEXTS)
     with pytest.raises(DataError, match=r"returned no log-probabilities for 'silent' \(chat\)"):
         teacher(service, tmp_path, model="silent").logits(TEXTS)
+
+
+def test_a_refusal_is_told_while_another_prompt_waits(service: Service, tmp_path: Path) -> None:
+    service.faults_of = {"cheap": (429, {"Retry-After": "60"}), "hello": (400, {})}
+    with pytest.raises(UsageError, match="/v1/chat/completions refuses: 400"):
+        teacher(service, tmp_path, parallel=2).logits(TEXTS)
+    assert len(service.seen) <= 3  # the one that waited was not asked again
 
 
 RECIPE = """

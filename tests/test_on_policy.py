@@ -125,6 +125,29 @@ def test_the_first_loss_is_the_divergence_at_the_tokens_that_the_student_wrote(f
         assert card["history"] == [pytest.approx(float(value), abs=1e-4)]
 
 
+@pytest.mark.parametrize("end", ["stop", ""])
+def test_token_0_which_also_fills_up_is_learned_from_where_the_student_says_it(
+    folder: Path, tmp_path: Path, end: str
+) -> None:
+    """In GPT-2, Llama 3 and Qwen 2 it is "!". Where all is w0, each position attends to the same."""
+    (tmp_path / "one.jsonl").write_text('{"prompt": "w0 w0"}\n')
+    teacher, student = (hugging_face_module(folder / who) for who in ("teacher", "student"))
+    ids = torch.zeros(1, 6, dtype=torch.long)
+    head = generating(student).lm_head.weight
+    with torch.no_grad():
+        hidden = generating(student).model(ids).last_hidden_state[0, -1]
+        head[0] = 20 * hidden / hidden.square().sum()  # it says nothing but w0
+        ours, theirs = (F.log_softmax(model(ids, torch.ones_like(ids))[0, 1:5], -1) for model in (student, teacher))
+    assert ours[:, 0].exp().min() > 0.9999
+    told = settings(steps=1, batch_size=1, max_tokens=4, beta=1.0, end=end)
+    words, out = folder / "teacher" / "tokenizer.json", tmp_path / "out"
+    card = train_on_policy(teacher, student, tmp_path / "one.jsonl", words, out, told, SilentProgress())
+
+    wanted = (ours.exp() * (ours - theirs)).sum(-1).mean()
+    assert card["history"] == [pytest.approx(float(wanted), abs=1e-4)]
+    assert wanted > 0.1
+
+
 def test_a_training_that_broke_off_goes_on_to_the_same_student(
     folder: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

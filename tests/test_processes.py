@@ -10,6 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
+
+from edgekd.distillation.parallel import spread
+from edgekd.errors import UsageError
 
 TEAM = Path(__file__).parent / "stand_ins" / "team.py"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -173,6 +177,14 @@ def test_a_command_for_one_process_refuses_several(tmp_path: Path) -> None:
         told += ended.stderr.splitlines()
 
     assert told == ["edgekd: edgekd run is for one process, and 2 were started; only distill takes several"]
+
+
+def test_a_student_in_shards_on_one_process_says_how_several_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    told = r"distill.shard = true .*; torchrun --nproc-per-node 2 -m edgekd distill starts two"
+    with pytest.raises(UsageError, match=told):
+        spread(nn.Linear(2, 2), shard=True, compiled=False)
 
 
 def test_what_accelerate_launch_was_told_is_not_heard_in_silence(tmp_path: Path) -> None:

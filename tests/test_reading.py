@@ -211,7 +211,7 @@ def test_every_template_and_example_is_a_good_recipe() -> None:
     found = sorted([*root.glob("edgekd/templates/*/edgekd.toml"), *root.glob("examples/*/*.toml")])
     if not (root / "examples").is_dir():
         pytest.skip("the examples are not part of the wheel")
-    assert len(found) == 11
+    assert len(found) == 12
     faults: list[str] = []
     for path in found:
         with contextlib.suppress(RecipeError):
@@ -235,6 +235,15 @@ def test_a_target_has_precisions_and_options_of_its_own(tmp_path: Path) -> None:
         load_recipe(_write(tmp_path, GOOD + '\n[export.coreml]\nprecisions = ["w8d8"]\n'))
     with pytest.raises(RecipeError, match=r"export.onyx: no such key; did you mean onnx\?"):
         load_recipe(_write(tmp_path, GOOD + "\n[export.onyx]\n"))
+
+
+@pytest.mark.parametrize("value", ['"fp16"', "16", "[16]", '[["fp16"]]'])
+def test_precisions_that_are_no_list_of_words_are_one_fault(tmp_path: Path, value: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(_write(tmp_path, GOOD + f"\n[export.onnx]\nprecisions = {value}\n"))
+
+    found = value.replace('"', "'")
+    assert caught.value.faults == (f'export.onnx.precisions: {found} is not a list of words, as ["fp32", "int8"] is',)
 
 
 def test_options_on_the_command_line_name_their_target_where_there_are_several() -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from edgekd.choosing.judging import Judged, hold_out, judge
-from edgekd.choosing.sweep import Sweep, Swept, sweep
+from edgekd.choosing.sweep import Sweep, Swept, _in_processes, sweep
 from edgekd.choosing.sweep_space import Knob, Settings, own_settings, parse_knob, space_of, tidy, with_settings
 from edgekd.choosing.sweep_words import is_worse, recipe_lines, sentences, write_settings
 from edgekd.console import SilentProgress
@@ -332,6 +332,31 @@ def test_trials_that_come_to_nothing_are_told(captured: Path) -> None:
 
     with pytest.raises(UsageError, match=r"none of 2 trials came to an end: .*the loss is"):
         run_sweep(captured, 2, asked=asked)
+
+
+def _train_for_long(asked: Sweep, progress: Progress, folder: Path) -> None:
+    (folder / "began").touch()
+    for _ in range(300):
+        time.sleep(0.1)
+        progress.advance()
+    (folder / "ended").touch()
+
+
+def _fail_beside(asked: Sweep, progress: Progress, folder: Path) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (folder / "began").exists():
+        time.sleep(0.05)
+    raise UsageError("this worker failed")
+
+
+def test_the_first_error_of_a_worker_ends_the_others(tmp_path: Path) -> None:
+    asked = Sweep(workspace(tmp_path).recipe, "kd", 3, (0, 1), {}, 2)
+    tasks = [(_train_for_long, (tmp_path,)), (_fail_beside, (tmp_path,)), (_train_for_long, (tmp_path,))]
+    with pytest.raises(UsageError, match="this worker failed"):
+        _in_processes(asked, tasks, SilentProgress(), None, 3)
+
+    assert (tmp_path / "began").exists()
+    assert not (tmp_path / "ended").exists()
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from edgekd.distillation.train import TrainingPlan, train
 from edgekd.errors import DataError
 from edgekd.recipes.reading import load_recipe
 from edgekd.reporting.summary import collect
+from edgekd.stages.check import check_workspace
 from edgekd.stages.pipeline import capture_stage, distill_stage
 from edgekd.stages.workspace import Workspace
 from edgekd.teachers.capture import capture, verify_cache
@@ -75,6 +76,20 @@ def test_what_is_in_a_split_already_is_left_out_and_said(tmp_path: Path) -> None
         splits_of(tmp_path, held[0])
 
 
+def test_every_copy_of_a_sample_that_is_in_a_split_is_left_out(tmp_path: Path) -> None:
+    splits_of(tmp_path, fresh(5))
+    known = [np.load(tmp_path / f"{name}.npz")["x"][:1] for name in ("test", "test", "validation", "train", "train")]
+    joined = splits_of(tmp_path, np.concatenate([*known, *known, fresh(5)])).joined
+
+    assert joined is not None
+    assert (joined.samples, joined.left_out) == (5, {"test": 4, "validation": 2, "train": 4})
+
+
+def test_whole_numbers_beside_decimals_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"input x is float32 in train and int32 in unlabeled .*uint8.*; .*alike"):
+        splits_of(tmp_path, np.arange(15, dtype=np.uint8).reshape(5, 3))
+
+
 def test_inputs_that_differ_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train has the inputs x \(3,\); unlabeled has x \(4,\)"):
         splits_of(tmp_path, np.zeros((5, 4), np.float32))
@@ -118,7 +133,7 @@ def test_the_control_learns_from_labelled_samples_alone_in_as_many_steps(tmp_pat
         return {"labels": truth.cross_entropy(student.logits)}
 
     torch.manual_seed(0)
-    plan = TrainingPlan(2, 16, 1e-3, 0.0, 0.0, seed=1, labelled_only=labelled_only)
+    plan = TrainingPlan(2, 13, 1e-3, 0.0, 0.0, seed=1, labelled_only=labelled_only)
     train(nn.Linear(3, 2), splits.train, cache, Views(), objective, plan, tmp_path / "p.pt", progress, "x")
 
     seen = torch.cat(shown)
@@ -137,6 +152,9 @@ def test_a_missing_folder_is_a_fault_of_the_recipe(tmp_path: Path) -> None:
 
 def test_a_recipe_that_mixes_and_has_unlabeled_samples_is_captured_trained_verified_and_told(tmp_path: Path) -> None:
     splits_of(tmp_path, fresh(25), 'mix = "mixup"\nviews = 4\nviews_per_decode = 2\n')
+    train, test = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("train", "test"))
+    np.savez(tmp_path / "test.npz", **{name: np.concatenate([train[name][:2], test[name][2:]]) for name in test})
+    np.savez(tmp_path / "validation.npz", **{name: np.concatenate([train[name][:1], test[name][:2]]) for name in test})
     (tmp_path / "m.py").write_text(
         "import torch\n"
         "def teacher():\n    net = torch.nn.Linear(3, 2, bias=False)\n"
@@ -153,4 +171,8 @@ def test_a_recipe_that_mixes_and_has_unlabeled_samples_is_captured_trained_verif
     assert {result.arm for result in results} == {"control", "kd"}
     assert work.capture_key("train").mix
     assert (checked.records, checked.top1_differs) == (64, 0)
-    assert any(line.startswith("25 unlabeled samples, labelled by the teacher") for line in collect(work)[0].sentences)
+    sentences, facts = collect(work)[0].sentences, check_workspace(work)
+    assert any(line.startswith("25 unlabeled samples, labelled by the teacher") for line in sentences)
+    assert any(line.startswith("2 of the 12 test samples are in train or validation as well") for line in sentences)
+    assert facts["validation in train"].startswith("1 of 3 samples")
+    assert facts["test in train or validation"].startswith("2 of 12 samples")

@@ -109,16 +109,16 @@ def hold_out(work: Workspace) -> HeldOut:
     """A fifth of the labelled training samples for choices (5,000 at most), validation for the verdict.
 
     Half of validation chooses where it has more samples than that fifth, as where few training samples have a label;
-    and where samples are mixed: one that is held out would be mixed into others. By id, so that the same samples are
-    held out when others are added.
+    and where samples are mixed: one that is held out would be mixed into others. By content: copies stay together, and
+    the same samples are held out when others are added.
     """
     train, validation = work.splits.train, work.splits.validation
     wanted = min(SHARE * int(train.labelled.sum()), MOST)
     if work.recipe.data.mix is not None or wanted < len(validation) / 2:
-        held = _fraction(validation.ids) < 0.5
+        held = _fraction(validation.contents) < 0.5
         parts = [validation.take(np.flatnonzero(part)) for part in (held, ~held)]
         return HeldOut(np.arange(len(train)), parts[0], parts[1], "one half of validation, the other judges")
-    held = train.labelled & (_fraction(train.ids) < wanted / max(1, int(train.labelled.sum())))
+    held = train.labelled & (_fraction(train.contents) < wanted / max(1, int(train.labelled.sum())))
     return HeldOut(np.flatnonzero(~held), train.take(np.flatnonzero(held)), validation, "held out of train")
 
 

@@ -11,10 +11,11 @@ import io
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import CancelledError, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing import get_context
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
@@ -339,12 +340,16 @@ def _in_processes(
     count: Callable[[], int] | None,
     total: int,
 ) -> None:
-    """Do tasks in fresh processes, as many at a time as there are workers; the first error ends them all."""
+    """Do tasks in fresh processes, as many at a time as there are workers; the first error ends them all.
+
+    The others end at their next step, as a kill would end them: their trials are taken up again.
+    """
     what = f"sweep {asked.arm}, {asked.workers} workers"
     seen = count() if count else 0
     progress.start(what, total, seen)
     context = get_context("spawn")  # a fork would share the threads of torch and the connections of the study
-    with ProcessPoolExecutor(asked.workers, context, _begin, (replace(asked), os.getpid())) as pool:
+    stopped = context.Event()
+    with ProcessPoolExecutor(asked.workers, context, _begin, (replace(asked), _Orphan(os.getpid(), stopped))) as pool:
         pending = {pool.submit(_task, function, arguments) for function, arguments in tasks}
         try:
             while pending:
@@ -355,28 +360,32 @@ def _in_processes(
                 progress.advance(now - seen)
                 seen = now
         finally:
+            stopped.set()
             pool.shutdown(cancel_futures=True)
     progress.finish()
 
 
-_asked: list[Sweep] = []
-_parent: list[int] = []
+_given: list[tuple[Sweep, _Orphan]] = []
 
 
-def _begin(asked: Sweep, parent: int) -> None:
-    _asked[:], _parent[:] = [asked], [parent]
+def _begin(asked: Sweep, progress: _Orphan) -> None:
+    _given[:] = [(asked, progress)]
 
 
 def _task(function: Callable[..., object], arguments: tuple[object, ...]) -> None:
-    function(_asked[0], _Orphan(_parent[0]), *arguments)
+    asked, progress = _given[0]
+    progress.advance()  # another may have failed while this process began
+    function(asked, progress, *arguments)
 
 
 class _Orphan(SilentProgress):
-    """A progress of a process that works for another and ends when that one was killed."""
+    """A progress of a process that works for another, and ends when that one was killed or wants no more."""
 
-    def __init__(self, parent: int) -> None:
-        self._of = parent
+    def __init__(self, parent: int, stopped: Event) -> None:
+        self._of, self._stopped = parent, stopped
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         if os.getppid() != self._of:
             os._exit(1)
+        if self._stopped.is_set():
+            raise CancelledError

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +21,7 @@ from edgekd.errors import DataError, MissingToolchainError, first_line
 if TYPE_CHECKING:
     from edgekd.recipes.recipe import Data, ImageData, TextData
 
-__all__ = ["Column", "ImageFiles", "read_files", "unique_ids"]
+__all__ = ["Column", "ImageFiles", "hashes", "read_files", "unique_ids"]
 
 
 class Column(Protocol):
@@ -34,18 +35,25 @@ class Column(Protocol):
     def __getitem__(self, index: Any, /) -> Any: ...
 
 
-def unique_ids(contents: Sequence[bytes]) -> np.ndarray:
-    """64-bit hashes; the second copy of the same content gets the hash of itself and its number."""
-    seen: dict[bytes, int] = {}
-    ids = np.empty(len(contents), np.uint64)
-    for position, content in enumerate(contents):
-        digest = hashlib.blake2b(content, digest_size=8).digest()
-        copy = seen.get(digest, 0)
-        seen[digest] = copy + 1
+def hashes(contents: Iterable[bytes]) -> np.ndarray:
+    """One of each, the same for all copies: uint64 (samples,)."""
+    return np.fromiter((_hash(content) for content in contents), np.uint64)
+
+
+def unique_ids(contents: np.ndarray) -> np.ndarray:
+    """Hashes of contents, the second copy of the same in its place that of itself and its number: uint64 (samples,)."""
+    seen: dict[int, int] = {}
+    ids = contents.copy()
+    for position, content in enumerate(contents.tolist()):
+        copy = seen.get(content, 0)
+        seen[content] = copy + 1
         if copy:
-            digest = hashlib.blake2b(digest + copy.to_bytes(8, "little"), digest_size=8).digest()
-        ids[position] = int.from_bytes(digest, "little")
+            ids[position] = _hash(content.to_bytes(8, "little") + copy.to_bytes(8, "little"))
     return ids
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 Columns = tuple[dict[str, "Column"], np.ndarray | None, np.ndarray | None]
@@ -65,7 +73,7 @@ def read_files(kind: str, path: Path, data: Data, folder: Path, labelled: bool |
 
     Raises:
         MissingToolchainError: ``datasets`` or ``tokenizers`` is not installed.
-        DataError: The files cannot be read, or lack a column.
+        DataError: The files cannot be read, lack a column, or a row its label.
     """
     absent = plugins.missing(("datasets",))
     if absent:
@@ -91,6 +99,12 @@ def read_files(kind: str, path: Path, data: Data, folder: Path, labelled: bool |
     if labelled:
         feature, found = table.features[spec.label_column], list(table[spec.label_column])
         is_class = isinstance(feature, datasets.ClassLabel)
+        for row, label in enumerate(found, 1):
+            if label is None or label == "" or label != label or (is_class and label < 0):  # NaN differs from itself
+                raise DataError(
+                    f"{kind}:{path.name}: row {row} has no {spec.label_column!r}; every row needs one, "
+                    "and samples without it can be data.unlabeled"
+                )
         labels = np.asarray([feature.names[index] for index in found] if is_class else found)
     if data.text is not None:
         return _tokenize(list(table[spec.column]), data.text, folder), labels, None
@@ -137,11 +151,18 @@ class ImageFiles:
         return np.stack([self._decode(self._files[i]) for i in different])[places]
 
     def take(self, indices: np.ndarray) -> ImageFiles:
-        return ImageFiles([self._files[i] for i in indices], self._spec)
+        taken = ImageFiles([self._files[i] for i in indices], self._spec)
+        taken.contents = self.contents[indices]  # a million sizes are not asked for again
+        return taken
 
     def joined(self, other: ImageFiles) -> ImageFiles:
         """These, then those."""
         return ImageFiles([*self._files, *other._files], self._spec)
+
+    @property
+    def reading(self) -> str:
+        """How pixels become inputs, for a fingerprint."""
+        return self._spec.model_dump_json(exclude={"column", "label_column"})
 
     def found_in(self, other: ImageFiles) -> np.ndarray:
         """Which of these are in the other by content, whatever their names: bool (samples,).
@@ -152,9 +173,14 @@ class ImageFiles:
         known = {_file_hash(file) for file in other._files if _file_size(file) in sizes}
         return np.asarray([_file_size(file) in sizes and _file_hash(file) in known for file in self._files], bool)
 
+    @cached_property
+    def contents(self) -> np.ndarray:
+        """Hashes of the content where the bytes are at hand, else of folder, name and size: uint64 (samples,)."""
+        return hashes(self._identity(file) for file in self._files)
+
     def ids(self) -> np.ndarray:
-        """By content where the bytes are at hand, else by folder, name and size."""
-        return unique_ids([self._identity(file) for file in self._files])
+        """As ``contents``, each copy with an id of its own."""
+        return unique_ids(self.contents)
 
     @staticmethod
     def _identity(file: Any) -> bytes:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from edgekd import plugins
-from edgekd.data.files import Column, read_files, unique_ids
-from edgekd.data.split import Split
+from edgekd.data.files import Column, ImageFiles, hashes, read_files, unique_ids
+from edgekd.data.split import Split, content_hashes
 from edgekd.data.tokens import read_tokens
 from edgekd.data.truth import NO_LABEL
 from edgekd.data.unlabeled import Joined, join_unlabeled
+from edgekd.data.views import split_mix
 from edgekd.data.windows import counted_positions
 from edgekd.errors import DataError, NumericalError
 from edgekd.types import Json
@@ -59,9 +60,20 @@ class Splits:
         """Seen by no choice, reports are made on it: loaded when first asked for, so what chooses need not have it.
 
         Raises:
-            DataError: It lacks labels that are needed, has other inputs than ``train``, or only samples of it.
+            DataError: It lacks labels that are needed, has other inputs than ``train``, or only samples that were
+                trained or chosen on.
         """
         return self.load_test()
+
+    @cached_property
+    def validation_in_train(self) -> int:
+        """How many samples of ``validation`` are in ``train`` as well: a few are found in many data sets."""
+        return int(self.validation.found_in(self.train).sum())
+
+    @cached_property
+    def test_in_others(self) -> int:
+        """How many samples of ``test`` are in ``train`` or ``validation`` as well."""
+        return int((self.test.found_in(self.train) | self.test.found_in(self.validation)).sum())
 
 
 def load_splits(recipe: Recipe) -> Splits:
@@ -84,15 +96,13 @@ def load_splits(recipe: Recipe) -> Splits:
     train = read["train"]
     if "validation" in read:
         validation = read["validation"]
+        _check_held_out(validation, "validation", {"train": train})
     else:
         train, validation = _hold_out(train, data.validation_share)
 
     def load_test() -> Split:
         test = _labelled_split(*_read(data.test, data, folder, labelled), "test", names, labelled)
-        if list(train.inputs) != list(test.inputs):
-            raise DataError(f"train has the inputs {', '.join(train.inputs)}; test has {', '.join(test.inputs)}")
-        if np.isin(test.ids, train.ids).all():
-            raise DataError("all test samples are in train; hold some out")
+        _check_held_out(test, "test", {"train": train, "validation": validation})
         return test
 
     splits = Splits(train, validation, names, _preprocessing(data), _assets(data, folder), load_test)
@@ -190,7 +200,14 @@ def _read(reference: str, data: Data, folder: Path, labelled: bool | None = True
 
 def _parts(arrays: Mapping[str, np.ndarray]) -> _Raw:
     inputs: dict[str, Column] = {k: v for k, v in arrays.items() if k not in ("label", "id")}
-    return inputs, arrays.get("label"), arrays.get("id")
+    return inputs, arrays.get("label"), None if "id" not in arrays else _given_ids(arrays["id"])
+
+
+def _given_ids(ids: np.ndarray) -> np.ndarray:
+    """Ids as spread out as hashes are, since the first by id are taken for a random choice; different ones stay so."""
+    if ids.dtype.kind in "ui":
+        return split_mix(ids)
+    return unique_ids(hashes(str(item).encode() for item in ids))
 
 
 # ── checking ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -204,6 +221,8 @@ def _split(
     lengths = {key: len(column) for key, column in inputs.items()}
     if label is not None:
         lengths["label"] = len(label)
+    if ids is not None:
+        lengths["id"] = len(ids)
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise DataError(f"{name}: all arrays need the same samples on the first axis; found {lengths}")
     for key, column in inputs.items():
@@ -213,10 +232,7 @@ def _split(
     inputs = {key: _tidy(column) for key, column in inputs.items()}
     labels = None if label is None else _labels(np.asarray(label), name, names, inputs)
     if ids is None:
-        ids = unique_ids(_contents(inputs))
-    elif ids.dtype.kind not in "ui":
-        ids = unique_ids([str(item).encode() for item in ids])
-    ids = ids.astype(np.uint64)
+        ids = unique_ids(content_hashes(inputs))
     if len(np.unique(ids)) != len(ids):
         raise DataError(f"{name}: 'id' has the same value twice; ids tell samples apart")
     digest = hashlib.sha256(ids.tobytes())
@@ -224,6 +240,8 @@ def _split(
         digest.update(f"{key}{column.shape}".encode())
         if isinstance(column, np.ndarray):
             digest.update(np.ascontiguousarray(column).tobytes())
+        elif isinstance(column, ImageFiles):
+            digest.update(column.reading.encode())
     digest.update(b"" if labels is None else labels.tobytes())
     return Split(inputs, labels, ids, digest.hexdigest()[:16])
 
@@ -272,18 +290,25 @@ def _label_names(raw: Mapping[str, _Raw]) -> tuple[str, ...]:
     return tuple(str(number) for number in range(int(label.max()) + 1))
 
 
-def _contents(inputs: Mapping[str, Column]) -> list[bytes]:
-    arrays = [np.ascontiguousarray(column[:]) for column in inputs.values()]
-    return [b"".join(array[i].tobytes() for array in arrays) for i in range(len(arrays[0]))]
+def _check_held_out(split: Split, name: str, others: Mapping[str, Split]) -> None:
+    """That a split has the inputs of train, in their order, and a sample that is in no other."""
+    inputs = others["train"].inputs
+    if list(inputs) != list(split.inputs):
+        raise DataError(f"train has the inputs {', '.join(inputs)}; {name} has {', '.join(split.inputs)}")
+    if np.logical_or.reduce([split.found_in(other) for other in others.values()]).all():
+        raise DataError(f"all {len(split)} samples of data.{name} are in {' or '.join(others)}; others are needed")
 
 
 def _hold_out(train: Split, share: float) -> tuple[Split, Split]:
-    """Validation by id, so that a sample stays on its side when others are added."""
+    """Validation by content: all copies on one side, where a sample stays when others are added."""
     if share == 0:
         raise DataError("data.validation_share is 0 and data.validation is not given; choices need held-out samples")
-    held = (train.ids >> np.uint64(11)).astype(np.float64) / 2.0**53 < share
+    held = (train.contents >> np.uint64(11)).astype(np.float64) / 2.0**53 < share
     if not held.any() or held.all():
-        raise DataError(f"{len(train)} training samples are too few to hold out a share of {share}")
+        different = len(np.unique(train.contents))
+        raise DataError(
+            f"{len(train)} training samples ({different} different) are too few to hold out a share of {share}"
+        )
     return train.take(np.flatnonzero(~held)), train.take(np.flatnonzero(held))
 
 

@@ -46,11 +46,11 @@ def join_unlabeled(train: Split, extra: Split, held_out: Mapping[str, Split]) ->
     Args:
         train: Labelled.
         extra: Its labels, if any, are not looked at.
-        held_out: By name; no sample of theirs may be trained on. Samples are known by their ids, image files by their
-            content.
+        held_out: By name; no sample of theirs may be trained on. Samples are known by their ids and by their content,
+            image files by that of the file.
 
     Raises:
-        DataError: Inputs that differ, windows of tokens, or nothing that is not in a split already.
+        DataError: Inputs that differ in name, shape or kind, windows of tokens, or nothing but samples of a split.
     """
     labels = train.labels
     assert labels is not None
@@ -59,6 +59,13 @@ def join_unlabeled(train: Split, extra: Split, held_out: Mapping[str, Split]) ->
     shapes = [{name: column.shape[1:] for name, column in split.inputs.items()} for split in (train, extra)]
     if list(shapes[0].items()) != list(shapes[1].items()):
         raise DataError(f"train has the inputs {_told(shapes[0])}; unlabeled has {_told(shapes[1])}")
+    for name, column in train.inputs.items():
+        kinds = [one[:1].dtype for one in (column, extra.inputs[name])]
+        if kinds[0] != kinds[1]:  # cast, pixels from 0 to 255 would stand beside pixels from 0 to 1 and nobody be told
+            raise DataError(
+                f"data.unlabeled: input {name} is {kinds[0]} in train and {kinds[1]} in unlabeled "
+                "(int32 stands for all whole numbers, also uint8); prepare both alike"
+            )
     free, left_out = np.ones(len(extra), bool), {}
     for name, split in {**held_out, "train": train}.items():
         found = free & _known(extra, split)
@@ -79,8 +86,8 @@ def join_unlabeled(train: Split, extra: Split, held_out: Mapping[str, Split]) ->
 
 
 def _known(extra: Split, split: Split) -> np.ndarray:
-    """Which samples are in a split."""
-    known = np.isin(extra.ids, split.ids)
+    """Which samples are in a split, every copy of them."""
+    known = np.isin(extra.ids, split.ids) | np.isin(extra.contents, split.contents)
     for name, column in extra.inputs.items():
         other = split.inputs[name]
         if isinstance(column, ImageFiles) and isinstance(other, ImageFiles):

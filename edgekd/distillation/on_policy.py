@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from edgekd import plugins
-from edgekd.data.tokens import load_tokenizer, prompt_rows
+from edgekd.data.tokens import load_tokenizer
 from edgekd.errors import DataError, MissingToolchainError, NumericalError, UsageError
 from edgekd.programs.hugging_face import generating
 from edgekd.protocols import Progress
 from edgekd.quiet import quiet
 from edgekd.store import atomic_folder, fingerprint, hash_path, read_json, write_json
+from edgekd.teachers.completions import prompt_tokens
 from edgekd.teachers.sources import module_fingerprint
 from edgekd.types import Json
 
@@ -147,16 +148,7 @@ def _read(
     end = tokenizer.token_to_id(settings.end) if settings.end else None
     if settings.end and end is None:
         raise UsageError(f"{tokenizer_file.name} has no token {settings.end!r}")
-    tokens = []
-    room = min(getattr(model.config, "max_position_embeddings", 1 << 30) for model in models) - settings.max_tokens
-    for number, row in prompt_rows(prompts):
-        ids = tokenizer.encode(row["prompt"], add_special_tokens=False).ids
-        if not 0 < len(ids) <= room:
-            raise DataError(
-                f"{prompts.name} line {number} has {len(ids)} tokens of prompt; with {settings.max_tokens} of "
-                f"completion, these models take 1 to {room}"
-            )
-        tokens.append(ids)
+    tokens = prompt_tokens(prompts, tokenizer, models, settings.max_tokens)
     if not tokens:
         raise DataError(f"{prompts.name} has no rows")
     return tokens, end
@@ -227,6 +219,8 @@ def _train(
             gradient_checkpointing=False,
         )
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file))
+        # Token 0 may be a word ("!" of GPT-2); it fills up what masks leave out, and TRL (1.16) finds the end of a
+        # completion by the token that ends it, not by this one. A test holds that it is learned from.
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
         trainer = GKDTrainer(
             model=models[1],

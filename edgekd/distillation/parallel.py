@@ -6,6 +6,7 @@ With one process this does nothing.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from edgekd import processes
+from edgekd.errors import UsageError
 
 __all__ = ["Norms", "accumulating", "like", "settle", "shared_norms", "spread", "whole"]
 
@@ -34,7 +36,15 @@ def spread(student: nn.Module, shard: bool, compiled: bool) -> tuple[nn.Module, 
 
     Returns:
         The trained module (the student itself, or a copy whose parameters are DTensors) and the called one.
+
+    Raises:
+        UsageError: It is to be kept in shards, and no launcher has started the processes.
     """
+    if shard and "RANK" not in os.environ:
+        raise UsageError(
+            "distill.shard = true keeps parts of the student on several processes, and this one was started alone; "
+            "torchrun --nproc-per-node 2 -m edgekd distill starts two"
+        )
     trained = student.to(processes.device()) if not shard else _sharded(student)
     # Module.compile would leave an nn.Sequential as it is. Each size of a batch by itself: kernels for any size would
     # serve what follows the first ragged batch, and a training that goes on behind it would add up in another order

@@ -223,10 +223,13 @@ def _export_faults(table: Json, targets: list[str], precisions: list[str]) -> li
             faults.append(f"export.{key}: {own!r} is not a table; [export.{key}] holds what {key} alone is told")
         else:
             faults += _option_faults(key, {name: value for name, value in own.items() if name != "precisions"})
+            if (words := own.get("precisions", [])) != texts_of(words):
+                text = f'{words!r} is not a list of words, as ["fp32", "int8"] is'
+                faults.append(f"export.{key}.precisions: {text}")
     lacking: dict[str, str] = {}
     for target in [name for name in targets if name in known] or Export().targets:
         own = table.get(target, {})
-        words = own.get("precisions") if isinstance(own, dict) else None
+        words = texts_of(own["precisions"]) if isinstance(own, dict) and "precisions" in own else None
         where = "export.precisions" if words is None else f"export.{target}.precisions"
         has = plugins.load_exporter(target).precisions
         for index, word in enumerate(precisions if words is None else words):

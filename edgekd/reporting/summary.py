@@ -8,7 +8,7 @@ import math
 import platform
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import edgekd
 from edgekd import plugins
 from edgekd.compression.compressed import notes_of
+from edgekd.data.windows import positions_of
 from edgekd.distillation.arms import CONTROL
 from edgekd.distillation.distill import ArmResult, Trained
 from edgekd.distillation.embeddings import Likeness, own_likeness
@@ -86,7 +87,11 @@ def collect(work: Workspace) -> tuple[Ledger, list[Measurement]]:
     ledger = Ledger(
         name=work.recipe.name,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        sentences=(*told.sentences, *_artifact_sentences([artifact for artifact, _ in artifacts], measurements)),
+        sentences=(
+            *told.sentences,
+            *_shared_sentences(work),
+            *_artifact_sentences([artifact for artifact, _ in artifacts], measurements),
+        ),
         rows=rows,
         classes=told.classes,
         lineage=card.lineage,
@@ -177,15 +182,21 @@ def _teacher_row(work: Workspace, teacher: Quality | Likeness) -> Row:
         **{name: value for name, value in _numbers(teacher).items() if name not in _BESIDE_THE_TEACHER},
         size_bytes=work.teacher.size_bytes or None,
         parameters=work.teacher.parameters,
-        macs=work.teacher.macs,
+        macs=_macs_of_one(work, work.teacher.macs),
     )
+
+
+def _macs_of_one(work: Workspace, macs: int | None) -> int | None:
+    """Of a sample; of a language model that reads whole windows, of a token, as of its files."""
+    return None if macs is None else macs // max(1, positions_of(work.splits.train.labels))
 
 
 def _student_row(work: Workspace, result: Trained, is_shipped: bool) -> Row:
     folder = work.folder.arm(result.arm, result.seed)
-    if result.arm == CONTROL:
-        return _program_row("control", "no teacher", result.test, folder, is_shipped)
-    return _program_row("student", result.arm, result.test, folder, is_shipped)
+    stage: Stage = "control" if result.arm == CONTROL else "student"
+    name = "no teacher" if result.arm == CONTROL else result.arm
+    row = _program_row(stage, name, result.test, folder, is_shipped)
+    return replace(row, macs=_macs_of_one(work, row.macs))
 
 
 def _program_row(stage: Stage, name: str, test: Quality | Likeness, folder: Path, is_shipped: bool = False) -> Row:
@@ -306,6 +317,16 @@ def _share_of_parameters(work: Workspace, card: Card) -> float | None:
 
 def _joined_sentences(work: Workspace) -> list[str]:
     return [] if work.splits.joined is None else [work.splits.joined.sentence()]
+
+
+def _shared_sentences(work: Workspace) -> list[str]:
+    splits = work.splits
+    if not splits.test_in_others:
+        return []
+    return [
+        f"{splits.test_in_others:,} of the {len(splits.test):,} test samples are in train or validation as well; "
+        "these can be known by heart."
+    ]
 
 
 def _view_sentences(work: Workspace) -> list[str]:

@@ -85,6 +85,10 @@ def check_workspace(work: Workspace) -> dict[str, str]:
         facts["student parameters"] += f", {share:.1%} of the teacher's (10 to 20 % is a sane start)"
     if start := started_from(student):
         facts["student starts from"] = f"{start}; the control too"
+    if splits.validation_in_train:
+        facts["validation in train"] = f"{splits.validation_in_train} of {len(splits.validation)} samples"
+    if splits.test_in_others:
+        facts["test in train or validation"] = f"{splits.test_in_others} of {len(splits.test)} samples"
     if splits.joined is not None:
         facts["unlabeled"] = splits.joined.sentence()
     return facts

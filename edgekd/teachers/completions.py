@@ -11,26 +11,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from edgekd import plugins
 from edgekd.data.tokens import jsonl_rows, load_tokenizer, prompt_rows, read_text
-from edgekd.errors import MissingToolchainError, UsageError
+from edgekd.errors import DataError, MissingToolchainError, UsageError
 from edgekd.programs.hugging_face import generating
 from edgekd.protocols import Progress
 from edgekd.store import atomic_write, fingerprint, hash_path
 from edgekd.teachers.sources import module_fingerprint
 from edgekd.types import Json
 
-__all__ = ["CompletionSettings", "complete_file", "teacher_writer"]
+__all__ = ["CompletionSettings", "Writer", "complete_file", "prompt_tokens", "teacher_writer"]
 
-Write = Callable[[str, int], tuple[str, bool]]
-"""(prompt, seed) to a completion, and whether it came to its end."""
+
+@dataclass(frozen=True)
+class Writer:
+    """What completes prompts.
+
+    Attributes:
+        require: Looks at all rows of a .jsonl, and raises a DataError for the first prompt that cannot be completed.
+        write: (prompt, seed) to a completion, and whether it came to its end.
+    """
+
+    require: Callable[[Path], object]
+    write: Callable[[str, int], tuple[str, bool]]
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ class CompletionSettings:
     end: str = ""
 
 
-def complete_file(prompts: Path, out: Path, write: Write, made_by: str, seed: int, progress: Progress) -> int:
+def complete_file(prompts: Path, out: Path, writer: Writer, made_by: str, seed: int, progress: Progress) -> int:
     """Complete every row of a .jsonl that has a ``prompt``; rows that ``out`` has already are not done again.
 
     A row keeps what else it holds, and gets ``completion``, ``ended`` and ``made_by``.
@@ -64,15 +75,16 @@ def complete_file(prompts: Path, out: Path, write: Write, made_by: str, seed: in
         How many rows were done now.
 
     Raises:
-        DataError: A row has no prompt.
+        DataError: A row has no prompt, or one that the writer cannot complete; nothing was written.
         UsageError: ``out`` was made by another teacher, with other settings or from other prompts.
     """
     rows = [row for _, row in prompt_rows(prompts)]
+    writer.require(prompts)
     done = _done(out, rows, made_by)
     progress.start(f"generate {out.name}", len(rows), done)
     with out.open("a", encoding="utf-8") as file:
         for number, row in enumerate(rows[done:], done):
-            completion, ended = write(row["prompt"], _seed_of(seed, number, row["prompt"]))
+            completion, ended = writer.write(row["prompt"], _seed_of(seed, number, row["prompt"]))
             made = {**row, "completion": completion, "ended": ended, "made_by": made_by}
             file.write(json.dumps(made, ensure_ascii=False) + "\n")
             file.flush()  # a row that is whole is kept
@@ -81,7 +93,30 @@ def complete_file(prompts: Path, out: Path, write: Write, made_by: str, seed: in
     return len(rows) - done
 
 
-def teacher_writer(module: nn.Module, tokenizer_file: Path, settings: CompletionSettings) -> tuple[Write, str]:
+def prompt_tokens(prompts: Path, tokenizer: Any, models: Sequence[Any], max_tokens: int) -> list[list[int]]:
+    """The tokens of each prompt of a .jsonl.
+
+    Args:
+        models: Causal language models of transformers, which read prompt and completion.
+        max_tokens: Of a completion.
+
+    Raises:
+        DataError: A row has no prompt, one without a token, or one that does not fit the models with a completion.
+    """
+    tokens = []
+    room = min(getattr(model.config, "max_position_embeddings", 1 << 30) for model in models) - max_tokens
+    for number, row in prompt_rows(prompts):
+        ids: list[int] = tokenizer.encode(row["prompt"], add_special_tokens=False).ids
+        if not 0 < len(ids) <= room:
+            fit = f"1 to {room} fit" if room > 0 else f"none fits into {room + max_tokens}"
+            raise DataError(
+                f"{prompts.name} line {number} has {len(ids)} tokens of prompt; with {max_tokens} of completion, {fit}"
+            )
+        tokens.append(ids)
+    return tokens
+
+
+def teacher_writer(module: nn.Module, tokenizer_file: Path, settings: CompletionSettings) -> tuple[Writer, str]:
     """What completes a prompt with a transformers teacher (``generate`` with its key-value cache), one at a time.
 
     Args:
@@ -119,18 +154,22 @@ def teacher_writer(module: nn.Module, tokenizer_file: Path, settings: Completion
         pad_token_id=0,
     )
 
+    def require(prompts: Path) -> None:
+        prompt_tokens(prompts, tokenizer, [model], settings.max_tokens)
+
     def write(prompt: str, seed: int) -> tuple[str, bool]:
         ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False).ids])
         torch.manual_seed(seed)
         with torch.no_grad():
             mask = torch.ones_like(ids)
-            found = model.generate(ids, attention_mask=mask, generation_config=config, use_cache=True)
+            told = {"generation_config": config, "use_model_defaults": False}  # its top_p would bend what we asked for
+            found = model.generate(ids, attention_mask=mask, use_cache=True, **told)
         made = found[0, ids.shape[1] :].tolist()
         ended = end is not None and end in made
         return tokenizer.decode(made[: made.index(end)] if ended else made, skip_special_tokens=False), ended
 
     made_by = fingerprint([module_fingerprint(module), hash_path(tokenizer_file), dict(vars(settings))])
-    return write, made_by
+    return Writer(require, write), made_by
 
 
 def _done(out: Path, prompts: list[Json], made_by: str) -> int:

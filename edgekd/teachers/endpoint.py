@@ -9,11 +9,11 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from edgekd.errors import DataError, UsageError
+from edgekd.errors import DataError, EdgekdError, UsageError
 
 __all__ = ["Endpoint"]
 
@@ -83,8 +83,21 @@ class Endpoint:
 
     def _each(self, ask: Callable[[_Asked, threading.Event], _Answer], all_asked: Sequence[_Asked]) -> list[_Answer]:
         given_up = threading.Event()  # where one failed, the others need not be asked
-        with ThreadPoolExecutor(self.parallel) as pool:
-            return list(pool.map(lambda asked: ask(asked, given_up), all_asked))
+        failed: list[Exception] = []
+
+        def one(asked: _Asked) -> _Answer:
+            try:
+                return ask(asked, given_up)
+            except Exception as error:
+                failed.append(error)
+                given_up.set()
+                raise
+
+        try:
+            with ThreadPoolExecutor(self.parallel) as pool:
+                return list(pool.map(one, all_asked))
+        except (EdgekdError, CancelledError):
+            raise failed[0] from None  # the cause; it may not be the first in the order of what was asked
 
     def _next_tokens(self, window: Sequence[int], given_up: threading.Event) -> list[dict[int, float]]:
         told = {"echo": True, "max_tokens": 1, "temperature": 1, "top_p": 1, "return_tokens_as_token_ids": True}
@@ -99,13 +112,11 @@ class Endpoint:
             lists = zip(tokens, values, tops, strict=True)
             found = [{**_by_id(top), **_by_id({token: value})} for token, value, top in lists]
         except (KeyError, IndexError, TypeError, AttributeError):
-            given_up.set()
             raise DataError(
                 f"{self.url} returned no log-probabilities of the text's own tokens for {self.model!r}: "
                 f"{json.dumps(answer)[:120]}; it must know echo with logprobs"
             ) from None
         except ValueError:
-            given_up.set()
             raise DataError(
                 f"{self.url} returned tokens as text, as {tokens[-1]!r}, of which no ids are known; "
                 "an endpoint with return_tokens_as_token_ids (vLLM) works"
@@ -133,7 +144,6 @@ class Endpoint:
             )
             return _by_token([(str(token), float(value)) for token, value in entries])
         except (KeyError, IndexError, TypeError, AttributeError):
-            given_up.set()
             raise DataError(
                 f"{self.url} returned no log-probabilities for {self.model!r} ({self.api}): "
                 f"{json.dumps(answer)[:120]}; a teacher needs them"
@@ -149,7 +159,7 @@ class Endpoint:
         reason = ""
         for attempt in range(self.retries + 1):
             if given_up.is_set():
-                break
+                raise CancelledError  # another failed, and says why
             wait_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**attempt)
             try:
                 with _OPENER.open(request, timeout=self.timeout_s) as response:
@@ -157,7 +167,6 @@ class Endpoint:
             except urllib.error.HTTPError as error:
                 reason = f"{error.code} {error.reason}"
                 if error.code not in PASSING:
-                    given_up.set()
                     said = " ".join(error.read(200).decode(errors="replace").split())
                     if key:
                         said = said.replace(key, "…")
@@ -168,7 +177,6 @@ class Endpoint:
                 reason = str(getattr(error, "reason", error)) or type(error).__name__
             if attempt < self.retries:
                 given_up.wait(wait_s)
-        given_up.set()
         tries = "1 try" if self.retries == 0 else f"{self.retries + 1} tries"
         raise DataError(f"{address} gave no answer in {tries}: {reason}; what was captured stays: run it again")
 
