@@ -290,6 +290,32 @@ def test_a_row_without_its_label_is_named(tmp_path: Path, name: str, content: st
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "cannot be read: it holds no rows"),
+        (b'{"text": "a", "label": 1}\n{"text": "b", "label": 0\n', "cannot be read: .*in row 1"),
+        (b'{"text": "a", "label": 1}\n{"text": "\xff", "label": 0}\n', "row 2 is not UTF-8"),
+        (b'{"text": "a", "label": 1}\n{"text": null, "label": 0}\n', "row 2 has no 'text'"),
+        (b'{"text": "a", "label": 1}\n{"txt": "b", "label": 0}\n', "row 2 has no 'text'"),
+    ],
+    ids=["empty", "broken", "latin-1", "null", "misspelt"],
+)
+def test_rows_that_cannot_be_read_are_one_line(
+    tmp_path: Path, content: bytes, told: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("datasets")
+    pytest.importorskip("tokenizers")
+    (tmp_path / "a.jsonl").write_bytes(content)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    data = 'train = "jsonl:a.jsonl"\ntest = "jsonl:a.jsonl"\n[data.text]\nmax_length = 4\n'
+
+    with pytest.raises(DataError, match=rf"jsonl:a\.jsonl:? {told}") as caught:
+        load_splits(_recipe(tmp_path, data + 'tokenizer = "tokenizer.json"'))
+    assert "\n" not in str(caught.value)
+    assert "Failed to load" not in capfd.readouterr().err
+
+
 def test_a_class_of_minus_one_is_a_label_that_a_row_lacks(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     kinds = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})

@@ -17,6 +17,7 @@ import numpy as np
 from edgekd import plugins
 from edgekd.data.tokens import load_tokenizer
 from edgekd.errors import DataError, MissingToolchainError, first_line
+from edgekd.quiet import quiet
 
 if TYPE_CHECKING:
     from edgekd.recipes.recipe import Data, ImageData, TextData
@@ -82,43 +83,60 @@ def read_files(kind: str, path: Path, data: Data, folder: Path, labelled: bool |
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    said = f"{kind}:{path.name}"
     loader = "json" if kind == "jsonl" else kind
     where: dict[str, Any] = {"data_dir": str(path)} if kind == "imagefolder" else {"data_files": str(path)}
+    if path.is_file() and not path.stat().st_size:
+        raise DataError(f"{said} cannot be read: it holds no rows")
     try:
-        table = datasets.load_dataset(loader, split="train", **where)
+        with quiet():
+            table = datasets.load_dataset(loader, split="train", **where)
     except Exception as error:
-        raise DataError(f"{kind}:{path.name} cannot be read: {first_line(error)}") from error
+        raise DataError(f"{said} cannot be read: {first_line(error.__cause__ or error)}") from error
     spec = data.text or data.image
     assert spec is not None  # the recipe's check
     if labelled is None:
         labelled = spec.label_column in table.column_names
     for column in (spec.column, spec.label_column) if labelled else (spec.column,):
         if column not in table.column_names:
-            raise DataError(f"{kind}:{path.name} has no column {column!r}; there are {', '.join(table.column_names)}")
+            raise DataError(f"{said} has no column {column!r}; there are {', '.join(table.column_names)}")
     labels = None
     if labelled:
-        feature, found = table.features[spec.label_column], list(table[spec.label_column])
+        feature, found = table.features[spec.label_column], _values(table, spec.label_column, said)
         is_class = isinstance(feature, datasets.ClassLabel)
         for row, label in enumerate(found, 1):
             if label is None or label == "" or label != label or (is_class and label < 0):  # NaN differs from itself
                 raise DataError(
-                    f"{kind}:{path.name}: row {row} has no {spec.label_column!r}; every row needs one, "
+                    f"{said}: row {row} has no {spec.label_column!r}; every row needs one, "
                     "and samples without it can be data.unlabeled"
                 )
         labels = np.asarray([feature.names[index] for index in found] if is_class else found)
     if data.text is not None:
-        return _tokenize(list(table[spec.column]), data.text, folder), labels, None
+        texts = _values(table, spec.column, said)
+        if None in texts:
+            raise DataError(f"{said}: row {texts.index(None) + 1} has no {spec.column!r}; every row needs one")
+        return _tokenize(texts, data.text, folder), labels, None
     assert data.image is not None
     column_data = table.cast_column(spec.column, datasets.Image(decode=False)).with_format(None)[spec.column]
     images = ImageFiles(list(column_data), data.image)
     return {spec.column: images}, labels, images.ids()
 
 
+def _values(table: Any, column: str, said: str) -> list[Any]:
+    """All of a column."""
+    values: list[Any] = []
+    try:
+        values.extend(table[column])
+    except UnicodeDecodeError as error:
+        raise DataError(f"{said}: row {len(values) + 1} is not UTF-8: {first_line(error)}") from error
+    return values
+
+
 def _tokenize(texts: list[Any], spec: TextData, folder: Path) -> dict[str, Column]:
     tokenizer = load_tokenizer(folder / spec.tokenizer, "text data")
     tokenizer.enable_truncation(spec.max_length)
     tokenizer.enable_padding(length=spec.max_length)
-    encoded = tokenizer.encode_batch([str(text or "") for text in texts])
+    encoded = tokenizer.encode_batch([str(text) for text in texts])
     return {
         "input_ids": np.asarray([item.ids for item in encoded], np.int32),
         "attention_mask": np.asarray([item.attention_mask for item in encoded], np.int32),
