@@ -229,7 +229,7 @@ def test_the_codec_left_out_is_draws_where_they_serve_every_arm_else_the_largest
 def test_rows_that_are_no_text_are_said(folder: Path, content: str, message: str | None) -> None:
     (folder / "train.jsonl").write_text(content + '{"text": ""}\n' * 3)
     if message is None:  # an empty completion still ends: its end token counts
-        content += '{"prompt": "w2", "completion": ""}\n' * 30
+        content += "".join(f'{{"prompt": "w{word}", "completion": ""}}\n' for word in range(2, 32))
         (folder / "train.jsonl").write_text(content)
         splits = Workspace(load_recipe(folder / "edgekd.toml")).splits
         assert splits.train.labels is not None
