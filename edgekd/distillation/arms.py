@@ -141,7 +141,7 @@ def arm_inputs(recipe: Recipe, splits: Splits, arm: str, seed: int, data: Json) 
         "arm": arm,
         "seed": seed,
         "student": _student_fingerprint(recipe, splits, seed),
-        "losses": _losses_told(recipe, mix),
+        "losses": _losses_told(recipe, mix, len(splits.labels)),
         "standardize": mix.standardize,
         "data": data,
         "temperature": mix.temperature,
@@ -158,12 +158,15 @@ def arm_inputs(recipe: Recipe, splits: Splits, arm: str, seed: int, data: Json) 
     }
 
 
-def _losses_told(recipe: Recipe, mix: Mix) -> Json:
-    """Of a mix, by what they do."""
+def _losses_told(recipe: Recipe, mix: Mix, classes: int) -> Json:
+    """Of a mix, by what they do; the user's own may want as many classes as there are."""
     if recipe.teacher.embeds:
         vectors = _vector_losses(recipe, mix)
         return {name: [weight, _feature_loss_fingerprint(loss)] for name, (weight, loss) in vectors.items()}
-    return {term.name: [term.weight, _loss_fingerprint(term.loss)] for term in _terms(recipe, mix)}
+    return {
+        term.name: [term.weight, _loss_fingerprint(term.loss, 5 if term.name in LOSSES else classes or 5)]
+        for term in _terms(recipe, mix)
+    }
 
 
 _HOW = {"precision": "fp32", "accumulate": 1, "compile": False}
@@ -179,11 +182,11 @@ def _student_fingerprint(recipe: Recipe, splits: Splits, seed: int) -> str:
     return fingerprint([repr(module), module_fingerprint(module), hashlib.sha256(values).hexdigest()])
 
 
-def _loss_fingerprint(loss: Loss) -> str:
+def _loss_fingerprint(loss: Loss, classes: int) -> str:
     """Of a loss: its values on fixed logits."""
     generator = torch.Generator().manual_seed(0)
-    student, teacher = torch.randn(2, 8, 5, generator=generator)
-    labels = torch.arange(8) % 5
+    student, teacher = torch.randn(2, 8, classes, generator=generator)
+    labels = torch.arange(8) % classes
     return fingerprint([float(loss(student, teacher, labels, temperature)) for temperature in (1.0, 4.0)])
 
 
