@@ -338,7 +338,7 @@ def test_a_loss_of_the_users_own_is_an_arm(tmp_path: Path) -> None:
     loss = "def squared(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:\n"
     model.write_text(
         model.read_text()
-        + f"\n\n{loss}    return ((student - teacher).square() * torch.tensor([1.0, 2.0, 1.0, 1.0])).mean()\n"
+        + f"\n\n{loss}    return ((student - teacher).square() * torch.tensor([1.0, 2.0, 1.0])).mean()\n"
     )
     work = Workspace(load_recipe(tmp_path / "edgekd.toml"))
     capture_stage(work, Listening())
