@@ -11,6 +11,7 @@ import numpy as np
 
 from edgekd.errors import DataError
 from edgekd.measurement import Block, Plan
+from edgekd.metrics import check_labels
 from edgekd.protocols import Arrays
 from edgekd.types import Artifact, JsonMixin
 
@@ -310,12 +311,12 @@ def drops_of(
     found: dict[str, Drop] = {}
     sides = list(zip((pair.old, pair.new), outputs, strict=True))
     if samples.labels is not None:
-        right = [_equal(top_classes(artifact, out), samples.labels, "labels") for artifact, out in sides]
+        right = [_is_top(artifact, out, samples.labels, "labels") for artifact, out in sides]
         found["accuracy"] = share_drop(right[0], right[1], margins.accuracy, confidence)
     if samples.teacher is not None:
         if samples.labels is not None or _means_logits(pair.old) or samples.teacher.ndim == 1:
             top = samples.teacher if samples.teacher.ndim == 1 else samples.teacher.argmax(axis=1)
-            same = [_equal(top_classes(artifact, out), top, "top classes of the teacher") for artifact, out in sides]
+            same = [_is_top(artifact, out, top, "top classes of the teacher") for artifact, out in sides]
             found["agreement"] = share_drop(same[0], same[1], margins.agreement, confidence)
         else:
             near = [_near(artifact, out, samples.teacher) for artifact, out in sides]
@@ -327,9 +328,12 @@ def _means_logits(artifact: Artifact) -> bool:
     return "logits" in [spec.meaning for spec in (*artifact.outputs, *artifact.card.outputs)]
 
 
-def _equal(top: np.ndarray, wanted: np.ndarray, what: str) -> np.ndarray:
+def _is_top(artifact: Artifact, outputs: Arrays, wanted: np.ndarray, what: str) -> np.ndarray:
+    """Whether each sample's top class is the wanted one, which must be a class of the file."""
+    top = top_classes(artifact, outputs)
     if top.shape != wanted.shape:
         raise DataError(f"{len(top)} samples were run; the {what} have shape {wanted.shape}")
+    check_labels(wanted, outputs[class_output(artifact)].shape[1], what)
     return np.asarray(top == wanted)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgekd.errors import DataError
 from edgekd.types import JsonMixin
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "accuracy",
     "agreement",
     "calibration_gap",
+    "check_labels",
     "expected_calibration_error",
     "mean_kl",
     "quality",
@@ -75,6 +77,29 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     shifted = np.asarray(logits, np.float64)
     shifted = np.exp(shifted - shifted.max(axis=-1, keepdims=True))
     return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def check_labels(labels: np.ndarray, classes: int, where: str) -> None:
+    """Refuse labels that no answer can match: they make every file equally wrong, and nothing is ever lost.
+
+    Args:
+        labels: Right classes, (samples,): whole numbers from 0, of any numeric type.
+        classes: How many the model has.
+        where: What errors call the labels.
+
+    Raises:
+        DataError: They are something else, or there is no such class; the message has the range that was found.
+    """
+    needed = f"one class per sample, a whole number from 0 to {classes - 1}, is needed"
+    if labels.ndim != 1:
+        raise DataError(f"{where}: shape {labels.shape} was found; {needed}")
+    if labels.dtype.kind not in "iubf":
+        raise DataError(f"{where}: dtype {labels.dtype} was found; {needed}")
+    low, high = float(labels.min()), float(labels.max())
+    if not (labels == np.trunc(labels)).all():  # NaN equals nothing
+        raise DataError(f"{where}: {low:g} to {high:g} was found, not all of it whole; {needed}")
+    if low < 0 or high >= classes:
+        raise DataError(f"{where}: {low:g} to {high:g} was found; the model has {classes} classes: {needed}")
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:

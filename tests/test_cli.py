@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from edgekd.benchmarks.cells import TIMED
+from edgekd.precisions import PORTABLE
 from edgekd.programs.student_files import load_student, save_student
 from edgekd.types import Student
 
@@ -23,6 +25,14 @@ def scaffold(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def captured(scaffold: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("captured") / "image"
+    shutil.copytree(scaffold, folder)
+    assert edgekd("capture", cwd=folder).returncode == 0
+    return folder
+
+
 def test_help_lists_every_command(tmp_path: Path) -> None:
     done = in_a_process("--help", cwd=tmp_path)
 
@@ -30,6 +40,14 @@ def test_help_lists_every_command(tmp_path: Path) -> None:
     commands = "init check capture distill compress export verify bench report run targets devices doctor"
     for command in commands.split():
         assert f"  {command} " in done.stdout
+
+
+@pytest.mark.parametrize(("command", "words"), [("compress", PORTABLE), ("compare", tuple(TIMED))])
+def test_help_lists_every_word_that_an_option_takes(tmp_path: Path, command: str, words: tuple[str, ...]) -> None:
+    done = edgekd(command, "--help", cwd=tmp_path, COLUMNS="110")
+
+    assert len(words) >= 4
+    assert ", ".join(words) in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize("template", ["image", "text"])
@@ -51,6 +69,16 @@ def test_init_overwrites_nothing(scaffold: Path) -> None:
     assert "edgekd.toml exists already" in done.stderr
 
 
+@pytest.mark.parametrize("folder", ["ok.npz", "ok.npz/inside"])
+def test_init_writes_into_no_file(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "ok.npz").write_bytes(b"kept")
+    done = edgekd("init", "--template", "text", folder, cwd=tmp_path)
+
+    assert done.returncode == 2
+    assert done.stderr == "edgekd: ok.npz is a file; choose another folder: edgekd init FOLDER\n"
+    assert (tmp_path / "ok.npz").read_bytes() == b"kept"
+
+
 def test_a_wrong_recipe_is_all_its_lines_and_exit_2(tmp_path: Path) -> None:
     (tmp_path / "edgekd.toml").write_text('name = "x"\n[data]\ntrain = "a.npz"\n[teacher]\n[student]\n')
     done = edgekd("check", cwd=tmp_path)
@@ -65,11 +93,14 @@ def test_a_wrong_recipe_is_all_its_lines_and_exit_2(tmp_path: Path) -> None:
 
 
 def write_files(folder: Path, student: Student) -> None:
-    """``model.pt2``, half of it, and what is no archive."""
+    """``model.pt2``, half of it, weights without a program, labels that are wrong, and what is no archive."""
     save_student(folder / "s", student, {})
     shutil.copy(folder / "s" / "student.pt2", folder / "model.pt2")
     (folder / "cut.pt2").write_bytes((folder / "model.pt2").read_bytes()[:3000])
     (folder / "bad.npz").write_bytes(b"PK")
+    torch.save(student.program.state_dict, folder / "weights.pt2")
+    samples = np.random.default_rng(0).normal(size=(8, 1, 12, 12)).astype(np.float32)
+    np.savez(folder / "labels.npz", image=samples, label=np.arange(8) % 7)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +116,16 @@ def write_files(folder: Path, student: Student) -> None:
         ),
         (("export", "model.pt2", "--target", "onnx", "--precision", "w8a8"), "give them with --calibration"),
         (("export", "cut.pt2", "--target", "onnx"), "it is truncated"),
+        (
+            ("export", "weights.pt2", "--target", "onnx"),
+            "weights.pt2 was not written by torch.export.save, but by torch.save it seems",
+        ),
         (("export", "model.pt2", "-t", "onnx", "-p", "w8a8", "--calibration", "bad.npz"), "cannot be read as .npz"),
+        (
+            ("export", "model.pt2", "-t", "onnx", "-p", "auto", "--calibration", "labels.npz"),
+            "'label' of labels.npz: 0 to 6 was found; the model has 5 classes",
+        ),
+        (("export", "model.pt2", "-t", "onnx", "-p", "fp32", "--observer", "foo"), "no observer called 'foo'; there"),
         (("export", "model.pt2", "-t", "onnx", "--corrections", "round"), "no correction called 'round'; there are"),
         (("export", "-t", "onnx", "--corrections", "none"), "--corrections is for a model file; a recipe says such"),
         (("export", "-t", "onnx", "--max-length", "64"), "--max-length is for a model file"),
@@ -103,6 +143,65 @@ def test_what_goes_wrong_is_one_line(
     assert len(done.stderr.strip().splitlines()) == 1
     assert not done.stdout
     assert not (tmp_path / "artifacts").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("export nope.pt2 -t onnx", "no model file at nope.pt2"),
+        ("export pt2:nope.pt2 -t onnx", "no model file at nope.pt2"),
+        ("export hf:nope -t onnx", "no model folder at nope"),
+        ("export model.pt2 -t onnx --calibration nope.npz", "no data file at nope.npz"),
+        ("export model.pt2 -t onnx --samples nope.npz", "no data file at nope.npz"),
+        ("lint nope.onnx", "no model file at nope.onnx"),
+        ("compare nope.onnx nope.onnx", "there is no nope.onnx"),
+        ("calibrate nope.onnx", "there is no nope.onnx"),
+        ("check -r nope.toml", "nope.toml: No such file"),
+        ("generate hf:nope prompts.jsonl out.jsonl", "no model folder at nope"),
+        ("generate hf:. nope.jsonl out.jsonl", "no file of prompts at nope.jsonl"),
+        ("on-policy hf:nope hf:. prompts.jsonl out", "no model folder at nope"),
+        ("on-policy hf:. hf:nope prompts.jsonl out", "no model folder at nope"),
+        ("on-policy hf:. hf:. nope.jsonl out", "no file of prompts at nope.jsonl"),
+        ("on-policy hf:. hf:. model.pt2 out --weights nope", "no student at nope"),
+    ],
+)
+def test_a_file_that_was_named_and_is_not_there_is_exit_2(
+    tmp_path: Path, convnet_student: Student, words: str, message: str
+) -> None:
+    write_files(tmp_path, convnet_student)
+    done = edgekd(*words.split(), cwd=tmp_path)
+
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("reference", ["nope.npz", "jsonl:nope.jsonl"])
+def test_samples_of_an_app_that_are_not_there_are_exit_2(scaffold: Path, reference: str) -> None:
+    done = edgekd("check", "--shift", reference, cwd=scaffold)
+
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("edgekd: no data file at ")
+
+
+def test_a_wrong_option_of_a_target_is_told_as_it_was_typed(tmp_path: Path, convnet_student: Student) -> None:
+    write_files(tmp_path, convnet_student)
+    done = edgekd("export", "model.pt2", "-t", "onnx", "--option", "foo=1", "--option", "bar=2", cwd=tmp_path)
+
+    assert done.returncode == 2
+    assert [line.partition("; ")[0] for line in done.stderr.splitlines()] == [
+        "edgekd: --option onnx.foo: onnx has no such option",
+        "edgekd: --option onnx.bar: onnx has no such option",
+    ]
+
+
+@pytest.mark.parametrize("option", ["--ms", "--mb", "--macs"])
+@pytest.mark.parametrize("limit", ["-1", "0", "nan"])
+def test_a_budget_that_nothing_can_meet_is_refused(scaffold: Path, option: str, limit: str) -> None:
+    done = edgekd("suggest", option, limit, cwd=scaffold)
+
+    assert done.returncode == 2
+    assert done.stderr == f"edgekd: {option} {limit} is no limit; a number above 0 works\n"
 
 
 @pytest.mark.parametrize("words", ["run", "export model.pt2 -t onnx -p w8a8 --calibration bad.npz"])
@@ -152,11 +251,32 @@ def test_a_third_party_program_is_exported_and_proven(tmp_path: Path) -> None:
 
 
 def test_a_stage_without_the_one_before_says_which_command_makes_it(scaffold: Path) -> None:
-    for command, needed in (("distill", "edgekd capture"), ("export", "edgekd distill"), ("bench", "edgekd export")):
-        done = edgekd(command, cwd=scaffold)
+    for command, needed in (
+        ("distill", "edgekd capture"),
+        ("sweep", "edgekd capture"),
+        ("compress", "edgekd distill"),
+        ("export", "edgekd distill"),
+        ("bench", "edgekd export"),
+        ("verify", "edgekd export"),
+        ("verify --cache", "edgekd capture"),
+        ("report", "edgekd distill"),
+    ):
+        done = edgekd(*command.split(), cwd=scaffold)
 
-        assert done.returncode in (1, 2)
+        assert done.returncode == 2, done.stderr
         assert needed in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_caches_that_are_verified_speak_json(captured: Path) -> None:
+    done = edgekd("verify", "--cache", "--json", cwd=captured)
+
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [cache["split"] for cache in found] == ["train", "validation", "test"]
+    assert all(cache["records"] > 0 and cache["top1_differs"] == 0.0 for cache in found)
+    assert all(0 <= cache["max_relative"] < 0.01 for cache in found)
+    assert edgekd("verify", "--cache", cwd=captured).stdout == "good\n"
 
 
 def test_targets_devices_and_doctor_speak_json(tmp_path: Path) -> None:

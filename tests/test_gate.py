@@ -21,7 +21,7 @@ from edgekd.benchmarks.sides import read_pairs, read_samples
 from edgekd.cli.gate import parse_margins
 from edgekd.devices.fake import FakeDevice
 from edgekd.devices.host import HostDevice
-from edgekd.errors import InconclusiveError, ModelFileError, UsageError
+from edgekd.errors import DataError, InconclusiveError, ModelFileError, UsageError
 from edgekd.measurement import Block, DeviceStatus, Plan
 from edgekd.protocols import Arrays
 from edgekd.store import hash_path
@@ -222,6 +222,17 @@ def test_a_file_that_answers_worse_is_a_regression_however_fast(pair: Pair, imag
     assert all(score.verdict == ("regression" if (score.change or 0) > 0 else "pass") for score in scores)
 
 
+@pytest.mark.parametrize("changes", [{"labels": np.full(24, 5)}, {"labels": None, "teacher": np.full(24, 0.5)}])
+def test_classes_that_the_file_has_not_are_refused_before_the_rule_looks(
+    pair: Pair, images: np.ndarray, changes: dict[str, Any]
+) -> None:
+    device = Told({"w8a8": 1.0})
+    with pytest.raises(DataError, match="a whole number from 0 to 4, is needed"):
+        gate.compare([pair], "fake", device, Samples({"image": images}, **changes), rule=SOON, plan=QUICK)
+
+    assert device.ran == 2
+
+
 def test_what_is_kept_of_a_comparison_tells_of_outputs_that_are_no_numbers(pair: Pair, images: np.ndarray) -> None:
     device = Told(outputs={"logits": np.full((24, 5), np.nan, np.float32)})
     comparison, measured = gate.compare([pair], "fake", device, Samples({"image": images}), rule=SOON, plan=QUICK)
@@ -348,8 +359,12 @@ def test_the_command_writes_every_report_and_exits_with_the_verdict(
     missing = edgekd(
         "compare", model, model, "--inputs", str(tmp_path / "none.npz"), cwd=tmp_path, GITHUB_ACTIONS="", **state
     )
-    assert missing.returncode == 1
+    assert missing.returncode == 2
     assert "no data file" in missing.stderr
+    assert edgekd("init", "fresh", cwd=tmp_path).returncode == 0
+    uncaptured = edgekd("compare", model, model, cwd=tmp_path / "fresh", GITHUB_ACTIONS="", **state)
+    assert uncaptured.returncode == 2, "1 would be a regression"
+    assert "run: edgekd capture" in uncaptured.stderr
 
 
 def test_samples_are_told_from_labels_and_teacher(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from edgekd.metrics import accuracy, agreement, expected_calibration_error, mean_kl, quality, softmax
+from edgekd.errors import DataError
+from edgekd.metrics import accuracy, agreement, check_labels, expected_calibration_error, mean_kl, quality, softmax
 
 
 def test_softmax_sums_to_one_and_survives_large_logits() -> None:
@@ -19,6 +20,27 @@ def test_accuracy_and_agreement_count_top_classes() -> None:
 
     assert accuracy(a, np.array([0, 1, 1, 1])) == 0.75
     assert agreement(a, b) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        (np.array([0, 3]), "0 to 3 was found; the model has 3 classes"),
+        (np.array([-1, 2]), "-1 to 2 was found; the model has 3 classes"),
+        (np.array([0.0, 1.5]), "0 to 1.5 was found, not all of it whole"),
+        (np.array([0.0, np.nan]), "nan to nan was found, not all of it whole"),
+        (np.array(["cat", "dog"]), "dtype <U3 was found"),
+        (np.eye(3), r"shape \(3, 3\) was found"),
+    ],
+)
+def test_labels_that_no_answer_can_match_are_refused(labels: np.ndarray, found: str) -> None:
+    with pytest.raises(DataError, match=f"^'label' of a.npz: {found}.*from 0 to 2, is needed$"):
+        check_labels(labels, 3, "'label' of a.npz")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32])
+def test_labels_of_any_numeric_type_are_taken(dtype: type) -> None:
+    check_labels(np.array([0, 2, 1], dtype), 3, "'label' of a.npz")
 
 
 def test_kl_is_zero_for_equal_and_positive_for_others() -> None:

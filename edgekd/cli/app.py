@@ -23,6 +23,8 @@ from edgekd.cli.common import (
     SeedsOption,
     drop_of,
     progress_bar,
+    require_capture,
+    require_path,
     show,
     show_json,
     workspace,
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
     from edgekd.stages.workspace import Workspace
 
 __all__ = ["app", "main"]
+
+FILES = ("imagefolder", "csv", "jsonl", "parquet", "text")
+"""Of a reference to data, the words before a file or folder."""
 
 app = typer.Typer(
     name="edgekd",
@@ -146,6 +151,7 @@ def distill(recipe: RecipeOption = None, seeds: SeedsOption = None, force: Force
 
     with processes.joined():
         work = workspace(recipe, seeds)
+        require_capture(work)
         with work.folder.locked() if processes.is_main() else nullcontext():
             if processes.is_main():
                 keep_count(work.recipe, seeds)
@@ -166,7 +172,7 @@ def compress(
     max_drop: MaxDropOption = None,
     force: ForceOption = False,
 ) -> None:
-    """Quantize the chosen student, once for all targets (w8, w8a8, w4a8, auto)."""
+    """Quantize the chosen student, once for all targets (w8, w8a8, w4a8, w8a16, auto)."""
     from edgekd.precisions import PORTABLE
     from edgekd.stages.pipeline import compress_stage
 
@@ -228,6 +234,11 @@ def schema() -> None:
 def _check_shift(work: Workspace, served: str, json: bool) -> None:
     from edgekd.stages.served import check_shift
 
+    prefix, _, rest = served.partition(":")
+    if prefix in FILES:
+        require_path(work.recipe.folder / rest, "data file")
+    elif served.endswith(".npz"):
+        require_path(work.recipe.folder / served, "data file")
     found = check_shift(work, served)
     if json:
         show_json({"drifted": found.drifted, "sentences": found.sentences(), **found.to_json()})

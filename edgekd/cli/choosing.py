@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from edgekd.cli.common import JsonOption, RecipeOption, progress_bar, say, show, show_json, workspace
+from edgekd.cli.common import JsonOption, RecipeOption, progress_bar, require_capture, say, show, show_json, workspace
 from edgekd.errors import UsageError
 
 __all__ = ["suggest", "sweep"]
@@ -42,6 +42,9 @@ def suggest(
     from edgekd.choosing.suggest import suggest as look
     from edgekd.stages.bench import devices_of_recipe
 
+    for option, limit in (("--mb", mb), ("--macs", macs), ("--ms", ms)):
+        if limit is not None and not limit > 0:  # NaN is not
+            raise UsageError(f"{option} {limit:g} is no limit; a number above 0 works")
     others = any(limit is not None for limit in (mb, macs, ms))
     shares = parse_share(share) if share is not None else None if others else USUAL_SHARE
     if ms is not None and not measure:
@@ -101,6 +104,7 @@ def sweep(
     knobs = {name: parse_knob(name, text) for name, text in said.items() if text is not None}
     path = recipe or find_recipe(Path.cwd())
     work = workspace(path)
+    require_capture(work)
     distill = work.recipe.distill
     chosen = arm or next((name for name in distill.arms if name != CONTROL), CONTROL)
     count = seeds or max(FEWEST_SEEDS, len(distill.seeds))

@@ -27,6 +27,9 @@ __all__ = [
     "SeedsOption",
     "drop_of",
     "progress_bar",
+    "require_capture",
+    "require_model",
+    "require_path",
     "say",
     "show",
     "show_json",
@@ -63,6 +66,40 @@ def workspace(recipe: Path | None, seeds: int | None = None) -> Workspace:
     from edgekd.stages.workspace import Workspace
 
     return Workspace(with_seeds(load_recipe(recipe or find_recipe(Path.cwd())), seeds))
+
+
+def require_path(path: Path | None, what: str) -> None:
+    """Refuse a file or folder that was named and is not there; None was not named.
+
+    Raises:
+        UsageError: It is not there.
+    """
+    if path is not None and not path.exists():
+        raise UsageError(f"no {what} at {path}")
+
+
+def require_model(reference: str) -> None:
+    """The same of ``model.pt2``, ``pt2:file``, a student's folder, or ``hf:folder``."""
+    prefix, _, rest = reference.partition(":")
+    if prefix == "hf":
+        require_path(Path(rest), "model folder")
+    else:
+        require_path(Path(rest if prefix == "pt2" else reference), "model file")
+
+
+def require_capture(work: Workspace, *splits: str) -> None:
+    """Refuse to go on before the teacher was run.
+
+    Args:
+        splits: Whose caches are needed; all by default.
+
+    Raises:
+        UsageError: A cache is not there yet.
+    """
+    from edgekd.stages.workspace import SPLITS
+
+    for name in splits or SPLITS:
+        work.folder.require(work.folder.cache(name), "capture")
 
 
 def progress_bar() -> Progress:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,13 +16,19 @@ from edgekd.cli.common import (
     RecipeOption,
     drop_of,
     progress_bar,
+    require_capture,
+    require_model,
+    require_path,
     say,
     show,
     show_json,
     workspace,
 )
-from edgekd.errors import UsageError
+from edgekd.errors import RecipeError, UsageError
 from edgekd.types import Parity
+
+if TYPE_CHECKING:
+    from edgekd.protocols import Options
 
 __all__ = ["export", "lint", "targets", "verify"]
 
@@ -74,7 +81,6 @@ def export(
     json: JsonOption = False,
 ) -> None:
     """Write the model for each target and prove each file against the program it came from."""
-    from edgekd.recipes.reading import parse_options
     from edgekd.store import load_artifact
 
     targets = _targets(target)
@@ -86,6 +92,9 @@ def export(
             raise UsageError(f"either the model file {model} or --recipe {recipe}: a recipe exports its own student")
         if not targets:
             raise UsageError("which target? --target onnx, coreml, tflite, or all")
+        require_model(model)
+        require_path(calibration, "data file")
+        require_path(samples, "data file")
         folders = export_external(
             model,
             targets,
@@ -97,7 +106,7 @@ def export(
             observer=observer,
             corrections=parse_corrections(corrections),
             max_length=max_length,
-            options=parse_options(option or (), targets),
+            options=_options(option, targets),
             tuned=tune,
             max_drop=drop_of(max_drop),
         )
@@ -109,7 +118,7 @@ def export(
                 flag = name.replace("_", "-")
                 raise UsageError(f"--{flag} is for a model file; a recipe says such things in its tables")
         work = workspace(recipe)
-        options = parse_options(option or (), targets or work.recipe.export.targets)
+        options = _options(option, targets or work.recipe.export.targets)
         with work.folder.locked():
             folders = export_stage(
                 work, progress_bar(), targets, precision or (), force, options, tune, drop_of(max_drop)
@@ -158,6 +167,7 @@ def lint(
     """Say what a file holds in float and what its converter added, each with its cost."""
     from edgekd.exporting.lint import lint_file
 
+    require_path(file, "model file")
     contents, findings = lint_file(file, precision)
     if json:
         show_json({"findings": [finding.to_json() for finding in findings], "contents": contents.to_json()})
@@ -183,8 +193,12 @@ def verify(
 
     work = workspace(recipe)
     if cache:
-        verify_caches(work, progress_bar())
-        show("good")
+        require_capture(work)
+        found = verify_caches(work, progress_bar())
+        if json:
+            show_json([{"split": split, **asdict(numbers)} for split, numbers in found.items()])
+        else:
+            show("good")
         return
     artifacts = verify_artifacts(work, progress_bar())
     if json:
@@ -213,6 +227,16 @@ def _targets(names: list[str] | None) -> list[str]:
     if names and "all" in names:
         return [n for n in plugins.exporter_names() if not plugins.missing(plugins.load_exporter(n).requires)]
     return list(dict.fromkeys(names or []))
+
+
+def _options(words: list[str] | None, targets: list[str] | tuple[str, ...]) -> dict[str, Options]:
+    """What targets are told; what is wrong is said by the option that was typed, not by a recipe's key."""
+    from edgekd.recipes.reading import parse_options
+
+    try:
+        return parse_options(words or (), targets)
+    except RecipeError as error:
+        raise RecipeError([f"--option {fault.removeprefix('export.')}" for fault in error.faults]) from None
 
 
 def _artifact_json(artifact: Any, folder: Path) -> dict[str, Any]:

@@ -9,7 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from edgekd.cli.common import JsonOption, RecipeOption, ReleaseOption, progress_bar, show, show_json
+from edgekd.cli.common import (
+    JsonOption,
+    RecipeOption,
+    ReleaseOption,
+    progress_bar,
+    require_capture,
+    require_path,
+    show,
+    show_json,
+)
 from edgekd.errors import InconclusiveError, UsageError
 
 __all__ = ["calibrate", "compare", "history"]
@@ -45,7 +54,9 @@ def compare(
     ] = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="Timed metric to judge: latency, cold_start, peak_memory; all by default; repeat it."),
+        typer.Option(
+            help="Timed metric to judge: latency, first_token, cold_start, peak_memory; all by default; repeat it."
+        ),
     ] = None,
     threads: ThreadsOption = 1,
     seed: SeedOption = 0,
@@ -224,6 +235,7 @@ def _samples(inputs: Path | None, recipe: Path | None) -> Any:
     from edgekd import plugins
 
     if inputs is not None:
+        require_path(inputs, "data file")
         return plugins.load_module("edgekd.benchmarks.sides").read_samples(inputs)
     from edgekd.recipes.reading import find_recipe, load_recipe
     from edgekd.stages.proofs import proof_of
@@ -233,7 +245,10 @@ def _samples(inputs: Path | None, recipe: Path | None) -> Any:
         path = recipe or find_recipe(Path.cwd())
     except UsageError as error:
         raise UsageError(f"which inputs? --inputs data.npz, or a recipe: {error}") from None
-    proof = proof_of(Workspace(load_recipe(path)))
+    work = Workspace(load_recipe(path))
+    if not work.recipe.teacher.embeds:  # what an embedding is proven with needs no teacher
+        require_capture(work, "test")
+    proof = proof_of(work)
     # A language model is asked the prompts that it was proven with.
     task = proof.samples if proof.windows is not None else proof.task
     return plugins.load_module("edgekd.benchmarks.cells").Samples(task, proof.labels, proof.teacher)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from edgekd.cli.common import progress_bar, show
+from edgekd.cli.common import progress_bar, require_path, show
 from edgekd.errors import UsageError
 
 __all__ = ["generate"]
@@ -30,6 +30,9 @@ def generate(
     prefix, _, rest = teacher.partition(":")
     if prefix != "hf" or not rest:
         raise UsageError(f"{teacher!r} does not generate text; hf:folder of a causal language model does")
+    require_path(Path(rest), "model folder")
+    require_path(prompts, "file of prompts")
+    require_path(tokenizer, "tokenizer")
     from edgekd.programs.hugging_face import hugging_face_module
     from edgekd.teachers.completions import CompletionSettings, complete_file, teacher_writer
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from edgekd.cli.common import progress_bar, show
+from edgekd.cli.common import progress_bar, require_path, show
 from edgekd.errors import UsageError
 
 __all__ = ["on_policy"]
@@ -42,6 +42,10 @@ def on_policy(
         if prefix != "hf" or not rest:
             raise UsageError(f"{who!r} does not generate text; hf:folder of a causal language model does")
         folders.append(Path(rest))
+        require_path(folders[-1], "model folder")
+    require_path(prompts, "file of prompts")
+    require_path(weights, "student")
+    require_path(tokenizer, "tokenizer")
     from edgekd.distillation.on_policy import OnPolicySettings, train_on_policy
     from edgekd.programs.hugging_face import hugging_face_module
     from edgekd.teachers.language_student import put_weights

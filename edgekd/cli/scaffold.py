@@ -17,12 +17,15 @@ def write_template(name: str, folder: Path) -> list[Path]:
     """Write the files of a template into a folder; nothing that is there is overwritten.
 
     Raises:
-        UsageError: There is no such template, or one of its files exists.
+        UsageError: There is no such template, one of its files exists, or there is a file in place of the folder.
     """
     if name not in TEMPLATES:
         raise UsageError(f"no template called {name!r}; there are {', '.join(TEMPLATES)}")
     sources = [entry for entry in (files("edgekd") / "templates" / name).iterdir() if entry.is_file()]
     targets = {folder / entry.name: entry for entry in sorted(sources, key=lambda entry: entry.name)}
+    blocking = next((path for path in (folder, *folder.parents) if path.is_file()), None)
+    if blocking is not None:
+        raise UsageError(f"{blocking} is a file; choose another folder: edgekd init FOLDER")
     present = [path for path in targets if path.exists()]
     if present:
         raise UsageError(f"{present[0]} exists already; choose another folder: edgekd init FOLDER")

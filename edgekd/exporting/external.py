@@ -11,6 +11,7 @@ import numpy as np
 
 from edgekd import plugins
 from edgekd.compression.compress import compress
+from edgekd.compression.compressed import check_observer
 from edgekd.compression.mixed import DEFAULT_MAX_DROP, Budget
 from edgekd.data.samples import load_arrays
 from edgekd.errors import ModelFileError, UsageError
@@ -18,6 +19,7 @@ from edgekd.exporting.export import Proof, requests_of, synthetic_samples, write
 from edgekd.exporting.generation import proof_prompts
 from edgekd.exporting.regressions import note_regressions
 from edgekd.exporting.tune import CANDIDATES, settle
+from edgekd.metrics import check_labels
 from edgekd.precisions import STATIC
 from edgekd.programs.decoder import TOKENS
 from edgekd.programs.hugging_face import generating, hugging_face_example, hugging_face_module
@@ -75,8 +77,10 @@ def export_external(
         Folders of the artifacts that were asked for.
 
     Raises:
-        UsageError: A target lacks a precision, or ``w8a8`` has no calibration.
+        UsageError: A target lacks a precision, ``w8a8`` has no calibration, or there is no such observer.
+        DataError: The samples do not fit, or ``auto`` is judged on labels that are no classes of the model.
     """
+    check_observer(observer)
     exporters = {target: plugins.load_exporter(target) for target in targets}
     for target, exporter in exporters.items():
         plugins.require(target, exporter)
@@ -92,13 +96,15 @@ def export_external(
         requests = [r for r in requests if sources[r] not in STATIC or r.is_asked]
         if missed := [sources[request] for request in requests if sources[request] in STATIC]:
             raise UsageError(f"{missed[0]} takes its scales from real samples; give them with --calibration data.npz")
+    budget = None
+    if "auto" in sources.values():
+        budget = _budget(student, calibration, calibrating, DEFAULT_MAX_DROP if max_drop is None else max_drop)
     programs = {"fp32": student}
     written = {}
     for request in requests:
         progress.start(f"export {request.target} {request.precision}", 1)
         source, folder = sources[request], out / f"{request.target}-{request.precision}"
         if source not in programs:
-            budget = _budget(calibration, calibrating, DEFAULT_MAX_DROP if max_drop is None else max_drop)
             programs[source] = compress(student, source, calibrating, observer, corrections, budget)
         told = (options or {}).get(request.target)
         if write_request(request, programs[source], assets, folder, proof, told, progress):
@@ -197,11 +203,15 @@ def _prompts(student: Student, assets: Mapping[str, bytes], samples: Path | None
     return Proof({TOKENS: proof_prompts(tokenizer, vocabulary, student.card.decoder.context)}, note=note)
 
 
-def _budget(calibration: Path | None, calibrating: Arrays | None, max_drop: float) -> Budget | None:
+def _budget(student: Student, calibration: Path | None, calibrating: Arrays | None, max_drop: float) -> Budget | None:
     """What ``auto`` may lose, on the samples that calibrate: those that prove the files are never looked at."""
     if calibration is None or calibrating is None:
         return None
     labels = load_arrays(calibration).get("label")
+    outputs = [spec.shape for spec in student.card.outputs if spec.meaning in (LOGITS, "")]
+    classes = next((shape[1] for shape in outputs if len(shape) == 2 and shape[1] > 1), None)
+    if labels is not None and classes is not None:  # an output of another shape is judged by its cosine
+        check_labels(labels, classes, f"'label' of {calibration}")
     count = len(next(iter(calibrating.values())))
     return Budget(max_drop, calibrating, None if labels is None else labels[:count])
 

@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from edgekd.errors import DataError, ModelFileError, first_line
 from edgekd.programs.pure import stays_in_place
 from edgekd.protocols import Arrays
+from edgekd.quiet import quiet
 from edgekd.types import TensorSpec
 
 __all__ = [
@@ -79,7 +80,8 @@ def program_from(content: bytes, path: Path) -> ExportedProgram:
 
     try:
         _refuse_pickle(content, path)
-        return torch.export.load(io.BytesIO(content))
+        with quiet():  # it logs the whole traceback of what it cannot read
+            return torch.export.load(io.BytesIO(content))
     except ModelFileError:
         raise
     except Exception as error:
@@ -91,6 +93,11 @@ def _refuse_pickle(content: bytes, path: Path) -> None:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         for name in archive.namelist():
             base = name.rsplit("/", 1)[-1]
+            if base == "data.pkl":
+                raise ModelFileError(
+                    f"{path} was not written by torch.export.save, but by torch.save it seems; "
+                    "torch.export.save(torch.export.export(model, example), path) writes the program with its weights"
+                )
             if base.startswith(("custom_obj_", "opaque_obj_")):
                 raise ModelFileError(f"{path} holds a pickled object ({base}), which is never loaded")
             if base.endswith(("_weights_config.json", "_constants_config.json")):

@@ -15,15 +15,20 @@ from edgekd.types import Artifact
 __all__ = ["confirm_teacher", "verify_artifacts", "verify_caches"]
 
 
-def verify_caches(work: Workspace, progress: Progress) -> None:
+def verify_caches(work: Workspace, progress: Progress) -> dict[str, Verification]:
     """Run the teacher again on a random share of every cache.
+
+    Returns:
+        What was found, by split.
 
     Raises:
         CacheError: A top class differs, or a logit by more than the rounding explains.
     """
+    found = {}
     for name in SPLITS:
-        found = verify_cache(work.cache(name), work.split(name), work.teacher, work.views_of(name))
-        progress.say(_confirmed(name, found))
+        found[name] = verify_cache(work.cache(name), work.split(name), work.teacher, work.views_of(name))
+        progress.say(_confirmed(name, found[name]))
+    return found
 
 
 def confirm_teacher(work: Workspace) -> None:
@@ -56,9 +61,9 @@ def verify_artifacts(work: Workspace, progress: Progress) -> list[Artifact]:
         ParityError: A file changed, or computes something else than its program.
         UsageError: Nothing has been exported yet.
     """
+    artifacts, proven = finished(work), []  # nothing is loaded before these are there
     proof = proof_of(work)
-    proven = []
-    for found, folder in finished(work):
+    for found, folder in artifacts:
         source = source_folder(work, found.target, found.precision)
         artifact = verify_artifact(folder, load_student(source)[0], proof)
         progress.say(f"{folder.name}: {artifact.parity.status}, max error {artifact.parity.max_abs:.3g}")
