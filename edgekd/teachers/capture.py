@@ -33,6 +33,8 @@ from edgekd.types import Json
 __all__ = ["Verification", "capture", "is_whole", "verify_cache"]
 
 RECORDS_PER_SHARD = 16_384
+LARGE_PER_SHARD = 1_024
+"""Of records that hold features, or every logit of a token: a shard is in memory three times over while it is made."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,9 @@ def capture(
 
     part = folder.with_name(folder.name + ".part")
     positions = positions_of(split.labels)
-    parts = _parts(len(split) * key.views, at_once(teacher.per_shard or RECORDS_PER_SHARD, positions))
+    large = bool(key.features) or (positions > 0 and key.codec.startswith("dense"))
+    usual = min(LARGE_PER_SHARD, RECORDS_PER_SHARD) if large else RECORDS_PER_SHARD
+    parts = _parts(len(split) * key.views, at_once(teacher.per_shard or usual, positions))
     manifest, written = _resume(part, key, parts)
     progress.start(f"capture {folder.name}", len(split) * key.views, sum(len(parts[number]) for number in written))
     for shard in (maker or here)([one for one in parts if one.number not in written]):
