@@ -104,7 +104,7 @@ def sweep(
     knobs = {name: parse_knob(name, text) for name, text in said.items() if text is not None}
     path = recipe or find_recipe(Path.cwd())
     work = workspace(path)
-    require_capture(work)
+    require_capture(work, "train", "validation")
     distill = work.recipe.distill
     chosen = arm or next((name for name in distill.arms if name != CONTROL), CONTROL)
     count = seeds or max(FEWEST_SEEDS, len(distill.seeds))
