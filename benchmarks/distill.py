@@ -189,7 +189,12 @@ def found(name: str, work: Workspace, spent: Mapping[str, Json], before: Json) -
         "recipe": TASKS[name].recipe,
         "test_samples": len(test),
         "train_samples": len(work.splits.train),
-        "teacher": {**_right(teacher), "parameters": work.teacher.parameters, "macs": work.teacher.macs},
+        "teacher": {
+            "accuracy": teacher.accuracy,
+            **_perplexity(teacher),
+            "parameters": work.teacher.parameters,
+            "macs": work.teacher.macs,
+        },
         "student": {"parameters": card.parameters, "macs": card.macs, "share": share},
         "distill": {key: value for key, value in recipe.distill.model_dump(mode="json").items() if key in _TOLD},
         "arms": {
@@ -215,16 +220,15 @@ def found(name: str, work: Workspace, spent: Mapping[str, Json], before: Json) -
     return {**report, "best": best, "gains": gains, "bar": bar}
 
 
-def _right(quality: Quality) -> Json:
-    """How often it is right, and of a language model how likely it finds the text."""
-    return {"accuracy": quality.accuracy} | ({} if quality.perplexity is None else {"perplexity": quality.perplexity})
+def _perplexity(quality: Quality) -> Json:
+    """Of a language model."""
+    return {} if quality.perplexity is None else {"perplexity": quality.perplexity}
 
 
 def _judgement(result: ArmResult[Quality]) -> Json:
     """Of one student, for the file."""
-    test, perplexity = result.test, {} if result.test.perplexity is None else {"perplexity": result.test.perplexity}
-    found = {"validation": result.validation.accuracy, "test": test.accuracy}
-    return {**found, "teacher_agreement": test.teacher_agreement, **perplexity}
+    found = {"validation": result.validation.accuracy, "test": result.test.accuracy}
+    return {**found, "teacher_agreement": result.test.teacher_agreement, **_perplexity(result.test)}
 
 
 _TOLD = ("epochs", "batch_size", "learning_rate", "weight_decay", "temperature", "label_weight", "overrides", "threads")

@@ -48,7 +48,7 @@ def _rows(name: str, task: Json) -> Iterator[str]:
         gain = (task.get("gains") or {}).get(arm)
         best = " (best)" if arm == task.get("best") and arm != CONTROL else ""
         yield (
-            f"| {first} | {arm}{best} | {_spread(values)} | {statistics.fmean(values) / teacher:.1%} | "
+            f"| {first} | {arm}{best} | {_percent(values)} | {statistics.fmean(values) / teacher:.1%} | "
             f"{_gain(gain)} | {_minutes(_kept_hours(task, arm))} |"
         )
         first = " | | "
@@ -56,7 +56,7 @@ def _rows(name: str, task: Json) -> Iterator[str]:
         runs = list(peer["seeds"].values())
         values = [run["test"] for run in runs]
         yield (
-            f"|  | | | {_peer(peer)} | {_spread(values)} | "
+            f"|  | | | {_peer(peer)} | {_percent(values)} | "
             f"{statistics.fmean(values) / teacher:.1%} | | {_minutes([run['cpu_hours'] for run in runs])} |"
         )
 
@@ -112,10 +112,8 @@ def _language(name: str, task: Json) -> Iterator[str]:
 
 def _language_row(arm: str, tests: list[Json], gain: Json | None, hours: list[float]) -> str:
     perplexities = [test["perplexity"] for test in tests]
-    spread = f" ± {statistics.stdev(perplexities):.1f}, {len(tests)} seeds" if len(tests) > 1 else ", one seed"
     right, alike = (statistics.fmean(test[key] for test in tests) for key in ("test", "teacher_agreement"))
-    told = f"{statistics.fmean(perplexities):.1f}{spread}"
-    return f"| | {arm} | {told} | {_ratio(gain)} | {right:.2%} | {alike:.2%} | {_minutes(hours)} |"
+    return f"| | {arm} | {_spread(perplexities, 1)} | {_ratio(gain)} | {right:.2%} | {alike:.2%} | {_minutes(hours)} |"
 
 
 def _ratio(gain: Json | None) -> str:
@@ -125,10 +123,15 @@ def _ratio(gain: Json | None) -> str:
     return f"{gain['ratio']:.3f}×{interval}"
 
 
-def _spread(values: list[float]) -> str:
+def _spread(values: list[float], digits: int = 2, unit: str = "") -> str:
+    mean = f"{statistics.fmean(values):.{digits}f}"
     if len(values) == 1:
-        return f"{values[0] * 100:.2f} %, one seed"
-    return f"{statistics.fmean(values) * 100:.2f} ± {statistics.stdev(values) * 100:.2f} %, {len(values)} seeds"
+        return f"{mean}{unit}, one seed"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}{unit}, {len(values)} seeds"
+
+
+def _percent(shares: list[float]) -> str:
+    return _spread([share * 100 for share in shares], unit=" %")
 
 
 def _gain(gain: Json | None) -> str:

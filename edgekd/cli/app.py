@@ -24,7 +24,6 @@ from edgekd.cli.common import (
     drop_of,
     progress_bar,
     require_capture,
-    require_path,
     show,
     show_json,
     workspace,
@@ -40,9 +39,6 @@ if TYPE_CHECKING:
     from edgekd.stages.workspace import Workspace
 
 __all__ = ["app", "main"]
-
-FILES = ("imagefolder", "csv", "jsonl", "parquet", "text")
-"""Of a reference to data, the words before a file or folder."""
 
 app = typer.Typer(
     name="edgekd",
@@ -232,13 +228,11 @@ def schema() -> None:
 
 
 def _check_shift(work: Workspace, served: str, json: bool) -> None:
+    from edgekd.recipes.reading import source_faults
     from edgekd.stages.served import check_shift
 
-    prefix, _, rest = served.partition(":")
-    if prefix in FILES:
-        require_path(work.recipe.folder / rest, "data file")
-    elif served.endswith(".npz"):
-        require_path(work.recipe.folder / served, "data file")
+    if faults := source_faults("--shift", served, work.recipe.data.model_dump(), work.recipe.folder):
+        raise UsageError(faults[0])
     found = check_shift(work, served)
     if json:
         show_json({"drifted": found.drifted, "sentences": found.sentences(), **found.to_json()})

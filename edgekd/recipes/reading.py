@@ -24,7 +24,7 @@ from edgekd.recipes.recipe import Export, Recipe
 from edgekd.recipes.recipe_models import AS_DATA, Member, Model, Teacher
 from edgekd.types import Json
 
-__all__ = ["FILE_NAME", "MIXINGS", "find_recipe", "load_recipe", "parse_options"]
+__all__ = ["FILE_NAME", "MIXINGS", "find_recipe", "load_recipe", "parse_options", "source_faults"]
 
 FILE_NAME = "edgekd.toml"
 
@@ -127,7 +127,7 @@ def _cross_faults(table: Json, folder: Path) -> list[str]:
     data = section("data")
     for key in ("train", "test", "validation", "unlabeled"):
         if isinstance(data.get(key), str):
-            faults += _source_faults(f"data.{key}", data[key], data, folder)
+            faults += source_faults(f"data.{key}", data[key], data, folder)
     faults += _view_faults(data, folder)
     for key in ("text", "tokens"):
         named = table_of(data.get(key)).get("tokenizer")
@@ -251,7 +251,13 @@ def _option_faults(target: str, values: Json) -> list[str]:
     return []
 
 
-def _source_faults(key: str, reference: str, data: Json, folder: Path) -> list[str]:
+def source_faults(key: str, reference: str, data: Json, folder: Path) -> list[str]:
+    """Why a reference names no samples, seen without reading any; none where it may.
+
+    Args:
+        key: What they are told by.
+        data: The table ``[data]``.
+    """
     prefix, _, rest = reference.partition(":")
     if prefix in ("imagefolder", "csv", "jsonl", "parquet", "text"):
         faults = [] if (folder / rest).exists() else [f"{key}: no {rest!r} beside the recipe"]

@@ -29,7 +29,7 @@ from edgekd.stages.verify import confirm_teacher
 from edgekd.stages.workers import Crew
 from edgekd.stages.workspace import SPLITS, Workspace
 from edgekd.store import MANIFEST, hash_path, load_artifact
-from edgekd.teachers.capture import capture, is_whole
+from edgekd.teachers.capture import capture, whole_cache
 from edgekd.teachers.language_student import trained_decoder
 from edgekd.types import Json, Precision, Student
 
@@ -55,13 +55,13 @@ def capture_stage(work: Workspace, progress: Progress, force: bool = False, crew
         CacheError: What is captured already is not what the teacher says now.
     """
     keys = {name: work.capture_key(name) for name in SPLITS}  # loads all data: a fault of it comes before the hours
-    if not force and processes.is_main() and is_whole(work.folder.cache("validation"), keys["validation"]):
-        confirm_teacher(work)
+    if not force and processes.is_main():
+        confirm_teacher(work, whole_cache(work.folder.cache("validation"), keys["validation"]))
     for name in SPLITS:
         key, folder = keys[name], work.folder.cache(name)
 
         def make(name: str = name, folder: Path = folder) -> list[Path]:
-            if not force and is_whole(folder, keys[name]):
+            if not force and whole_cache(folder, keys[name]) is not None:
                 return [folder]
             maker = None if crew is None else crew.maker(work.recipe, name, keys[name])
             capture(folder, work.split(name), work.teacher, keys[name], work.views_of(name), progress, maker)

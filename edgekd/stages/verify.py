@@ -10,6 +10,7 @@ from edgekd.stages.proofs import proof_of
 from edgekd.stages.results import finished, source_folder
 from edgekd.stages.workspace import SPLITS, Workspace
 from edgekd.teachers.capture import Verification, verify_cache
+from edgekd.teachers.teacher_cache import TeacherCache
 from edgekd.types import Artifact
 
 __all__ = ["confirm_teacher", "verify_artifacts", "verify_caches"]
@@ -31,17 +32,20 @@ def verify_caches(work: Workspace, progress: Progress) -> dict[str, Verification
     return found
 
 
-def confirm_teacher(work: Workspace) -> None:
+def confirm_teacher(work: Workspace, cache: TeacherCache | None) -> None:
     """Ask the teacher four validation samples again: a changed ``forward`` is not in the fingerprint of its weights.
 
     A teacher that is paid for each answer is not asked.
 
+    Args:
+        cache: Of validation; None where nothing is captured yet.
+
     Raises:
         CacheError: It says something else than when it was captured.
     """
-    if work.teacher.per_shard is None:
-        cache, split = work.cache("validation"), work.splits.validation
-        _confirmed("validation", verify_cache(cache, split, work.teacher, work.views_of("validation"), 0.0, fewest=4))
+    if cache is not None and work.teacher.per_shard is None:
+        views = work.views_of("validation")
+        _confirmed("validation", verify_cache(cache, work.splits.validation, work.teacher, views, 0.0, fewest=4))
 
 
 def _confirmed(name: str, found: Verification) -> str:

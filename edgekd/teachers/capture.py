@@ -30,7 +30,7 @@ from edgekd.teachers.teacher_cache import FORMAT, CaptureKey, TeacherCache, open
 from edgekd.teaching import Teacher
 from edgekd.types import Json
 
-__all__ = ["Verification", "capture", "is_whole", "verify_cache"]
+__all__ = ["Verification", "capture", "verify_cache", "whole_cache"]
 
 RECORDS_PER_SHARD = 16_384
 LARGE_PER_SHARD = 1_024
@@ -117,12 +117,12 @@ def capture(
     return open_cache(folder)
 
 
-def is_whole(folder: Path, key: CaptureKey) -> bool:
-    """Whether all of a capture is there, undamaged."""
+def whole_cache(folder: Path, key: CaptureKey) -> TeacherCache | None:
+    """The cache, if all of it is there, undamaged."""
     try:
-        return bool(open_cache(folder, key).manifest["complete"])
+        return open_cache(folder, key)
     except CacheError:
-        return False
+        return None
 
 
 def verify_cache(
