@@ -181,7 +181,7 @@ def test_samples_of_an_app_that_are_not_there_are_exit_2(scaffold: Path, referen
     done = edgekd("check", "--shift", reference, cwd=scaffold)
 
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("edgekd: no data file at ")
+    assert done.stderr.startswith("edgekd: --shift: no ")
 
 
 def test_a_wrong_option_of_a_target_is_told_as_it_was_typed(tmp_path: Path, convnet_student: Student) -> None:
